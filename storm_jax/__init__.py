@@ -1,0 +1,1 @@
+"""STORM in JAX: token-efficient long video understanding."""

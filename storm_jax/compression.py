@@ -1,0 +1,76 @@
+"""Which tokens a clip keeps: temporal pooling (k), spatial pooling (p), temporal sampling (s).
+
+Numpy only, no parameters and no devices. The row planner, the model, the evaluator and the docs
+all ask this one module how many visual tokens a clip gives and where each of them stands:
+
+    T frames --mean over k--> ceil(T/k) groups --every s-th--> emitted groups
+    side x side tokens --mean over p x p--> ceil(side/p) x ceil(side/p) tokens per group
+
+The last group is the mean of the frames that are there, and so are the edge cells of the grid.
+An image is a clip of one frame and is never pooled or sampled.
+
+The visual table of a row has `G` group slots. It is `G * N'` pooled tokens, followed, when p > 1,
+by `G * N` tokens that were not pooled in space, which images index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from storm_jax.config import CompressionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipPlan:
+    """What compression does to one clip of T frames.
+
+    Attributes:
+      frame_group: int32 [T], the emitted group of each frame, -1 where its group is sampled out.
+      num_groups: emitted groups.
+      tokens_per_group: N' for a video, N for an image.
+      pooled: whether the tokens come from the spatially pooled part of the visual table.
+    """
+
+    frame_group: np.ndarray
+    num_groups: int
+    tokens_per_group: int
+    pooled: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_groups * self.tokens_per_group
+
+
+def pooled_side(side: int, spatial_pool: int) -> int:
+    """Side of a square token grid after a p x p mean whose edge cells may be partial."""
+    return -(-side // spatial_pool)
+
+
+def plan_clip(num_frames: int, side: int, compression: CompressionConfig) -> ClipPlan:
+    """Plans a clip of `num_frames` frames of `side` x `side` tokens each."""
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames}: a clip has at least one frame")
+    if num_frames == 1:
+        return ClipPlan(np.zeros(1, np.int32), 1, side * side, pooled=compression.spatial_pool == 1)
+    group = np.arange(num_frames, dtype=np.int32) // compression.temporal_pool
+    emitted = group % compression.temporal_sample == 0
+    frame_group = np.where(emitted, group // compression.temporal_sample, -1).astype(np.int32)
+    tokens_per_group = pooled_side(side, compression.spatial_pool) ** 2
+    return ClipPlan(frame_group, int(frame_group.max()) + 1, tokens_per_group, pooled=True)
+
+
+def visual_index(
+    plan: ClipPlan, first_group: int, num_group_slots: int, side: int, spatial_pool: int
+) -> np.ndarray:
+    """Positions of a clip's tokens in its row's visual table, int32 [plan.num_tokens].
+
+    Args:
+      first_group: the row's group slot of the clip's first emitted group.
+      num_group_slots: G, the row's group slots.
+    """
+    start = first_group * plan.tokens_per_group
+    if not plan.pooled:
+        start += num_group_slots * pooled_side(side, spatial_pool) ** 2
+    return np.arange(start, start + plan.num_tokens, dtype=np.int32)

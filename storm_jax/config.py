@@ -1,0 +1,369 @@
+"""Strict configuration: frozen dataclasses built from an ml_collections ConfigDict.
+
+`from_dict(RunConfig, mapping)` checks every key and type, then the combinations, collects all
+problems and raises one `ConfigError` that names each field and its value. Nothing here touches a
+device. A run keeps its configuration as `config.json` and is rebuilt from it.
+
+    RunConfig
+      model        ModelConfig: vision, projector (+ mamba), decoder, dtype
+      compression  CompressionConfig: num_frames, temporal_pool, spatial_pool, temporal_sample
+      data         DataConfig: where samples are, how rows are packed
+      optim        OptimConfig: AdamW, one learning rate per part (0 freezes the part)
+      train        TrainConfig: steps, batch, saving, logging
+      mesh         MeshConfig: data, fsdp, context, tensor
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def _at_least(minimum: float, default: Any = dataclasses.MISSING) -> Any:
+    """A number that may be as small as `minimum`; other numbers must be positive."""
+    return dataclasses.field(default=default, metadata={"minimum": minimum})
+
+
+class ConfigError(ValueError):
+    """One or more fields of a configuration are unknown, missing, mistyped or incompatible."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A SigLIP tower. `feature_layer` indexes hidden states as transformers does: -1 is the output
+    of the last layer, -2 (LLaVA's and VILA's choice) of the one before it."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    feature_layer: int = dataclasses.field(default=-2, metadata={"minimum": -math.inf})
+    norm_eps: float = 1e-6
+
+    @property
+    def side(self) -> int:
+        """Patches along one edge of the image."""
+        return self.image_size // self.patch_size
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.width % self.num_heads:
+            found.append(f"num_heads={self.num_heads} does not divide width={self.width}")
+        if self.patch_size > self.image_size:
+            found.append(f"patch_size={self.patch_size} exceeds image_size={self.image_size}")
+        if not -self.depth <= self.feature_layer <= -1:
+            found.append(f"feature_layer={self.feature_layer} must be in [-{self.depth}, -1]")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """The temporal projector's Mamba layers (used when `projector="storm"`)."""
+
+    depth: int = 2
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    direction: str = "both"
+
+    def problems(self) -> list[str]:
+        if self.direction not in ("both", "forward"):
+            return [f"direction={self.direction!r} must be 'both' or 'forward'"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A Qwen2- or Llama-style decoder-only language model."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    rope_theta: float
+    qkv_bias: bool
+    tie_embeddings: bool
+    norm_eps: float = 1e-6
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.num_heads % self.num_kv_heads:
+            found.append(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        if self.head_dim % 2:
+            found.append(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Vision tower, projector and decoder. `projector` is "storm", "mlp" (VILA's baseline) or
+    "module:Class" for a Flax module of the user's own, built with `projector_args`."""
+
+    vision: VisionConfig
+    decoder: DecoderConfig
+    projector: str = "storm"
+    projector_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    downsample: int = 2
+    mamba: MambaConfig = MambaConfig()
+    dtype: str = "bfloat16"
+
+    @property
+    def side(self) -> int:
+        """Tokens along one edge of a frame after pixel shuffle; odd grids are padded."""
+        return -(-self.vision.side // self.downsample)
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.projector not in ("storm", "mlp") and ":" not in self.projector:
+            found.append(f"projector={self.projector!r} must be 'storm', 'mlp' or 'module:Class'")
+        if self.projector in ("storm", "mlp") and self.projector_args:
+            found.append(
+                f"projector_args={dict(self.projector_args)!r} go to a projector of your own "
+                f"('module:Class'), not to projector={self.projector!r}"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            found.append(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionConfig:
+    """Frames per video and what happens to their tokens. `temporal_sample` acts at test time only."""
+
+    num_frames: int
+    temporal_pool: int = 1
+    spatial_pool: int = 1
+    temporal_sample: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """LLaVA JSON files with their media, and the rows that samples are packed into.
+
+    Media paths in a JSON file are relative to `media_root`, or to the file's own folder when it is
+    empty. `tokenizer` is a folder; when empty it is `tokenizer/` beside the training file, or the
+    tokenizer of `init_from`. `row_tokens` (S) and `row_frames` (F) are a row's slots.
+    """
+
+    train: str
+    val: str = ""
+    media_root: str = ""
+    tokenizer: str = ""
+    system: str = "You are a helpful assistant"
+    row_tokens: int = 4096
+    row_frames: int = 32
+    max_skip_fraction: float = _at_least(0, 0.1)
+    num_threads: int = 8
+
+    def problems(self) -> list[str]:
+        if self.max_skip_fraction > 1:
+            return [f"max_skip_fraction={self.max_skip_fraction} must be at most 1"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRateConfig:
+    """Peak learning rate per part of the model; 0 freezes the part."""
+
+    vision: float = _at_least(0)
+    projector: float = _at_least(0)
+    decoder: float = _at_least(0)
+
+    def problems(self) -> list[str]:
+        rates = dataclasses.asdict(self)
+        if not any(rates.values()):
+            return ["vision, projector and decoder are all 0: nothing would be trained"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero. Weight decay touches the parameters
+    whose path matches `decay_pattern`."""
+
+    learning_rate: LearningRateConfig
+    warmup_fraction: float = _at_least(0, 0.03)
+    weight_decay: float = _at_least(0, 0.0)
+    decay_pattern: str = r"/kernel$"
+    b1: float = _at_least(0, 0.9)
+    b2: float = _at_least(0, 0.999)
+    clip_norm: float = 1.0
+
+    def problems(self) -> list[str]:
+        for name in ("warmup_fraction", "b1", "b2"):
+            if getattr(self, name) >= 1:
+                return [f"{name}={getattr(self, name)} must be below 1"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Steps, batch and what is written when. `batch_size` counts rows over all devices and all
+    accumulation steps."""
+
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    seed: int = _at_least(0, 0)
+    remat: bool = True
+    log_every: int = 10
+    eval_every: int = _at_least(0, 500)
+    save_every: int = 500
+    keep_last: int = 2
+    keep_best: int = _at_least(0, 1)
+    tensorboard: bool = False
+
+    def problems(self) -> list[str]:
+        if self.batch_size % self.accumulation:
+            return [f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; `data=-1` takes what the others leave."""
+
+    data: int = _at_least(-1, -1)
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is. `init_from` names a run whose parameters and tokenizer are taken."""
+
+    model: ModelConfig
+    compression: CompressionConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    init_from: str = ""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.model.decoder.num_kv_heads % self.mesh.tensor:
+            found.append(
+                f"mesh.tensor={self.mesh.tensor} does not divide "
+                f"model.decoder.num_kv_heads={self.model.decoder.num_kv_heads}"
+            )
+        if self.compression.num_frames > self.data.row_frames:
+            found.append(
+                f"compression.num_frames={self.compression.num_frames} exceeds "
+                f"data.row_frames={self.data.row_frames}: no video would fit a row"
+            )
+        for name in ("row_tokens", "row_frames"):
+            if getattr(self.data, name) % self.mesh.context:
+                found.append(f"mesh.context={self.mesh.context} does not divide data.{name}")
+        return found
+
+
+def from_dict(cls: type[T], mapping: Mapping[str, Any]) -> T:
+    """Builds a config dataclass from a (nested) mapping such as a ConfigDict.
+
+    Raises:
+      ConfigError: listing every unknown key, missing key, wrong type and impossible combination.
+    """
+    problems: list[str] = []
+    config = _build(cls, mapping, "", problems)
+    if problems:
+        raise ConfigError("configuration:\n  " + "\n  ".join(problems))
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested plain dict of a config dataclass, as stored in `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def load(path: pathlib.Path) -> RunConfig:
+    """Reads a run's `config.json`."""
+    try:
+        mapping = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} is missing: {path.parent} is not a run (train.py makes one)"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    try:
+        return from_dict(RunConfig, mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields that differ between two configs (or their dicts), by dotted name."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = {}
+        for key in sorted({*old, *new}):
+            found.update(differences(old.get(key), new.get(key), f"{prefix}{key}."))
+        return found
+    return {} if old == new else {prefix[:-1]: (old, new)}
+
+
+def _build(cls: type[T], mapping: Any, prefix: str, problems: list[str]) -> T:
+    where = prefix[:-1] or "the configuration"
+    if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
+        problems.append(f"{where}={mapping!r} must be a section of fields")
+        return None  # type: ignore[return-value]
+    before = len(problems)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in fields:
+            problems.append(f"{prefix}{key} is unknown; fields here: {', '.join(fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in mapping:
+            values[name] = _check(field, hints[name], mapping[name], prefix + name, problems)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"{prefix}{name} is missing")
+    if len(problems) > before:
+        return None  # type: ignore[return-value]
+    config = cls(**values)
+    if hasattr(config, "problems"):
+        problems.extend(prefix + problem for problem in config.problems())
+    return config
+
+
+def _check(
+    field: dataclasses.Field, hint: Any, value: Any, name: str, problems: list[str]
+) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, name + ".", problems)
+    if typing.get_origin(hint) is not None:  # Mapping[str, Any]
+        return {key: value[key] for key in value}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        problems.append(f"{name}={value!r} must be {_ARTICLE[hint]}")
+        return value
+    if hint in (int, float):
+        minimum = field.metadata.get("minimum")
+        if minimum is None and value <= 0:
+            problems.append(f"{name}={value!r} must be positive")
+        elif minimum is not None and value < minimum:
+            problems.append(f"{name}={value!r} must be at least {minimum}")
+    return value
+
+
+_ARTICLE: Mapping[type, str] = types.MappingProxyType(
+    {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
+)

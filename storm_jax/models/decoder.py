@@ -1,0 +1,174 @@
+"""A decoder-only language model of the Qwen2 and Llama families.
+
+    x -> depth x (x + Attn(RMSNorm(x)); x + SwiGLU(RMSNorm(x))) -> RMSNorm -> hidden states
+
+Grouped-query attention with rotary positions. Input are embeddings, not ids, since visual tokens
+take their places among them; `head()` gives the vocabulary matrix to the loss and to sampling.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from storm_jax.config import DecoderConfig
+from storm_jax.models.layers import Einsum, stack_layers
+from storm_jax.ops.attention import attention
+from storm_jax.sharding import constrain
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer; a slot is a position."""
+
+    key: jax.Array  # [depth, B, T, H_kv, K]
+    value: jax.Array  # [depth, B, T, H_kv, K]
+
+
+class Decoder(nnx.Module):
+    """Embeddings to hidden states, with or without a cache."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        init = nnx.initializers.normal(0.02)
+        table = init(rngs.params(), (config.vocab_size, config.width))
+        self.embedding = nnx.Param(table, logical_axes=("vocab", None))
+        self.layers = stack_layers(
+            lambda rngs: DecoderLayer(config, rngs=rngs, dtype=dtype), config.depth, rngs
+        )
+        self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        head = None if config.tie_embeddings else init(rngs.params(), table.shape[::-1])
+        self.lm_head = None if head is None else nnx.Param(head, logical_axes=(None, "vocab"))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int [B, S] -> [B, S, D]."""
+        return jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+
+    def head(self) -> jax.Array:
+        """The vocabulary matrix [D, V]."""
+        head = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+        return head.astype(self.dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the layers.
+
+        Args:
+          x: [B, S, D] embeddings.
+          positions: int [B, S], position within its sample.
+          segment_ids: int [B, S], packed samples do not see each other.
+          cache: keys and values so far; entry `position` is written, and a token sees the slots up
+            to its own position. One sample a row, no segments.
+
+        Returns:
+          Normalised hidden states [B, S, D] and the updated cache (None without one).
+        """
+        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+        def body(x: jax.Array, args: tuple) -> tuple[jax.Array, tuple | None]:
+            layer, cache = args
+            x = constrain(x, "batch", "sequence", None)
+            return layer(x, angles, positions, segment_ids, cache)
+
+        if self.remat and cache is None:
+            body = jax.checkpoint(body)
+        layer_cache = None if cache is None else tuple(cache)
+        x, layer_cache = jax.lax.scan(body, x, (self.layers, layer_cache))
+        return self.norm(x), None if cache is None else Cache(*layer_cache)
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache of `length` slots a row."""
+        config = self.config
+        shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and SwiGLU, both pre-norm and residual."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        width, head_dim = config.width, config.head_dim
+
+        def norm() -> nnx.RMSNorm:
+            return nnx.RMSNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+
+        def project(heads: int, axis: str) -> Einsum:
+            return Einsum(
+                "bsd,dhk->bshk",
+                (width, heads, head_dim),
+                ("embed", axis, None),
+                bias=config.qkv_bias,
+                rngs=rngs,
+                dtype=dtype,
+            )
+
+        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.query = project(config.num_heads, "heads")
+        self.key = project(config.num_kv_heads, "kv_heads")
+        self.value = project(config.num_kv_heads, "kv_heads")
+        self.out = Einsum(
+            "bshk,hkd->bsd",
+            (config.num_heads, head_dim, width),
+            ("heads", None, "embed"),
+            rngs=rngs,
+            dtype=dtype,
+        )
+        # Gate and up projection side by side on an axis of their own: splitting M needs no
+        # communication.
+        self.gate_up = Einsum(
+            "bsd,djm->bsjm", (width, 2, config.mlp_dim), ("embed", None, "mlp"), rngs=rngs, dtype=dtype
+        )
+        self.down = Einsum(
+            "bsm,md->bsd", (config.mlp_dim, width), ("mlp", "embed"), rngs=rngs, dtype=dtype
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        cache: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        y = self.attn_norm(x)
+        q, k = rotate(self.query(y), angles), rotate(self.key(y), angles)  # [B, S, H, K]
+        v = self.value(y)
+        kv_positions = positions
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            k = cache[0].at[rows, positions].set(k)
+            v = cache[1].at[rows, positions].set(v)
+            cache = k, v
+            kv_positions = jnp.arange(k.shape[1])[None]
+        y = attention(
+            q,
+            k,
+            v,
+            q_positions=positions,
+            kv_positions=kv_positions,
+            q_segments=segment_ids,
+            kv_segments=segment_ids,
+        )
+        x += self.out(y)
+        gate, up = jnp.moveaxis(self.gate_up(self.mlp_norm(x)), 2, 0)  # 2 x [B, S, M]
+        return x + self.down(jax.nn.silu(gate) * up), cache
+
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> jax.Array:
+    """fp32 angles [B, S, K / 2] (Su et al., arXiv 2104.09864)."""
+    rates = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions[..., None].astype(jnp.float32) * rates[None, None]
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates [B, S, H, K]; the two halves of a head are the coordinates, as in transformers."""
+    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

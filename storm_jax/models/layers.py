@@ -1,0 +1,75 @@
+"""Building blocks shared by the towers: annotated linear maps, norms and layer stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+class Einsum(nnx.Module):
+    """`jnp.einsum(equation, x, kernel) + bias` with named kernel axes.
+
+    Args:
+      equation: for example "bsd,dhk->bshk". The kernel's letters that `x` has too are contracted.
+      shape: of the kernel.
+      axes: logical axis of each kernel dimension (see `storm_jax.sharding`), None for unsplit.
+      bias: adds a bias over the kernel's letters that remain in the output.
+    """
+
+    def __init__(
+        self,
+        equation: str,
+        shape: Sequence[int],
+        axes: Sequence[str | None],
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        bias: bool = False,
+        kernel_init: Initializer | None = None,
+    ):
+        inputs, kernel = equation.split("->")[0].split(",")
+        self.equation, self.dtype = equation, dtype
+        if kernel_init is None:
+            contracted = [i for i, letter in enumerate(kernel) if letter in inputs]
+            kept = [i for i in range(len(shape)) if i not in contracted]
+            kernel_init = nnx.initializers.lecun_normal(in_axis=contracted, out_axis=kept)
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), tuple(shape), jnp.float32), logical_axes=tuple(axes)
+        )
+        free = [i for i, letter in enumerate(kernel) if letter not in inputs]
+        self.bias = (
+            nnx.Param(
+                jnp.zeros([shape[i] for i in free], jnp.float32),
+                logical_axes=tuple(axes[i] for i in free),
+            )
+            if bias
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum(self.equation, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        if self.bias is not None:
+            bias = self.bias[...].astype(self.dtype)
+            y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
+    """`depth` layers as one module whose parameters have a leading layer axis."""
+    return nnx.vmap(make)(rngs.split(depth))
+
+
+def run_layers(layers: Layer, x: jax.Array, call: Callable, remat: bool) -> jax.Array:
+    """Runs `x = call(layer, x)` over a stack; with `remat`, only layer inputs are stored."""
+
+    def body(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+        return call(layer, x), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers)[0]

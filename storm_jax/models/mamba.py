@@ -1,0 +1,121 @@
+"""A Mamba-1 mixer (Gu and Dao, arXiv 2312.00752) that reads a sequence in one or both directions.
+
+    x, z = in_proj(u)                                    shared by the directions
+    y_d  = scan_d(silu(conv_d(x)))                       own conv, x_proj, dt_proj, A, D
+    out  = out_proj((y_forward + y_backward) * silu(z))  shared; starts at zero
+
+Both conv and scan stop where the segment id changes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from storm_jax.config import MambaConfig
+from storm_jax.models.layers import Einsum
+from storm_jax.ops.causal_conv import causal_conv
+from storm_jax.ops.selective_scan import selective_scan
+
+
+class MambaMixer(nnx.Module):
+    """[B, L, D] -> [B, L, D]; with a zero `out_proj`, as it starts, the output is zero."""
+
+    def __init__(self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        inner = config.expand * width
+        # x and z are an axis of their own, so that splitting E needs no communication.
+        self.in_proj = Einsum(
+            "bld,dje->blje", (width, 2, inner), ("embed", None, "inner"), rngs=rngs, dtype=dtype
+        )
+        self.forward = DirectedScan(inner, width, config, rngs=rngs, dtype=dtype)
+        self.backward = (
+            DirectedScan(inner, width, config, rngs=rngs, dtype=dtype, reverse=True)
+            if config.direction == "both"
+            else None
+        )
+        self.out_proj = Einsum(
+            "ble,ed->bld",
+            (inner, width),
+            ("inner", "embed"),
+            kernel_init=nnx.initializers.zeros,
+            rngs=rngs,
+            dtype=dtype,
+        )
+
+    def __call__(self, u: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        x, z = jnp.moveaxis(self.in_proj(u), 2, 0)  # 2 x [B, L, E]
+        y = self.forward(x, segment_ids)
+        if self.backward is not None:
+            y += self.backward(x, segment_ids)
+        return self.out_proj(y * jax.nn.silu(z))
+
+
+class DirectedScan(nnx.Module):
+    """Conv, input-dependent (dt, B, C) and scan of one direction: [B, L, E] -> [B, L, E]."""
+
+    def __init__(
+        self,
+        inner: int,
+        width: int,
+        config: MambaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        reverse: bool = False,
+    ):
+        state, taps = config.d_state, config.d_conv
+        rank = math.ceil(width / 16)
+        self.state, self.rank, self.reverse, self.dtype = state, rank, reverse, dtype
+
+        def param(value: jax.Array, *axes: str | None) -> nnx.Param:
+            return nnx.Param(value, logical_axes=axes)
+
+        def uniform(shape: tuple[int, ...], bound: float) -> jax.Array:
+            return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+
+        self.conv_kernel = param(uniform((taps, inner), taps**-0.5), None, "inner")
+        self.conv_bias = param(uniform((inner,), taps**-0.5), "inner")
+        self.x_proj = Einsum(
+            "ble,er->blr", (inner, rank + 2 * state), ("inner", None), rngs=rngs, dtype=dtype
+        )
+        self.dt_proj = Einsum(
+            "blr,re->ble",
+            (rank, inner),
+            (None, "inner"),
+            kernel_init=lambda key, shape, dtype: uniform(shape, rank**-0.5),
+            rngs=rngs,
+            dtype=dtype,
+        )
+        # Step sizes start log-uniform in [1e-3, 1e-1]; dt_bias is their inverse softplus.
+        low, high = math.log(1e-3), math.log(1e-1)
+        step = jnp.exp(jax.random.uniform(rngs.params(), (inner,), minval=low, maxval=high))
+        self.dt_bias = param(step + jnp.log(-jnp.expm1(-step)), "inner")
+        rates = jnp.arange(1, state + 1, dtype=jnp.float32)
+        self.A_log = param(jnp.log(jnp.tile(rates, (inner, 1))), "inner", None)
+        self.D = param(jnp.ones((inner,), jnp.float32), "inner")
+
+    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        x = causal_conv(
+            x,
+            self.conv_kernel[...].astype(self.dtype),
+            self.conv_bias[...].astype(self.dtype),
+            segment_ids=segment_ids,
+            reverse=self.reverse,
+        )
+        x = jax.nn.silu(x)
+        dt, B, C = jnp.split(self.x_proj(x), [self.rank, self.rank + self.state], axis=-1)
+        y, _ = selective_scan(
+            x,
+            self.dt_proj(dt),
+            -jnp.exp(self.A_log[...]),
+            B,
+            C,
+            self.D[...],
+            dt_bias=self.dt_bias[...],
+            reverse=self.reverse,
+            segment_ids=segment_ids,
+        )
+        return y

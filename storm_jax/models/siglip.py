@@ -1,0 +1,104 @@
+"""The SigLIP vision tower (Zhai et al., arXiv 2303.15343), without its pooling head.
+
+    pixels -> patch embedding + position embedding -> depth x (x + Attn(LN(x)); x + MLP(LN(x)))
+
+Only the layers up to the feature layer run. What comes after it (later layers and the final norm)
+is kept in `unused`, so that a tower can be given back whole, and is never trained.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from storm_jax.config import VisionConfig
+from storm_jax.models.layers import Einsum, run_layers, stack_layers
+from storm_jax.ops.attention import attention
+
+
+class SigLIP(nnx.Module):
+    """Frames to patch features."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        patches, width = config.side**2, config.width
+        self.patch = Einsum(
+            "bpc,cd->bpd",
+            (3 * config.patch_size**2, width),
+            (None, "embed"),
+            bias=True,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        init = nnx.initializers.normal(width**-0.5)
+        self.position = nnx.Param(
+            init(rngs.params(), (patches, width), jnp.float32), logical_axes=(None, "embed")
+        )
+        run = config.depth + 1 + config.feature_layer
+
+        def make(rngs: nnx.Rngs) -> EncoderLayer:
+            return EncoderLayer(config, rngs=rngs, dtype=dtype)
+
+        self.layers = stack_layers(make, run, rngs)
+        self.unused = nnx.Dict(
+            norm=nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        )
+        if run < config.depth:
+            self.unused["layers"] = stack_layers(make, config.depth - run, rngs)
+
+    def __call__(self, frames: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, P, D], patches in raster order."""
+        size, patch, side = self.config.image_size, self.config.patch_size, self.config.side
+        pixels = frames.astype(jnp.float32) / 127.5 - 1.0  # mean and deviation of 0.5
+        pixels = pixels[:, : side * patch, : side * patch]  # 384 = 27 * 14 + 6, as a strided conv
+        if frames.shape[1:] != (size, size, 3):
+            raise ValueError(f"frames {frames.shape} are not [B, {size}, {size}, 3]")
+        x = pixels.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patch(x.reshape(-1, side * side, patch * patch * 3))  # [B, P, D]
+        x += self.position[...].astype(self.dtype)[None]
+        return run_layers(self.layers, x, lambda layer, x: layer(x), self.remat)
+
+
+class EncoderLayer(nnx.Module):
+    """Pre-norm attention over the patches of one frame, then a GELU (tanh) MLP."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        width, heads = config.width, config.num_heads
+        head_dim = width // heads
+
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+
+        def project() -> Einsum:
+            return Einsum(
+                "bpd,dhk->bphk",
+                (width, heads, head_dim),
+                ("embed", "heads", None),
+                bias=True,
+                rngs=rngs,
+                dtype=dtype,
+            )
+
+        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.query, self.key, self.value = project(), project(), project()
+        self.out = Einsum(
+            "bphk,hkd->bpd",
+            (heads, head_dim, width),
+            ("heads", None, "embed"),
+            bias=True,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        self.up = Einsum(
+            "bpd,dm->bpm", (width, config.mlp_dim), ("embed", "mlp"), bias=True, rngs=rngs, dtype=dtype
+        )
+        self.down = Einsum(
+            "bpm,md->bpd", (config.mlp_dim, width), ("mlp", "embed"), bias=True, rngs=rngs, dtype=dtype
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.attn_norm(x)
+        x += self.out(attention(self.query(y), self.key(y), self.value(y)))
+        y = self.up(self.mlp_norm(x))  # [B, P, M]
+        return x + self.down(jax.nn.gelu(y, approximate=True))

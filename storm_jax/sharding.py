@@ -1,0 +1,103 @@
+"""Where arrays live: one four-axis mesh, one table of logical axes.
+
+Modules name the axes of each parameter (`logical_axes` on an `nnx.Param`, naming its trailing
+dimensions; stacked layers have leading ones more). This table says which mesh axes split them:
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from storm_jax.config import MeshConfig
+
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "sequence": ("context",),
+    # parameters
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "inner": ("tensor",),
+    "vocab": ("tensor", "fsdp"),  # one dimension only: two make XLA rematerialise the table
+}
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The (data, fsdp, context, tensor) mesh over all devices, or the given ones.
+
+    Raises:
+      ValueError: when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    fixed = config.fsdp * config.context * config.tensor
+    data = len(devices) // fixed if config.data == -1 else config.data
+    shape = (data, config.fsdp, config.context, config.tensor)
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices and "
+            f"{len(devices)} are here: set config.mesh so that its axes multiply to that"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def param_specs(params: nnx.State, mesh: Mesh) -> dict[str, PartitionSpec]:
+    """PartitionSpec of every parameter by path. A dimension that its mesh axes do not divide stays
+    whole; large parameters that end up on every device are logged."""
+    specs = {}
+    for path, variable in nnx.to_flat_state(params):
+        name = "/".join(map(str, path))
+        shape, axes = variable.shape, variable.get_metadata().get("logical_axes") or ()
+        names = [None] * (len(shape) - len(axes)) + list(axes)
+        specs[name] = PartitionSpec(
+            *(_mesh_axes(axis, size, mesh) for axis, size in zip(names, shape, strict=True))
+        )
+        if mesh.size > 1 and not any(specs[name]) and math.prod(shape) > 2**24:
+            logging.warning("parameter %s %s is replicated on every device", name, shape)
+    return specs
+
+
+def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
+    """NamedShardings as a pure dict of the same structure as `nnx.to_pure_dict(params)`."""
+    specs = param_specs(params, mesh)
+    return jax.tree.map_with_path(
+        lambda path, _: NamedSharding(mesh, specs["/".join(str(key.key) for key in path)]),
+        nnx.to_pure_dict(params),
+    )
+
+
+def batch_sharding(mesh: Mesh, array: np.ndarray | jax.Array) -> NamedSharding:
+    """Rows over data and fsdp, the second dimension (tokens or frames) over context."""
+    return NamedSharding(mesh, _spec(("batch", "sequence")[: array.ndim], array.shape, mesh))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks XLA to keep `x` split along the named logical axes; nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh))
+
+
+def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    return PartitionSpec(*(_mesh_axes(a, n, mesh) for a, n in zip(axes, shape, strict=False)))
+
+
+def _mesh_axes(axis: str | None, size: int, mesh: Any) -> tuple[str, ...] | None:
+    if axis is None:
+        return None
+    chosen = tuple(name for name in RULES[axis] if mesh.shape[name] > 1)
+    while chosen and size % math.prod(mesh.shape[name] for name in chosen):
+        chosen = chosen[:-1]
+    return chosen or None
