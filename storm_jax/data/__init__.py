@@ -1,0 +1,1 @@
+"""Samples to packed rows. Numpy only: nothing here imports JAX or a model."""
