@@ -1,0 +1,58 @@
+"""What the configuration files share: the argument after the colon and the paper's stages."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from storm_jax.config import ModelConfig, to_dict
+
+STAGES = ("align", "sft", "long")
+
+
+def parse_stage(arg: str | None) -> str:
+    """The stage of "stage=align"; anything else is an error."""
+    name, _, stage = (arg or "").partition("=")
+    if name != "stage" or stage not in STAGES:
+        raise ValueError(
+            f"configuration argument {arg!r}: write --config=FILE.py:stage=STAGE with a STAGE of "
+            f"{', '.join(STAGES)}"
+        )
+    return stage
+
+
+def paper_config(model: ModelConfig, stage: str) -> ConfigDict:
+    """A stage of the paper at full size: align on images, SFT at 32 frames, long videos at 128.
+
+    The paper gives stages, data and frames. Rates, batch and warm-up are VILA's, which it builds on
+    (docs/design.md says which numbers are whose).
+    """
+    is_align, is_long = stage == "align", stage == "long"
+    rate = 1e-3 if is_align else 2e-5
+    frames = 128 if is_long else 32
+    return ConfigDict(
+        {
+            "model": to_dict(model),
+            "compression": {"num_frames": frames, "temporal_pool": 4},
+            "data": {
+                "train": f"data/{stage}.json",
+                "val": "",
+                "media_root": "",
+                "tokenizer": "",
+                "row_tokens": 16_384 if is_long else 8192,
+                "row_frames": frames if is_long else 64,
+            },
+            "optim": {
+                "learning_rate": {
+                    "vision": 0.0 if is_align else rate,
+                    "projector": rate,
+                    "decoder": 0.0 if is_align else rate,
+                },
+                "warmup_fraction": 0.03,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+            },
+            "train": {"steps": 1000 if is_align else 10_000, "batch_size": 256, "accumulation": 1},
+            "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
+            "init_from": "",
+        }
+    )

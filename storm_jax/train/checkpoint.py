@@ -1,0 +1,82 @@
+"""Saving a training state, and continuing from it to the bit."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from storm_jax.run import Run, RunError, check_shapes, flatten, with_sharding
+from storm_jax.train.state import StateSpec, TrainState
+
+
+class Checkpointer:
+    """Asynchronous checkpoints `checkpoints/STEP/{params, opt_state, data, meta}` of one run."""
+
+    def __init__(self, run: Run, spec: StateSpec):
+        self._run, self._spec = run, spec
+        self._manager = run.manager(read_only=False)
+
+    def save(
+        self, step: int, state: TrainState, data: dict[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Starts writing; returns once the arrays are copied, so the state may be donated."""
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params()),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                data=ocp.args.JsonSave(data),
+                meta=ocp.args.JsonSave({"step": step, **metrics}),
+            ),
+            metrics=dict(metrics) if "val_loss" in metrics else None,
+        )
+        if not saved and step not in self._manager.all_steps():
+            raise RunError(f"{self._run.path}: checkpoint {step} was not saved")
+
+    def restore_latest(self) -> tuple[TrainState, dict[str, Any]] | None:
+        """The last state and its data position, or None when there is no checkpoint.
+
+        Raises:
+          RunError: when the parameters have other names or shapes.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        shapes = with_sharding(self._spec.shapes, self._spec.shardings)
+        params = shapes.params()
+        check_shapes(self._manager, step, params, self._run.path)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                opt_state=ocp.args.StandardRestore(shapes.opt_state),
+                data=ocp.args.JsonRestore(),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        flat = flatten(restored["params"])
+        state = TrainState(
+            {name: flat[name] for name in shapes.trained},
+            {name: flat[name] for name in shapes.frozen},
+            restored["opt_state"],
+            _scalar(restored["meta"]["step"], shapes.step),
+        )
+        return state, restored["data"]
+
+    def close(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self._run.path / "checkpoints"
+
+
+def _scalar(value: int, target: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.device_put(np.asarray(value, target.dtype), target.sharding)

@@ -1,0 +1,278 @@
+"""The training loop: evaluate, save, next batch, step - in this order.
+
+The data position is saved with the weights before the next batch is taken, so that the two always
+agree and a killed run continues with the losses it would have had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from storm_jax import config as config_lib
+from storm_jax.config import RunConfig
+from storm_jax.data.conversation import ConversationEncoder
+from storm_jax.data.pipeline import Batch, DataError, Dataset, EvalRows, Skip, TrainRows
+from storm_jax.data.pipeline import batches, check_skips
+from storm_jax.data.rows import RowShape
+from storm_jax.models.storm import VisualShape
+from storm_jax.run import Run, RunError, with_sharding
+from storm_jax.sharding import batch_sharding
+from storm_jax.train.checkpoint import Checkpointer
+from storm_jax.train.metrics import MetricsWriter, Progress, duration
+from storm_jax.train.state import StateSpec, TrainState
+from storm_jax.train.step import make_eval_step, make_train_step
+
+Evaluator = Callable[[TrainState], Mapping[str, float]]
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradient is not a number; the batch is saved beside the run."""
+
+
+def row_shape(config: RunConfig) -> RowShape:
+    """The rows that a configuration trains on; temporal sampling is for test time only."""
+    return RowShape(
+        tokens=config.data.row_tokens,
+        frames=config.data.row_frames,
+        image_size=config.model.vision.image_size,
+        side=config.model.side,
+        compression=dataclasses.replace(config.compression, temporal_sample=1),
+    )
+
+
+def train(
+    run: Run, mesh: Mesh, make_evaluators: Callable[[StateSpec], Mapping[str, Evaluator]]
+) -> None:
+    """Trains the run's configuration to its last step, from its last checkpoint if it has one.
+
+    Raises:
+      DataError: when too many samples are unusable, or the data is not what the run began with.
+      NonFiniteLoss: at the first loss that is not finite.
+    """
+    config = run.config
+    spec = StateSpec.make(config, mesh)
+    encoder = ConversationEncoder(run.tokenizer(), config.data.system)
+    dataset = Dataset(
+        config.data.train,
+        config.data.media_root,
+        encoder,
+        row_shape(config),
+        config.data.max_skip_fraction,
+    )
+    checkpointer = Checkpointer(run, spec)
+    try:
+        state, start = _begin(run, spec, checkpointer, dataset)
+        _describe(spec, dataset, start)
+        loop = _Loop(run, spec, dataset, checkpointer, start)
+        loop.run(state, make_evaluators(spec))
+    finally:
+        checkpointer.close()
+
+
+def make_validation(spec: StateSpec, dataset: Dataset) -> Evaluator:
+    """Mean loss and token accuracy over every sample of a dataset."""
+    config, mesh = spec.config, spec.mesh
+    shape = _visual_shape(dataset.shape)
+    step = make_eval_step(spec, shape)
+    rows = EvalRows(dataset)
+    size = config.train.batch_size // config.train.accumulation
+    steps = range(-(-len(rows) // size))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        totals = {"loss": 0.0, "weight": 0.0, "right": 0.0}
+        for batch in batches(dataset, rows, steps, size, **_share(config)):
+            sums = jax.device_get(step(state, place(batch.arrays, mesh)))
+            totals = {name: totals[name] + float(sums[name]) for name in totals}
+        weight = max(totals["weight"], 1.0)
+        return {"val_loss": totals["loss"] / weight, "val_accuracy": totals["right"] / weight}
+
+    return evaluate
+
+
+def place(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows to global arrays over the mesh."""
+    return {
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh, array), array)
+        for name, array in arrays.items()
+    }
+
+
+class _Loop:
+    """State of one pass through the loop that is not the model's."""
+
+    def __init__(
+        self, run: Run, spec: StateSpec, dataset: Dataset, checkpointer: Checkpointer, start: int
+    ):
+        config = run.config
+        self.run_path, self.spec, self.start = run.path, spec, start
+        self.config = config.train
+        self.dataset, self.checkpointer = dataset, checkpointer
+        self.metrics = MetricsWriter(run.path, start, config.train.tensorboard)
+        self.progress = Progress(start, config.train.steps, config.train.log_every)
+        self.skips = _SkipLog(run.path, dataset, config.data.max_skip_fraction)
+
+    def run(self, state: TrainState, evaluators: Mapping[str, Evaluator]) -> None:
+        config, mesh = self.config, self.spec.mesh
+        step_fn = make_train_step(self.spec, _visual_shape(self.dataset.shape))
+        stream = self._stream()
+        pending: tuple[int, Batch, dict] | None = None
+        for step in range(self.start, config.steps + 1):
+            last, resumed = step == config.steps, step == self.start
+            results: dict[str, float] = {}
+            evaluates = config.eval_every and (step % config.eval_every == 0 or last)
+            saves = step % config.save_every == 0 or last
+            if not resumed and (evaluates or saves):
+                self._finish(pending)
+                pending = None
+                if evaluates:
+                    results = self._evaluate(step, state, evaluators)
+                if saves:
+                    self.checkpointer.save(step, state, self._data_state(step), results)
+            if last:
+                break
+            batch = next(stream)
+            self.skips.add(batch)
+            with jax.set_mesh(mesh):
+                state, metrics = step_fn(state, place(batch.arrays, mesh))
+            self._finish(pending)  # one step late, so that the device is never waited for
+            pending = step + 1, batch, metrics
+        self.metrics.close()
+
+    def _stream(self) -> Iterator[Batch]:
+        plan = TrainRows(self.dataset, self.config.seed)
+        steps = range(self.start, self.config.steps)
+        return batches(
+            self.dataset, plan, steps, self.config.batch_size, **_share(self.spec.config)
+        )
+
+    def _finish(self, pending: tuple[int, Batch, dict] | None) -> None:
+        if pending is None:
+            return
+        step, batch, metrics = pending
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+            path = self.run_path / f"nonfinite_step_{step}.npz"
+            np.savez(path, sample_ids=batch.sample_ids, **batch.arrays)
+            raise NonFiniteLoss(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples "
+                f"{', '.join(batch.sample_ids)}; the batch is in {path}"
+            )
+        self.metrics.write(step, values)
+        self.progress.report(step, values)
+
+    def _evaluate(
+        self, step: int, state: TrainState, evaluators: Mapping[str, Evaluator]
+    ) -> dict[str, float]:
+        results: dict[str, float] = {}
+        began = time.monotonic()
+        with jax.set_mesh(self.spec.mesh):
+            for evaluate in evaluators.values():
+                results.update(evaluate(state))
+        if results:
+            self.metrics.write(step, results)
+            listed = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+            print(f"step {step:>6}  {listed}  ({duration(time.monotonic() - began)})", flush=True)
+        return results
+
+    def _data_state(self, step: int) -> dict[str, int | str]:
+        return {
+            "row": step * self.config.batch_size,
+            "fingerprint": self.dataset.fingerprint(),
+        }
+
+
+def _begin(
+    run: Run, spec: StateSpec, checkpointer: Checkpointer, dataset: Dataset
+) -> tuple[TrainState, int]:
+    """The last checkpoint; else the parameters of `init_from`; else random ones."""
+    restored = checkpointer.restore_latest()
+    if restored is not None:
+        state, data = restored
+        if data["fingerprint"] != dataset.fingerprint():
+            raise DataError(
+                f"{run.config.data.train} is not the data that {run.path} began with: samples were "
+                f"added, removed, reordered or changed in length. Restore it, or start a new run "
+                f"with --config.init_from={run.path}"
+            )
+        return state, int(state.step)
+    if run.config.init_from:
+        return spec.from_params(load_params(Run(run.config.init_from), spec)), 0
+    return spec.init(), 0
+
+
+def load_params(source: Run, spec: StateSpec) -> dict:
+    """Another run's parameters on this mesh.
+
+    Raises:
+      RunError: when its model is another one.
+    """
+    changed = config_lib.differences(
+        config_lib.to_dict(source.config.model), config_lib.to_dict(spec.config.model)
+    )
+    if changed:
+        listed = "\n  ".join(f"model.{k}: {a!r} there, {b!r} here" for k, (a, b) in changed.items())
+        raise RunError(f"init_from={source.path} has another model:\n  {listed}")
+    return source.restore_params(with_sharding(spec.shapes, spec.shardings).params())
+
+
+def _describe(spec: StateSpec, dataset: Dataset, start: int) -> None:
+    trained = sum(leaf.size for leaf in spec.shapes.trained.values())
+    frozen = sum(leaf.size for leaf in spec.shapes.frozen.values())
+    shape = dataset.shape
+    print(
+        f"{len(dataset.samples):,} samples ({len(dataset.skips)} unusable), rows of "
+        f"{shape.tokens} tokens and {shape.frames} frames; parameters: {trained:,} trained, "
+        f"{frozen:,} frozen; mesh {dict(spec.mesh.shape)}; from step {start}",
+        flush=True,
+    )
+
+
+def _visual_shape(shape: RowShape) -> VisualShape:
+    return VisualShape(shape.num_groups, shape.compression.spatial_pool)
+
+
+def _share(config: RunConfig) -> dict[str, int]:
+    return {
+        "num_threads": config.data.num_threads,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
+class _SkipLog:
+    """Writes each unusable sample once to skipped.jsonl and stops a run that has too many."""
+
+    def __init__(self, workdir: pathlib.Path, dataset: Dataset, max_fraction: float):
+        self._path, self._max_fraction = workdir / "skipped.jsonl", max_fraction
+        self._skips: list[Skip] = []
+        self._read = 0
+        self._logged: set[str] = set()
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            self._logged = {json.loads(line)["sample"] for line in lines}
+        self._log(dataset.skips)
+
+    def add(self, batch: Batch) -> None:
+        self._read += len(batch.sample_ids)
+        self._skips += batch.skips
+        self._log(batch.skips)
+        check_skips(self._skips, self._read, self._max_fraction, "training met")
+
+    def _log(self, skips: list[Skip]) -> None:
+        for skip in skips:
+            if skip.sample_id in self._logged:
+                continue
+            self._logged.add(skip.sample_id)
+            logging.warning("skipped (%s): %s", skip.cause, skip.message)
+            line = {"sample": skip.sample_id, "cause": skip.cause, "message": skip.message}
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")

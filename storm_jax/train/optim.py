@@ -1,0 +1,63 @@
+"""AdamW with one learning rate per part of the model.
+
+Every parameter belongs to the part that its path begins with (vision, projector, decoder). A part
+with rate 0 is frozen: it has no gradient and no optimizer memory. So is `vision/unused`, the layers
+behind the feature layer, which no output depends on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import jax
+import optax
+
+from storm_jax.config import OptimConfig
+
+NEVER_TRAINED = "vision/unused/"
+
+
+def is_trainable(name: str, config: OptimConfig) -> bool:
+    """Whether the parameter of this path is trained.
+
+    Raises:
+      ValueError: for a path that begins with no part that has a learning rate.
+    """
+    rates = dataclasses.asdict(config.learning_rate)
+    part = part_of(name)
+    if part not in rates:
+        raise ValueError(f"parameter {name}: optim.learning_rate has no field {part!r}")
+    return rates[part] > 0 and not name.startswith(NEVER_TRAINED)
+
+
+def part_of(name: str) -> str:
+    return name.split("/", 1)[0]
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Factor of the peak rate: linear warm-up, then cosine to zero at the last step."""
+    warmup = round(config.warmup_fraction * steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else 1.0, peak_value=1.0, warmup_steps=warmup, decay_steps=steps
+    )
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The transformation of flat gradients {path: array}."""
+    rates = dataclasses.asdict(config.learning_rate)
+
+    def decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+        return {name: bool(re.search(config.decay_pattern, name)) for name in params}
+
+    def belongs(part: str):
+        return lambda params: {name: part_of(name) == part for name in params}
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        *(optax.masked(optax.scale(-rate), belongs(part)) for part, rate in rates.items()),
+        optax.scale_by_schedule(schedule(config, steps)),
+    )

@@ -1,0 +1,66 @@
+"""Trains a STORM, or goes on with the training in --workdir.
+
+    python train.py --config=configs/tiny.py:stage=align --workdir=runs/align
+    python train.py --config=configs/tiny.py:stage=sft --workdir=runs/sft --config.init_from=runs/align
+
+Every field of the configuration can be set: --config.optim.learning_rate.projector=3e-4
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from storm_jax.config import ConfigError, RunConfig, from_dict
+from storm_jax.data.conversation import ConversationEncoder
+from storm_jax.data.pipeline import DataError, Dataset
+from storm_jax.run import Run, RunError
+from storm_jax.sharding import make_mesh
+from storm_jax.train.loop import NonFiniteLoss, make_validation, row_shape, train
+from storm_jax.train.metrics import plot_curves
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, with the stage: configs/NAME.py:stage=align|sft|long."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; continued when it has one.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def tokenizer_folder(config: RunConfig) -> pathlib.Path:
+    """`data.tokenizer`, else that of `init_from`, else the one beside the training file."""
+    if config.data.tokenizer:
+        return pathlib.Path(config.data.tokenizer)
+    if config.init_from:
+        return Run(config.init_from).tokenizer_path
+    return pathlib.Path(config.data.train).parent / "tokenizer"
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    try:
+        config = from_dict(RunConfig, CONFIG.value)
+        run = Run(WORKDIR.value)
+        run.prepare(config, tokenizer_folder(config))
+        mesh = make_mesh(config.mesh)
+
+        def evaluators(spec):
+            if not config.data.val or not config.train.eval_every:
+                return {}
+            encoder = ConversationEncoder(run.tokenizer(), config.data.system)
+            shape, limit = row_shape(config), config.data.max_skip_fraction
+            dataset = Dataset(config.data.val, config.data.media_root, encoder, shape, limit)
+            return {"validation": make_validation(spec, dataset)}
+
+        train(run, mesh, evaluators)
+        print(f"training curves: {plot_curves(run.path)}")
+    except (ConfigError, RunError, DataError, NonFiniteLoss, ValueError, ImportError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
