@@ -12,12 +12,12 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from storm_jax.config import ConfigError, RunConfig, from_dict
+from storm_jax.config import RunConfig, from_dict
 from storm_jax.data.conversation import ConversationEncoder
-from storm_jax.data.pipeline import DataError, Dataset
+from storm_jax.data.pipeline import Dataset
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.train.loop import NonFiniteLoss, make_validation, row_shape, train
@@ -42,6 +42,7 @@ def tokenizer_folder(config: RunConfig) -> pathlib.Path:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
     try:
         config = from_dict(RunConfig, CONFIG.value)
         run = Run(WORKDIR.value)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
 
         train(run, mesh, evaluators)
         print(f"training curves: {plot_curves(run.path)}")
-    except (ConfigError, RunError, DataError, NonFiniteLoss, ValueError, ImportError) as error:
+    except (RunError, NonFiniteLoss, ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: {error}")
 
 

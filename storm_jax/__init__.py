@@ -1,1 +1,24 @@
-"""STORM in JAX: token-efficient long video understanding."""
+"""STORM in JAX: token-efficient long video understanding (arXiv 2503.04130).
+
+    storm = storm_jax.load("runs/sft")
+    storm.answer("clip.mp4", "Which flash came first?")
+"""
+
+from __future__ import annotations
+
+import pathlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from storm_jax.inference.predictor import Predictor
+
+
+def load(workdir: str | pathlib.Path, step: int | None = None) -> Predictor:
+    """The model of a run that `train.py` wrote, ready to answer (see `Predictor`).
+
+    Args:
+      step: the checkpoint to load; the last one by default.
+    """
+    from storm_jax.inference.predictor import Predictor  # the package itself imports nothing heavy
+
+    return Predictor(workdir, step)

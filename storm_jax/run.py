@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import transformers
 from flax import nnx
-from orbax.checkpoint import checkpoint_managers as managers
 
 from storm_jax import config as config_lib
-from storm_jax.config import ConfigError, RunConfig
+from storm_jax.config import ConfigError, ModelConfig, RunConfig
 from storm_jax.data.conversation import load_tokenizer
 from storm_jax.models.storm import Storm
 
@@ -92,71 +92,46 @@ class Run:
                 f"Use another --workdir, or set these fields back to continue it"
             )
 
-    def manager(self, *, read_only: bool = True) -> ocp.CheckpointManager:
-        """Orbax's manager of `checkpoints/`. Close it, or use it as a context."""
-        train = self.config.train
-        policies = [managers.LatestN(n=train.keep_last)]
-        if train.keep_best:
-            policies.append(
-                managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["val_loss"],
-                    reverse=True,  # sorted descending, the last n are kept: the smallest losses
-                    n=train.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        root = self.path / "checkpoints"
-        if not read_only:
-            for leftover in root.glob("*.orbax-checkpoint-tmp"):  # of a process that was killed
-                shutil.rmtree(leftover)
-            root.mkdir(exist_ok=True)
-        return ocp.CheckpointManager(
-            root,
-            options=ocp.CheckpointManagerOptions(
-                read_only=read_only,
-                create=not read_only,
-                preservation_policy=managers.AnyPreservationPolicy(policies),
-                best_fn=lambda metrics: metrics["val_loss"],
-                best_mode="min",
-            ),
-        )
+    @property
+    def checkpoints_path(self) -> pathlib.Path:
+        return self.path / "checkpoints"
 
-    def restore_params(self, target: Any, step: int | None = None) -> Any:
-        """Reads the parameters of a checkpoint (the last one by default).
-
-        Args:
-          target: pure dict of `jax.ShapeDtypeStruct`s with shardings.
+    def checkpoint_step(self, step: int | None = None) -> int:
+        """The step of the last checkpoint, or `step` when there is one.
 
         Raises:
-          RunError: when there is no such checkpoint or its parameters have other names or shapes.
+          RunError: when there is none.
         """
-        if not (self.path / "checkpoints").is_dir():
-            raise RunError(f"{self.path} has no checkpoint: has train.py saved one?")
-        with self.manager() as manager:
-            steps = manager.all_steps()
-            if not steps or (step is not None and step not in steps):
-                raise RunError(f"{self.path} has no checkpoint {step or ''}; steps here: {steps}")
-            step = manager.latest_step() if step is None else step
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-            check_shapes(manager, step, target, self.path)
-            return manager.restore(step, args=args)["params"]
+        if not self.checkpoints_path.is_dir():
+            raise RunError(f"{self.path} has no checkpoint: train.py saves them")
+        steps = sorted(ocp.utils.checkpoint_steps(self.checkpoints_path))
+        if not steps or (step is not None and step not in steps):
+            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise RunError(f"{self.path} has {wanted}; steps here: {steps}")
+        return steps[-1] if step is None else step
 
+    def restore_params(self, target: Any, step: int) -> Any:
+        """Reads the parameters of a checkpoint.
 
-def check_shapes(
-    manager: ocp.CheckpointManager, step: int, target: Any, path: pathlib.Path
-) -> None:
-    """Raises RunError naming every parameter of a checkpoint that is not as expected."""
-    saved = manager.item_metadata(step)["params"]
-    here, there = flatten(target), flatten(getattr(saved, "tree", saved))
-    problems = [f"{name} is not in the checkpoint" for name in here.keys() - there.keys()]
-    problems += [f"{name} is only in the checkpoint" for name in there.keys() - here.keys()]
-    problems += [
-        f"{name} is {tuple(there[name].shape)} in the checkpoint and {here[name].shape} here"
-        for name in here.keys() & there.keys()
-        if tuple(there[name].shape) != tuple(here[name].shape)
-    ]
-    if problems:
-        raise RunError(f"checkpoint {step} of {path}:\n  " + "\n  ".join(sorted(problems)))
+        Args:
+          target: pure dict of `jax.ShapeDtypeStruct`s with shardings; dtypes are cast to it.
+
+        Raises:
+          RunError: when the parameters have other names or shapes.
+        """
+        folder = self.checkpoints_path / str(step) / "params"
+        handler = ocp.StandardCheckpointHandler()
+        there, here = flatten(handler.metadata(folder).tree), flatten(target)
+        problems = [f"{name} is not in the checkpoint" for name in here.keys() - there.keys()]
+        problems += [f"{name} is only in the checkpoint" for name in there.keys() - here.keys()]
+        problems += [
+            f"{name} is {tuple(there[name].shape)} in the checkpoint and {here[name].shape} here"
+            for name in here.keys() & there.keys()
+            if tuple(there[name].shape) != tuple(here[name].shape)
+        ]
+        if problems:
+            raise RunError(f"checkpoint {step} of {self.path}:\n  " + "\n  ".join(sorted(problems)))
+        return handler.restore(folder, args=ocp.args.StandardRestore(target))
 
 
 def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -166,6 +141,19 @@ def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
     )
     graphdef, params = nnx.split(model)
     return graphdef, params
+
+
+_MATRICES = ("/kernel", "/embedding", "/lm_head", "/position")
+
+
+def compute_dtypes(tree: Any, model: ModelConfig) -> Any:
+    """Shapes of parameters as the forward pass reads them: matrices in the compute dtype."""
+
+    def leaf_dtype(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        is_matrix = f"/{path[-1].key}".endswith(_MATRICES)
+        return jax.ShapeDtypeStruct(leaf.shape, model.dtype if is_matrix else jnp.float32)
+
+    return jax.tree.map_with_path(leaf_dtype, tree)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

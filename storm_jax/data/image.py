@@ -8,6 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
 class ImageError(ValueError):
     """An image that cannot be read; `cause` is "missing" or "unreadable"."""
 

@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
-import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 
-from storm_jax.run import Run, RunError, check_shapes, flatten, with_sharding
+from storm_jax.run import Run, RunError, flatten, with_sharding
 from storm_jax.train.state import StateSpec, TrainState
 
 
 class Checkpointer:
-    """Asynchronous checkpoints `checkpoints/STEP/{params, opt_state, data, meta}` of one run."""
+    """Asynchronous checkpoints `checkpoints/STEP/{params, opt_state, data, meta}` of one run: the
+    last `train.keep_last`, and the `train.keep_best` with the lowest validation loss."""
 
     def __init__(self, run: Run, spec: StateSpec):
         self._run, self._spec = run, spec
-        self._manager = run.manager(read_only=False)
+        root = run.checkpoints_path
+        for leftover in root.glob("*.orbax-checkpoint-tmp"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        root.mkdir(exist_ok=True)
+        train = run.config.train
+        policies = [managers.LatestN(n=train.keep_last)]
+        if train.keep_best:
+            policies.append(
+                managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["val_loss"],
+                    reverse=True,  # sorted descending, the last n are kept: the smallest losses
+                    n=train.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            root,
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "opt_state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=managers.AnyPreservationPolicy(policies),
+                best_fn=lambda metrics: metrics["val_loss"],
+                best_mode="min",
+            ),
+        )
 
     def save(
         self, step: int, state: TrainState, data: dict[str, Any], metrics: Mapping[str, float]
@@ -48,18 +78,15 @@ class Checkpointer:
         if step is None:
             return None
         shapes = with_sharding(self._spec.shapes, self._spec.shardings)
-        params = shapes.params()
-        check_shapes(self._manager, step, params, self._run.path)
+        flat = flatten(self._run.restore_params(shapes.params(), step))
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
                 opt_state=ocp.args.StandardRestore(shapes.opt_state),
                 data=ocp.args.JsonRestore(),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        flat = flatten(restored["params"])
         state = TrainState(
             {name: flat[name] for name in shapes.trained},
             {name: flat[name] for name in shapes.frozen},
@@ -72,10 +99,6 @@ class Checkpointer:
         """Waits until what was saved is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-    @property
-    def path(self) -> pathlib.Path:
-        return self._run.path / "checkpoints"
 
 
 def _scalar(value: int, target: jax.ShapeDtypeStruct) -> jax.Array:

@@ -221,7 +221,8 @@ def load_params(source: Run, spec: StateSpec) -> dict:
     if changed:
         listed = "\n  ".join(f"model.{k}: {a!r} there, {b!r} here" for k, (a, b) in changed.items())
         raise RunError(f"init_from={source.path} has another model:\n  {listed}")
-    return source.restore_params(with_sharding(spec.shapes, spec.shardings).params())
+    target = with_sharding(spec.shapes, spec.shardings).params()
+    return source.restore_params(target, source.checkpoint_step())
 
 
 def _describe(spec: StateSpec, dataset: Dataset, start: int) -> None:

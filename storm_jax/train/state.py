@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from storm_jax.config import RunConfig
 from storm_jax.models.storm import Storm
-from storm_jax.run import abstract_model, flatten, unflatten
+from storm_jax.run import abstract_model, compute_dtypes, flatten, unflatten
 from storm_jax.sharding import param_shardings
 from storm_jax.train.optim import is_trainable, make_optimizer
 
@@ -82,11 +82,11 @@ class StateSpec:
 
 def _split(flat: dict[str, jax.Array], config: RunConfig) -> TrainState:
     trained, frozen = {}, {}
+    dtypes = compute_dtypes(flat, config.model)
     for name, value in flat.items():
         if is_trainable(name, config.optim):
             trained[name] = value.astype(jnp.float32)
         else:
-            is_matrix = name.endswith(("/kernel", "/embedding", "/lm_head", "/position"))
-            frozen[name] = value.astype(config.model.dtype if is_matrix else jnp.float32)
+            frozen[name] = value.astype(dtypes[name].dtype)
     opt_state = make_optimizer(config.optim, config.train.steps).init(trained)
     return TrainState(trained, frozen, opt_state, jnp.zeros((), jnp.int32))

@@ -1,0 +1,119 @@
+"""Autoregressive generation: one prefill of whole prompts, then a token per row at a time.
+
+Prompts of unequal length are padded on the right. A cache slot is a position, so a row's first new
+token overwrites the first padding slot, and padding is never seen: it lies at later positions than
+every token that could look at it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from storm_jax.models.decoder import Cache
+from storm_jax.models.storm import Storm, VisualShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedily at temperature 0, else from the smallest set of tokens whose
+    probabilities reach `top_p` (Holtzman et al., arXiv 1904.09751)."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+
+
+def generate(
+    model: Storm,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    *,
+    shape: VisualShape,
+    sampling: Sampling,
+    stop_id: int,
+) -> jax.Array:
+    """Continues each prompt until it ends.
+
+    Args:
+      batch: rows of one sample each (see `storm_jax.data.rows`) and `lengths`, int [B].
+      key: of the random draws; unused at temperature 0.
+      stop_id: ends an answer, and fills what follows it.
+
+    Returns:
+      int32 [B, max_new_tokens].
+    """
+    lengths = batch["lengths"]
+    total = batch["tokens"].shape[1] + sampling.max_new_tokens
+    logits, cache = prefill(model, batch, shape, total)
+    tokens = jnp.full((len(lengths), sampling.max_new_tokens), stop_id, jnp.int32)
+    done = jnp.zeros(lengths.shape, jnp.bool_)
+
+    def unfinished(carry: tuple) -> jax.Array:
+        step, _, _, _, done = carry
+        return (step < sampling.max_new_tokens) & ~done.all()
+
+    def extend(carry: tuple) -> tuple:
+        step, tokens, logits, cache, done = carry
+        chosen = choose(logits, jax.random.fold_in(key, step), sampling)
+        chosen = jnp.where(done, stop_id, chosen).astype(jnp.int32)
+        done |= chosen == stop_id
+        logits, cache = decode_step(model, chosen, lengths + step, cache)
+        return step + 1, tokens.at[:, step].set(chosen), logits, cache, done
+
+    return jax.lax.while_loop(unfinished, extend, (0, tokens, logits, cache, done))[1]
+
+
+def prefill(
+    model: Storm, batch: dict[str, jax.Array], shape: VisualShape, cache_length: int
+) -> tuple[jax.Array, Cache]:
+    """Reads whole prompts.
+
+    Returns:
+      fp32 logits [B, V] of the token after each prompt, and a cache of `cache_length` slots.
+    """
+    visual = model.encode(batch["frames"], batch["frame_clip"], batch["frame_group"], shape)
+    x = model.merge(batch["tokens"], visual, batch["visual_index"])  # [B, S, D]
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+    cache = model.decoder.empty_cache(x.shape[0], cache_length)
+    hidden, cache = model.decode(x, positions, cache=cache)
+    last = jnp.take_along_axis(hidden, batch["lengths"][:, None, None] - 1, axis=1)  # [B, 1, D]
+    return _logits(model, last), cache
+
+
+def decode_step(
+    model: Storm, tokens: jax.Array, positions: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Reads one token per row, int [B], at its position, int [B]; logits of the next [B, V]."""
+    x = model.decoder.embed(tokens[:, None])  # [B, 1, D]
+    hidden, cache = model.decode(x, positions[:, None], cache=cache)
+    return _logits(model, hidden), cache
+
+
+def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token of each row, int [B], from fp32 logits [B, V]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the tokens ranked higher
+    rank = jax.random.categorical(key, jnp.where(before < sampling.top_p, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+
+
+def _logits(model: Storm, hidden: jax.Array) -> jax.Array:
+    """[B, 1, D] -> fp32 [B, V]."""
+    return jnp.einsum(
+        "bd,dv->bv", hidden[:, 0], model.decoder.head(), preferred_element_type=jnp.float32
+    )

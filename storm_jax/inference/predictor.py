@@ -1,0 +1,237 @@
+"""A trained run that answers questions about files.
+
+    storm = storm_jax.load("runs/sft")
+    storm.answer("clip.mp4", "Which flash came first?")
+
+Samples that need the same shapes are answered together; files are decoded ahead by threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+
+from storm_jax.config import CompressionConfig, MeshConfig
+from storm_jax.data.conversation import ConversationEncoder, Encoded
+from storm_jax.data.image import IMAGE_SUFFIXES, ImageError
+from storm_jax.data.pipeline import decode
+from storm_jax.data.rows import RowSample, RowShape, build_row, empty_row, stack_rows
+from storm_jax.data.sources import Media, Sample, SampleError, Turn
+from storm_jax.data.video import VideoError
+from storm_jax.inference.generate import Sampling, generate
+from storm_jax.models.storm import VisualShape
+from storm_jax.run import Run, abstract_model, compute_dtypes, with_sharding
+from storm_jax.sharding import batch_sharding, make_mesh, param_shardings
+
+_SMALLEST_PROMPT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """An answer, or the reason why there is none.
+
+    Attributes:
+      text: the answer, empty when it failed.
+      error: what was wrong with the sample, empty when it was answered.
+      clips: per medium, the frames that the model saw, uint8 [T, H, W, 3].
+      times: per medium, when they are shown, float64 [T] in seconds.
+    """
+
+    text: str = ""
+    error: str = ""
+    clips: tuple[np.ndarray, ...] = ()
+    times: tuple[np.ndarray, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A sample on its way to the model."""
+
+    index: int
+    row: RowSample | None = None
+    times: tuple[np.ndarray, ...] = ()
+    error: str = ""
+
+
+class Predictor:
+    """The parameters and tokenizer of one checkpoint, spread over all devices."""
+
+    def __init__(self, workdir: str | pathlib.Path, step: int | None = None):
+        """Loads checkpoint `step` of a run, the last one by default.
+
+        Raises:
+          ConfigError: when `workdir` is not a run.
+          RunError: when it has no such checkpoint.
+        """
+        run = Run(workdir)
+        self.config = run.config
+        self.encoder = ConversationEncoder(run.tokenizer(), self.config.data.system)
+        self.mesh = make_mesh(MeshConfig(data=1, fsdp=jax.device_count()))
+        self._graphdef, abstract = abstract_model(self.config)
+        target = with_sharding(
+            compute_dtypes(nnx.to_pure_dict(abstract), self.config.model),
+            param_shardings(abstract, self.mesh),
+        )
+        self.step = run.checkpoint_step(step)
+        self._params = run.restore_params(target, self.step)
+        self._run_batch = jax.jit(self._run, static_argnames=("shape", "sampling"))
+
+    @property
+    def compression(self) -> CompressionConfig:
+        """What the run was trained with; calls may use another."""
+        return self.config.compression
+
+    def answer(
+        self,
+        media: str | pathlib.Path,
+        question: str,
+        *,
+        compression: CompressionConfig | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Answers a question about a video or an image file.
+
+        Raises:
+          ValueError: when the file cannot be read.
+        """
+        path = pathlib.Path(media)
+        kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
+        turn = Turn("user", f"<{kind}>\n{question}")
+        sample = Sample(path.name, (turn,), (Media(kind, path),), {})
+        _, prediction = next(
+            self.predict(
+                [sample], compression=compression, sampling=sampling, seed=seed, batch_size=1
+            )
+        )
+        if prediction.error:
+            raise ValueError(prediction.error)
+        return prediction.text
+
+    def predict(
+        self,
+        samples: Sequence[Sample],
+        *,
+        compression: CompressionConfig | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> Iterator[tuple[int, Prediction]]:
+        """Answers samples that end with a question, and yields (index, prediction) as they come.
+
+        A sample that cannot be used gives a prediction with its error; the others are not touched.
+        """
+        compression = compression or self.compression
+        sampling = sampling or Sampling()
+        shape = self._row_shape(0, 0, compression)
+        encoded: dict[int, Encoded] = {}
+        buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, sample in enumerate(samples):
+            frames = [medium.num_frames(compression.num_frames) for medium in sample.media]
+            try:
+                encoded[index] = self.encoder.encode(sample, [shape.clip_tokens(n) for n in frames])
+            except SampleError as error:
+                yield index, Prediction(error=str(error))
+                continue
+            tokens = max(_SMALLEST_PROMPT, _power_of_two(len(encoded[index])))
+            buckets[tokens, _power_of_two(sum(frames))].append(index)
+        for batch_number, (bucket, batch) in enumerate(
+            self._decoded(samples, encoded, buckets, compression, batch_size)
+        ):
+            yield from (
+                (item.index, Prediction(error=item.error)) for item in batch if item.row is None
+            )
+            readable = [item for item in batch if item.row is not None]
+            if readable:
+                key = jax.random.fold_in(jax.random.key(seed), batch_number)
+                texts = self._generate(
+                    readable, self._row_shape(*bucket, compression), sampling, key, batch_size
+                )
+                for item, text in zip(readable, texts, strict=True):
+                    clips = tuple(item.row.clips)
+                    yield item.index, Prediction(text, clips=clips, times=item.times)
+
+    def _decoded(
+        self,
+        samples: Sequence[Sample],
+        encoded: dict[int, Encoded],
+        buckets: dict[tuple[int, int], list[int]],
+        compression: CompressionConfig,
+        batch_size: int,
+    ) -> Iterator[tuple[tuple[int, int], list[_Prepared]]]:
+        """Batches of one bucket each, their media read by threads two batches ahead."""
+        size = self.config.model.vision.image_size
+
+        def prepare(index: int) -> _Prepared:
+            try:
+                row, times = decode(samples[index], encoded[index], compression.num_frames, size)
+            except (VideoError, ImageError) as error:
+                return _Prepared(index, error=str(error))
+            return _Prepared(index, row, tuple(times))
+
+        order = [index for _, members in sorted(buckets.items()) for index in members]
+        if not order:
+            return
+        options = grain.ReadOptions(
+            num_threads=self.config.data.num_threads, prefetch_buffer_size=2 * batch_size
+        )
+        items = iter(grain.MapDataset.source(order).map(prepare).to_iter_dataset(options))
+        for bucket, members in sorted(buckets.items()):
+            for start in range(0, len(members), batch_size):
+                yield bucket, [next(items) for _ in members[start : start + batch_size]]
+
+    def _generate(
+        self,
+        items: Sequence[_Prepared],
+        shape: RowShape,
+        sampling: Sampling,
+        key: jax.Array,
+        batch_size: int,
+    ) -> list[str]:
+        """The answers to the items of one batch, which empty rows fill up to `batch_size`."""
+        tokenizer = self.encoder.tokenizer
+        rows = [build_row([item.row], tokenizer.pad_token_id, shape) for item in items]
+        rows += [empty_row(tokenizer.pad_token_id, shape)] * (batch_size - len(rows))
+        lengths = np.ones(batch_size, np.int32)
+        lengths[: len(items)] = [len(item.row.encoded) for item in items]
+        arrays = {**stack_rows(rows), "lengths": lengths}
+        arrays = {name: arrays[name] for name in _PROMPT}
+        batch = {
+            name: jax.device_put(array, batch_sharding(self.mesh, array))
+            for name, array in arrays.items()
+        }
+        visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
+        with jax.set_mesh(self.mesh):
+            tokens = self._run_batch(self._params, batch, key, shape=visual, sampling=sampling)
+        stop = tokenizer.eos_token_id
+        answers = [row[: row.index(stop)] if stop in row else row for row in tokens.tolist()]
+        return [
+            tokenizer.decode(answer, skip_special_tokens=True).strip()
+            for answer in answers[: len(items)]
+        ]
+
+    def _run(
+        self, params: dict, batch: dict, key: jax.Array, *, shape: VisualShape, sampling: Sampling
+    ) -> jax.Array:
+        model = nnx.merge(self._graphdef, params)
+        stop_id = self.encoder.tokenizer.eos_token_id
+        return generate(model, batch, key, shape=shape, sampling=sampling, stop_id=stop_id)
+
+    def _row_shape(self, tokens: int, frames: int, compression: CompressionConfig) -> RowShape:
+        model = self.config.model
+        return RowShape(tokens, frames, model.vision.image_size, model.side, compression)
+
+
+_PROMPT = ("tokens", "visual_index", "frames", "frame_clip", "frame_group", "lengths")
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
