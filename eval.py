@@ -8,22 +8,26 @@ The report goes to RUN/evals/BENCHMARK/SETTINGS/: predictions, results and a con
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 
+from storm_jax.config import CompressionConfig
 from storm_jax.evals import shapes
 from storm_jax.evals.runner import Report, evaluate, settings_name
 from storm_jax.inference.predictor import Predictor
 from storm_jax.run import RunError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py wrote.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of a run that train.py wrote.", required=True
+)
 BENCHMARK = flags.DEFINE_enum("benchmark", None, ["shapes"], "What to evaluate on.", required=True)
 DATA = flags.DEFINE_string(
-    "data", None, "Folder of the benchmark's files; the folder of the run's training data by default."
+    "data",
+    None,
+    "Folder of the benchmark's files; the folder of the run's training data by default.",
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the last one by default.")
 LIMIT = flags.DEFINE_integer("limit", None, "Ask the first questions only.", lower_bound=1)
@@ -44,6 +48,12 @@ REQUIRE = flags.DEFINE_list(
 MARGIN = 0.1
 
 
+def chosen_compression(trained: CompressionConfig) -> CompressionConfig:
+    """What the flags say, and what training used where they say nothing."""
+    values = {name: flags.FLAGS[name].value or getattr(trained, name) for name in COMPRESSION}
+    return CompressionConfig(**values)
+
+
 def unproven(report: Report, required: Sequence[str]) -> list[str]:
     """The required groups that are not clearly above chance."""
     proven = {group.group for group in report.groups if group.low >= group.chance + MARGIN}
@@ -58,9 +68,7 @@ def main(argv: Sequence[str]) -> None:
         predictor = Predictor(WORKDIR.value, STEP.value)
         data = DATA.value or pathlib.Path(predictor.config.data.train).parent
         benchmark = shapes.load(data)
-        given = {name: flags.FLAGS[name].value for name in COMPRESSION}
-        given = {name: value for name, value in given.items() if value is not None}
-        compression = dataclasses.replace(predictor.compression, **given)
+        compression = chosen_compression(predictor.compression)
         folder = pathlib.Path(WORKDIR.value, "evals", benchmark.name)
         folder /= settings_name(compression, predictor.step, LIMIT.value)
         report = evaluate(
@@ -76,7 +84,9 @@ def main(argv: Sequence[str]) -> None:
     print(report.table())
     failed = sum(group.failed for group in report.groups)
     if failed:
-        print(f"{failed} questions had unreadable media and count as wrong: {folder}/predictions.jsonl")
+        print(
+            f"{failed} questions had unreadable media and count as wrong: {folder}/predictions.jsonl"
+        )
     print(f"results: {folder}/results.json\ncontact sheet: {folder}/contact_sheet.png")
     missed = unproven(report, REQUIRE.value)
     if missed:

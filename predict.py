@@ -1,6 +1,6 @@
 """Asks a run about a video or an image.
 
-    python predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"
+python predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 from storm_jax.run import RunError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py wrote.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of a run that train.py wrote.", required=True
+)
 VIDEO = flags.DEFINE_string("video", None, "A video file, or an image.", required=True)
 QUESTION = flags.DEFINE_string("question", None, "What to ask about it.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the last one by default.")

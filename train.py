@@ -20,14 +20,16 @@ from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.pipeline import Dataset
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
-from storm_jax.train.loop import NonFiniteLoss, make_validation, row_shape, train
+from storm_jax.train.loop import NonFiniteLossError, make_validation, row_shape, train
 from storm_jax.train.metrics import plot_curves
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with the stage: configs/NAME.py:stage=align|sft|long."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; continued when it has one.")
-flags.mark_flags_as_required(["config", "workdir"])
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; continued when it has one.", required=True
+)
+flags.mark_flag_as_required("config")
 
 
 def tokenizer_folder(config: RunConfig) -> pathlib.Path:
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
 
         train(run, mesh, evaluators)
         print(f"training curves: {plot_curves(run.path)}")
-    except (RunError, NonFiniteLoss, ValueError, OSError, ImportError) as error:
+    except (RunError, NonFiniteLossError, ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: {error}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
-from storm_jax.config import ModelConfig, to_dict
+from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 
 STAGES = ("align", "sft", "long")
 
@@ -20,6 +22,11 @@ def parse_stage(arg: str | None) -> str:
     return stage
 
 
+def complete(fields: dict[str, Any]) -> ConfigDict:
+    """Every field of a RunConfig, so that each can be set on the command line."""
+    return ConfigDict(to_dict(from_dict(RunConfig, fields)))
+
+
 def paper_config(model: ModelConfig, stage: str) -> ConfigDict:
     """A stage of the paper at full size: align on images, SFT at 32 frames, long videos at 128.
 
@@ -29,15 +36,12 @@ def paper_config(model: ModelConfig, stage: str) -> ConfigDict:
     is_align, is_long = stage == "align", stage == "long"
     rate = 1e-3 if is_align else 2e-5
     frames = 128 if is_long else 32
-    return ConfigDict(
+    return complete(
         {
             "model": to_dict(model),
             "compression": {"num_frames": frames, "temporal_pool": 4},
             "data": {
                 "train": f"data/{stage}.json",
-                "val": "",
-                "media_root": "",
-                "tokenizer": "",
                 "row_tokens": 16_384 if is_long else 8192,
                 "row_frames": frames if is_long else 64,
             },
@@ -47,12 +51,8 @@ def paper_config(model: ModelConfig, stage: str) -> ConfigDict:
                     "projector": rate,
                     "decoder": 0.0 if is_align else rate,
                 },
-                "warmup_fraction": 0.03,
-                "weight_decay": 0.0,
-                "clip_norm": 1.0,
             },
-            "train": {"steps": 1000 if is_align else 10_000, "batch_size": 256, "accumulation": 1},
-            "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
-            "init_from": "",
+            "train": {"steps": 1000 if is_align else 10_000, "batch_size": 256},
+            "mesh": {"data": 1, "fsdp": -1},
         }
     )

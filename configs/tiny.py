@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_stage
+from configs.common import complete, parse_stage
 from storm_jax import presets
 from storm_jax.config import to_dict
 
@@ -17,50 +17,35 @@ def get_config(arg: str | None = None) -> ConfigDict:
     is_align, is_long = stage == "align", stage == "long"
     frames = 64 if is_long else 16
     steps = {"align": 40, "sft": 600, "long": 200}[stage]
-    return ConfigDict(
+    rate = 2e-3
+    return complete(
         {
             "model": to_dict(presets.tiny()),
-            "compression": {
-                "num_frames": frames,
-                "temporal_pool": 4,
-                "spatial_pool": 1,
-                "temporal_sample": 1,
-            },
+            "compression": {"num_frames": frames, "temporal_pool": 4},
             "data": {
                 "train": "data/shapes/train.json",
                 "val": "data/shapes/val.json",
-                "media_root": "",
-                "tokenizer": "",
                 "system": "",
                 "row_tokens": 256,
                 "row_frames": 64,
-                "max_skip_fraction": 0.1,
                 "num_threads": 2,
             },
             "optim": {
                 "learning_rate": {
-                    "vision": 0.0 if is_align else 1e-3,
-                    "projector": 1e-3,
-                    "decoder": 0.0 if is_align else 1e-3,
+                    "vision": 0.0 if is_align else rate,
+                    "projector": rate,
+                    "decoder": 0.0 if is_align else rate,
                 },
                 "warmup_fraction": 0.05,
                 "weight_decay": 0.01,
-                "clip_norm": 1.0,
+                "b2": 0.98,
             },
             "train": {
                 "steps": steps,
                 "batch_size": 16,
-                "accumulation": 1,
-                "seed": 0,
                 "remat": False,
-                "log_every": 10,
-                "eval_every": 200,
-                "save_every": 200,
-                "keep_last": 2,
-                "keep_best": 1,
-                "tensorboard": False,
+                "eval_every": 100,
+                "save_every": 100,
             },
-            "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1},
-            "init_from": "",
         }
     )

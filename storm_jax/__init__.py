@@ -1,7 +1,7 @@
 """STORM in JAX: token-efficient long video understanding (arXiv 2503.04130).
 
-    storm = storm_jax.load("runs/sft")
-    storm.answer("clip.mp4", "Which flash came first?")
+storm = storm_jax.load("runs/sft")
+storm.answer("clip.mp4", "Which flash came first?")
 """
 
 from __future__ import annotations

@@ -230,18 +230,27 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         if self.batch_size % self.accumulation:
-            return [f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}"]
+            return [
+                f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}"
+            ]
         return []
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; `data=-1` takes what the others leave."""
+    """Devices along each mesh axis; `data` or `fsdp` may be -1 and takes what the others leave."""
 
     data: int = _at_least(-1, -1)
-    fsdp: int = 1
+    fsdp: int = _at_least(-1, 1)
     context: int = 1
     tensor: int = 1
+
+    def problems(self) -> list[str]:
+        if 0 in (self.data, self.fsdp) or self.data == self.fsdp == -1:
+            return [
+                f"data={self.data} and fsdp={self.fsdp}: a positive number each, or one of them -1"
+            ]
+        return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,9 +352,7 @@ def _build(cls: type[T], mapping: Any, prefix: str, problems: list[str]) -> T:
     return config
 
 
-def _check(
-    field: dataclasses.Field, hint: Any, value: Any, name: str, problems: list[str]
-) -> Any:
+def _check(field: dataclasses.Field, hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, name + ".", problems)
     if typing.get_origin(hint) is not None:  # Mapping[str, Any]

@@ -9,9 +9,15 @@ def tiny() -> ModelConfig:
     """Learns the built-in task on two CPU cores in minutes: 32 x 32 frames, 4 tokens each."""
     return ModelConfig(
         vision=VisionConfig(
-            image_size=32, patch_size=8, width=64, depth=2, num_heads=4, mlp_dim=256, feature_layer=-1
+            image_size=32,
+            patch_size=8,
+            width=64,
+            depth=2,
+            num_heads=4,
+            mlp_dim=256,
+            feature_layer=-1,
         ),
-        mamba=MambaConfig(depth=2),
+        mamba=MambaConfig(d_state=8),
         decoder=DecoderConfig(
             vocab_size=512,
             width=96,

@@ -1,10 +1,10 @@
 """A run: the folder that training writes and evaluation reads.
 
-    RUN/config.json            the complete configuration
-    RUN/tokenizer/
-    RUN/checkpoints/STEP/      params (always complete), opt_state, data, meta
-    RUN/metrics.jsonl  RUN/skipped.jsonl  RUN/curves.png
-    RUN/evals/BENCHMARK/SETTINGS/
+RUN/config.json            the complete configuration
+RUN/tokenizer/
+RUN/checkpoints/STEP/      params (always complete), opt_state, data, meta
+RUN/metrics.jsonl  RUN/skipped.jsonl  RUN/curves.png
+RUN/evals/BENCHMARK/SETTINGS/
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import transformers
 from flax import nnx
 
 from storm_jax import config as config_lib
-from storm_jax.config import ConfigError, ModelConfig, RunConfig
+from storm_jax.config import ModelConfig, RunConfig
 from storm_jax.data.conversation import load_tokenizer
 from storm_jax.models.storm import Storm
 
@@ -136,9 +136,7 @@ class Run:
 
 def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure and its parameters as shapes; nothing is allocated."""
-    model = nnx.eval_shape(
-        lambda: Storm(config.model, rngs=nnx.Rngs(0), remat=config.train.remat)
-    )
+    model = nnx.eval_shape(lambda: Storm(config.model, rngs=nnx.Rngs(0), remat=config.train.remat))
     graphdef, params = nnx.split(model)
     return graphdef, params
 

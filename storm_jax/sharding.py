@@ -41,9 +41,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       ValueError: when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    fixed = config.fsdp * config.context * config.tensor
-    data = len(devices) // fixed if config.data == -1 else config.data
-    shape = (data, config.fsdp, config.context, config.tensor)
+    asked = (config.data, config.fsdp, config.context, config.tensor)
+    left = len(devices) // math.prod(size for size in asked if size > 0)
+    shape = tuple(left if size == -1 else size for size in asked)
     if math.prod(shape) != len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices and "

@@ -102,9 +102,10 @@ class ConversationEncoder:
         return [*spans, (rest[len(done) :], False)]
 
     def _render(self, messages: list[dict[str, str]], *, opened: bool) -> str:
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=opened
         )
+        return str(text)
 
 
 class _Parts:

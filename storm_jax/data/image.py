@@ -7,7 +7,6 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps
 
-
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -28,8 +27,8 @@ def read_image(path: str | pathlib.Path, image_size: int) -> np.ndarray:
       ImageError: for a missing, broken or suspiciously large file.
     """
     try:
-        with Image.open(path) as image:
-            image = _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path) as file:
+            image = _to_rgb(ImageOps.exif_transpose(file))
             return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
     except FileNotFoundError as error:
         raise ImageError(path, "missing", "no such file") from error
@@ -39,7 +38,9 @@ def read_image(path: str | pathlib.Path, image_size: int) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

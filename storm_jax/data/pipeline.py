@@ -1,9 +1,9 @@
 """From a LLaVA JSON file to batches of packed rows, served through Grain.
 
-    Dataset    parses and measures every sample once; unusable ones become `Skip`s by cause
-    TrainRows  rows of endless epochs: row i is the same for every process and thread count
-    EvalRows   every sample once, in file order
-    batches    decodes rows ahead of the consumer; what failed to decode travels with the batch
+Dataset    parses and measures every sample once; unusable ones become `Skip`s by cause
+TrainRows  rows of endless epochs: row i is the same for every process and thread count
+EvalRows   every sample once, in file order
+batches    decodes rows ahead of the consumer; what failed to decode travels with the batch
 """
 
 from __future__ import annotations

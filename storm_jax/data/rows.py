@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from storm_jax.compression import pooled_side, plan_clip, visual_index
+from storm_jax.compression import plan_clip, pooled_side, visual_index
 from storm_jax.config import CompressionConfig
 from storm_jax.data.conversation import Encoded
 

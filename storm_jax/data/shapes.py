@@ -330,7 +330,7 @@ def ceiling(family: str, settings: Settings, temporal_pool: int, temporal_sample
     group = plan_clip(settings.frames, 1, compression).frame_group
     events = kind.events(settings)
     share = Counter(event.answer for event in events)  # answers are balanced, events within them
-    seen: dict[Any, Counter] = defaultdict(Counter)
+    seen: dict[Any, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in events:
         labels: dict[int, list] = defaultdict(list)
         for g, label in zip(group, event.labels, strict=True):
@@ -425,7 +425,9 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
         for (split, _), record in zip(jobs, _progress(made, len(jobs)), strict=True):
             records[split].append(record)
     for split in SPLITS:
-        order = np.random.default_rng([settings.seed, SPLITS.index(split)]).permutation(counts[split])
+        order = np.random.default_rng([settings.seed, SPLITS.index(split)]).permutation(
+            counts[split]
+        )
         _write_json(folder / f"{split}.json", [records[split][i] for i in order])
 
 
@@ -475,7 +477,9 @@ def main() -> None:
     )
     every = ",".join(FAMILIES)
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--clips", type=int, required=True, help="training samples, images included")
+    parser.add_argument(
+        "--clips", type=int, required=True, help="training samples, images included"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--families", default=every, help=f"comma-separated; default {every}")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (8 at least)")

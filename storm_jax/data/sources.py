@@ -73,7 +73,9 @@ def read_records(path: str | pathlib.Path) -> list[Any]:
     try:
         records = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: data.train and data.val name LLaVA JSON files") from None
+        raise ValueError(
+            f"{path} is missing: data.train and data.val name LLaVA JSON files"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(records, list) or not records:

@@ -27,9 +27,7 @@ _SPLIT = (
 )
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int
-) -> transformers.PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerBase:
     """A tokenizer of at most `vocab_size` entries, 3 of them special; deterministic."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -66,7 +64,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.vocab_size < 259:
-        parser.error(f"--vocab_size={args.vocab_size}: 256 bytes and 3 special tokens are the least")
+        parser.error(
+            f"--vocab_size={args.vocab_size}: 256 bytes and 3 special tokens are the least"
+        )
     texts = ["system\nuser\nassistant\nYou are a helpful assistant"]
     for record in read_records(args.data):
         texts += [PLACEHOLDER.sub("", turn["value"]) for turn in record["conversations"]]

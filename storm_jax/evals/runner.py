@@ -52,7 +52,9 @@ class Report:
 
     def table(self) -> str:
         """Accuracy per group, beside chance and ceiling, as text."""
-        lines = [f"{'':<12}{'accuracy':>9}  {'95 % interval':>15}{'chance':>9}{'ceiling':>9}{'n':>7}"]
+        lines = [
+            f"{'':<12}{'accuracy':>9}  {'95 % interval':>15}{'chance':>9}{'ceiling':>9}{'n':>7}"
+        ]
         for result in self.groups:
             ceiling = "?" if result.ceiling is None else f"{result.ceiling:.1%}"
             lines.append(
@@ -87,7 +89,10 @@ def evaluate(
         now = time.monotonic()
         if now - shown > 5 or len(predictions) == len(questions):
             left = (now - began) / len(predictions) * (len(questions) - len(predictions))
-            print(f"{len(predictions):,} of {len(questions):,} questions, {left:.0f} s left", flush=True)
+            print(
+                f"{len(predictions):,} of {len(questions):,} questions, {left:.0f} s left",
+                flush=True,
+            )
             shown = now
     groups = _score(benchmark, questions, predictions, compression)
     report = Report(benchmark.name, predictor.step, compression, groups, folder)

@@ -8,6 +8,7 @@ every token that could look at it.
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,9 @@ def prefill(
     x = model.merge(batch["tokens"], visual, batch["visual_index"])  # [B, S, D]
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     cache = model.decoder.empty_cache(x.shape[0], cache_length)
-    hidden, cache = model.decode(x, positions, cache=cache)
+    hidden, filled = model.decode(x, positions, cache=cache)
     last = jnp.take_along_axis(hidden, batch["lengths"][:, None, None] - 1, axis=1)  # [B, 1, D]
-    return _logits(model, last), cache
+    return _logits(model, last), cast(Cache, filled)
 
 
 def decode_step(
@@ -96,8 +97,8 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
     """Reads one token per row, int [B], at its position, int [B]; logits of the next [B, V]."""
     x = model.decoder.embed(tokens[:, None])  # [B, 1, D]
-    hidden, cache = model.decode(x, positions[:, None], cache=cache)
-    return _logits(model, hidden), cache
+    hidden, extended = model.decode(x, positions[:, None], cache=cache)
+    return _logits(model, hidden), cast(Cache, extended)
 
 
 def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -52,12 +52,19 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A sample on its way to the model."""
+    """A sample whose media were read."""
 
     index: int
-    row: RowSample | None = None
-    times: tuple[np.ndarray, ...] = ()
-    error: str = ""
+    row: RowSample
+    times: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """A sample whose media could not be read."""
+
+    index: int
+    error: str
 
 
 class Predictor:
@@ -73,7 +80,7 @@ class Predictor:
         run = Run(workdir)
         self.config = run.config
         self.encoder = ConversationEncoder(run.tokenizer(), self.config.data.system)
-        self.mesh = make_mesh(MeshConfig(data=1, fsdp=jax.device_count()))
+        self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
         self._graphdef, abstract = abstract_model(self.config)
         target = with_sharding(
             compute_dtypes(nnx.to_pure_dict(abstract), self.config.model),
@@ -145,18 +152,18 @@ class Predictor:
         for batch_number, (bucket, batch) in enumerate(
             self._decoded(samples, encoded, buckets, compression, batch_size)
         ):
-            yield from (
-                (item.index, Prediction(error=item.error)) for item in batch if item.row is None
-            )
-            readable = [item for item in batch if item.row is not None]
+            for item in batch:
+                if isinstance(item, _Failed):
+                    yield item.index, Prediction(error=item.error)
+            readable = [item for item in batch if isinstance(item, _Prepared)]
             if readable:
                 key = jax.random.fold_in(jax.random.key(seed), batch_number)
                 texts = self._generate(
                     readable, self._row_shape(*bucket, compression), sampling, key, batch_size
                 )
-                for item, text in zip(readable, texts, strict=True):
-                    clips = tuple(item.row.clips)
-                    yield item.index, Prediction(text, clips=clips, times=item.times)
+                for done, text in zip(readable, texts, strict=True):
+                    clips = tuple(done.row.clips)
+                    yield done.index, Prediction(text, clips=clips, times=done.times)
 
     def _decoded(
         self,
@@ -165,15 +172,15 @@ class Predictor:
         buckets: dict[tuple[int, int], list[int]],
         compression: CompressionConfig,
         batch_size: int,
-    ) -> Iterator[tuple[tuple[int, int], list[_Prepared]]]:
+    ) -> Iterator[tuple[tuple[int, int], list[_Prepared | _Failed]]]:
         """Batches of one bucket each, their media read by threads two batches ahead."""
         size = self.config.model.vision.image_size
 
-        def prepare(index: int) -> _Prepared:
+        def prepare(index: int) -> _Prepared | _Failed:
             try:
                 row, times = decode(samples[index], encoded[index], compression.num_frames, size)
             except (VideoError, ImageError) as error:
-                return _Prepared(index, error=str(error))
+                return _Failed(index, str(error))
             return _Prepared(index, row, tuple(times))
 
         order = [index for _, members in sorted(buckets.items()) for index in members]
@@ -213,7 +220,7 @@ class Predictor:
         stop = tokenizer.eos_token_id
         answers = [row[: row.index(stop)] if stop in row else row for row in tokens.tolist()]
         return [
-            tokenizer.decode(answer, skip_special_tokens=True).strip()
+            str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
             for answer in answers[: len(items)]
         ]
 

@@ -79,9 +79,9 @@ class Decoder(nnx.Module):
 
         if self.remat and cache is None:
             body = jax.checkpoint(body)
-        layer_cache = None if cache is None else tuple(cache)
-        x, layer_cache = jax.lax.scan(body, x, (self.layers, layer_cache))
-        return self.norm(x), None if cache is None else Cache(*layer_cache)
+        pair = None if cache is None else tuple(cache)
+        x, pair = jax.lax.scan(body, x, (self.layers, pair))
+        return self.norm(x), None if pair is None else Cache(*pair)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache of `length` slots a row."""
@@ -123,7 +123,11 @@ class DecoderLayer(nnx.Module):
         # Gate and up projection side by side on an axis of their own: splitting M needs no
         # communication.
         self.gate_up = Einsum(
-            "bsd,djm->bsjm", (width, 2, config.mlp_dim), ("embed", None, "mlp"), rngs=rngs, dtype=dtype
+            "bsd,djm->bsjm",
+            (width, 2, config.mlp_dim),
+            ("embed", None, "mlp"),
+            rngs=rngs,
+            dtype=dtype,
         )
         self.down = Einsum(
             "bsm,md->bsd", (config.mlp_dim, width), ("mlp", "embed"), rngs=rngs, dtype=dtype

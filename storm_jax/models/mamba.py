@@ -85,7 +85,7 @@ class DirectedScan(nnx.Module):
             "blr,re->ble",
             (rank, inner),
             (None, "inner"),
-            kernel_init=lambda key, shape, dtype: uniform(shape, rank**-0.5),
+            kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
             rngs=rngs,
             dtype=dtype,
         )

@@ -91,10 +91,20 @@ class EncoderLayer(nnx.Module):
             dtype=dtype,
         )
         self.up = Einsum(
-            "bpd,dm->bpm", (width, config.mlp_dim), ("embed", "mlp"), bias=True, rngs=rngs, dtype=dtype
+            "bpd,dm->bpm",
+            (width, config.mlp_dim),
+            ("embed", "mlp"),
+            bias=True,
+            rngs=rngs,
+            dtype=dtype,
         )
         self.down = Einsum(
-            "bpm,md->bpd", (config.mlp_dim, width), ("mlp", "embed"), bias=True, rngs=rngs, dtype=dtype
+            "bpm,md->bpd",
+            (config.mlp_dim, width),
+            ("mlp", "embed"),
+            bias=True,
+            rngs=rngs,
+            dtype=dtype,
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

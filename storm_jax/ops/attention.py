@@ -36,9 +36,9 @@ def attention(
 
     def attend(q: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> jax.Array:
         mask = None
-        if positions is not None:
+        if positions is not None and kv_positions is not None:
             mask = kv_positions[:, None, :] <= positions[:, :, None]  # [B, C, T]
-            if segments is not None:
+            if segments is not None and kv_segments is not None:
                 mask &= kv_segments[:, None, :] == segments[:, :, None]
             mask = mask[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask)

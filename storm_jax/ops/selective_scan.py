@@ -99,7 +99,8 @@ class _Inputs(NamedTuple):
     reset: jax.Array  # [..., B]
 
     def fp32(self) -> _Inputs:
-        return _Inputs(*(v.astype(jnp.float32) for v in self[:4]), self.reset)
+        x, dt, B, C = (v.astype(jnp.float32) for v in self[:4])
+        return _Inputs(x, dt, B, C, self.reset)
 
     def flip(self, reverse: bool) -> _Inputs:
         return _Inputs(*(_flip(v, reverse) for v in self))
@@ -143,14 +144,14 @@ def _scan_backward(
         dh, dA = carry
         chunk, h, dy = args
         dh, dA_chunk, grads = solve(chunk.fp32().flip(reverse), A, h, _flip(dy, reverse), dh)
-        grads = (_flip(g, reverse).astype(v.dtype) for g, v in zip(grads, chunk[:4], strict=True))
-        return (dh, dA + dA_chunk), tuple(grads)
+        typed = [_flip(g, reverse).astype(v.dtype) for g, v in zip(grads, chunk[:4], strict=True)]
+        return (dh, dA + dA_chunk), tuple(typed)
 
-    (dh, dA), grads = jax.lax.scan(
+    (dh, dA), (dx, ddt, dB, dC) = jax.lax.scan(
         body, (dh_last, jnp.zeros_like(A)), (inputs, boundary, dy), reverse=not reverse
     )
     no_gradient = jnp.zeros(inputs.reset.shape, jax.dtypes.float0)
-    return _Inputs(*grads, no_gradient), dA, dh
+    return _Inputs(dx, ddt, dB, dC, no_gradient), dA, dh
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -20,8 +20,16 @@ from jax.sharding import Mesh
 from storm_jax import config as config_lib
 from storm_jax.config import RunConfig
 from storm_jax.data.conversation import ConversationEncoder
-from storm_jax.data.pipeline import Batch, DataError, Dataset, EvalRows, Skip, TrainRows
-from storm_jax.data.pipeline import batches, check_skips
+from storm_jax.data.pipeline import (
+    Batch,
+    DataError,
+    Dataset,
+    EvalRows,
+    Skip,
+    TrainRows,
+    batches,
+    check_skips,
+)
 from storm_jax.data.rows import RowShape
 from storm_jax.models.storm import VisualShape
 from storm_jax.run import Run, RunError, with_sharding
@@ -34,7 +42,7 @@ from storm_jax.train.step import make_eval_step, make_train_step
 Evaluator = Callable[[TrainState], Mapping[str, float]]
 
 
-class NonFiniteLoss(FloatingPointError):
+class NonFiniteLossError(FloatingPointError):
     """The loss or its gradient is not a number; the batch is saved beside the run."""
 
 
@@ -56,7 +64,7 @@ def train(
 
     Raises:
       DataError: when too many samples are unusable, or the data is not what the run began with.
-      NonFiniteLoss: at the first loss that is not finite.
+      NonFiniteLossError: at the first loss that is not finite.
     """
     config = run.config
     spec = StateSpec.make(config, mesh)
@@ -161,8 +169,9 @@ class _Loop:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
             path = self.run_path / f"nonfinite_step_{step}.npz"
-            np.savez(path, sample_ids=batch.sample_ids, **batch.arrays)
-            raise NonFiniteLoss(
+            ids = np.array(batch.sample_ids)
+            np.savez(path, allow_pickle=False, sample_ids=ids, **batch.arrays)
+            raise NonFiniteLossError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples "
                 f"{', '.join(batch.sample_ids)}; the batch is in {path}"
             )

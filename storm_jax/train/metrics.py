@@ -98,7 +98,11 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path:
 
     lines = read_metrics(workdir / "metrics.jsonl")
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    titles = {"loss": "loss (nats)", "accuracy": "answer token accuracy", "grad_norm": "gradient norm"}
+    titles = {
+        "loss": "loss (nats)",
+        "accuracy": "answer token accuracy",
+        "grad_norm": "gradient norm",
+    }
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for key, style in ((name, {"linewidth": 1}), (f"val_{name}", {"marker": "o"})):
             points = [(line["step"], line[key]) for line in lines if key in line]

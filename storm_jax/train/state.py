@@ -19,13 +19,13 @@ from storm_jax.train.optim import is_trainable, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """A pytree of flat dicts {path: array}. `trained` is fp32; `frozen` matrices have the compute
+    """A pytree of flat dicts {path: array, its shape or its sharding}. `trained` is fp32; `frozen` matrices have the compute
     dtype, which is all that the forward pass reads of them."""
 
-    trained: dict[str, jax.Array]
-    frozen: dict[str, jax.Array]
+    trained: dict[str, Any]
+    frozen: dict[str, Any]
     opt_state: Any
-    step: jax.Array
+    step: Any
 
     def params(self) -> dict[str, Any]:
         """All parameters as the nested dict that is saved and merged into a model."""
