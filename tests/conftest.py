@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import pathlib
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling is most of the time: optimise less, and compile equal programs once in all processes.
+_cache = tempfile.mkdtemp(prefix="storm-test-programs-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+
+from configs import tiny
+from storm_jax.config import RunConfig, from_dict
+from storm_jax.data import shapes
+from storm_jax.data.sources import read_records
+from storm_jax.data.tokenizer import train_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -39,3 +55,53 @@ def randomise():
         return nnx.merge(graphdef, pure)
 
     return apply
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A small rendering of the built-in task, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("shapes") / "data"
+    shapes.write(
+        folder,
+        shapes.Settings(clips=64, seed=0, families=tuple(shapes.FAMILIES), frames=8, eval_clips=2),
+        workers=1,
+    )
+    texts = [
+        turn["value"]
+        for record in read_records(folder / "train.json")
+        for turn in record["conversations"]
+    ]
+    train_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_config(shapes_folder: pathlib.Path):
+    """Makes a RunConfig that trains in seconds; keywords are dotted fields: `train__steps=3`."""
+
+    def make(**overrides) -> RunConfig:
+        config = tiny.get_config("stage=sft")
+        fields = {
+            "model__vision__width": 16,
+            "model__vision__mlp_dim": 32,
+            "model__decoder__width": 32,
+            "model__decoder__mlp_dim": 32,
+            "model__decoder__head_dim": 8,
+            "model__mamba__d_state": 4,
+            "compression__num_frames": 8,
+            "compression__temporal_pool": 2,
+            "data__train": str(shapes_folder / "train.json"),
+            "data__val": str(shapes_folder / "val.json"),
+            "data__row_tokens": 128,
+            "data__row_frames": 16,
+            "train__steps": 6,
+            "train__batch_size": 8,
+            "train__eval_every": 3,
+            "train__save_every": 3,
+            "mesh__data": 1,
+        }
+        changed = {name.replace("__", "."): value for name, value in (fields | overrides).items()}
+        config.update_from_flattened_dict(changed)
+        return from_dict(RunConfig, config)
+
+    return make

@@ -107,7 +107,7 @@ class _Inputs(NamedTuple):
 
     def recurrence(self, A: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The decay a and the input u of h[t] = a[t] h[t-1] + u[t]; both [..., B, N, E]."""
-        decay = jnp.exp(self.dt[..., None, :] * A)
+        decay = jnp.exp(self.dt[..., None, :] * _leading(A, self.dt.ndim + 1))
         decay = jnp.where(self.reset[..., None, None], 0.0, decay)
         return decay, (self.dt * self.x)[..., None, :] * self.B[..., None]
 
@@ -155,6 +155,11 @@ def _scan_backward(
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _leading(x: jax.Array, ndim: int) -> jax.Array:
+    """`x` with axes of size 1 in front."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def _flip(x: jax.Array, reverse: bool) -> jax.Array:
@@ -244,7 +249,7 @@ def _local_gradients(
     du = jnp.sum(dh * now.B[..., None], axis=-2)  # of dt * x
     return log_decay * now.dt[..., None, :], (
         du * now.dt,
-        du * now.x + jnp.sum(log_decay * A, axis=-2),
+        du * now.x + jnp.sum(log_decay * _leading(A, log_decay.ndim), axis=-2),
         jnp.sum(dh * (now.dt * now.x)[..., None, :], axis=-1),
         jnp.sum(h * dy[..., None, :], axis=-1),
     )

@@ -1,0 +1,430 @@
+"""Protects the built-in task: that its files repeat, its answers are right and balanced, and its
+ceilings are what enumeration by another way gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from storm_jax.data import shapes
+from storm_jax.data.sources import parse_record, read_records
+from storm_jax.data.video import read_video
+
+FAMILIES = tuple(shapes.FAMILIES)
+VIDEO_FAMILIES = tuple(name for name in FAMILIES if not shapes.FAMILIES[name].is_image)
+
+
+def settings(**changes) -> shapes.Settings:
+    fields = {"clips": 8, "seed": 3, "families": FAMILIES, "frames": 8, "eval_clips": 2}
+    return shapes.Settings(**(fields | changes))
+
+
+def content(folder: pathlib.Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file under a folder."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def right_option(sample: shapes.Rendered) -> str:
+    """The answer in words."""
+    return sample.options[shapes.LETTERS.index(sample.answer)] if sample.options else sample.answer
+
+
+def coloured(frames: np.ndarray) -> np.ndarray:
+    """Name of the colour at each pixel, "" where it is none of the four."""
+    found = np.full(frames.shape[:-1], "", dtype=object)
+    for name, rgb in shapes.COLOURS.items():
+        found[(frames == rgb).all(-1)] = name
+    return found
+
+
+def samples(family: str, count: int = 12, **changes) -> list[shapes.Rendered]:
+    one = settings(families=(family,), **changes)
+    return [shapes.render(one, "train", i) for i in range(count)]
+
+
+# Rendering repeats.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_settings_and_seed_give_equal_samples(family: str):
+    one = settings(families=(family,))
+    first, second = (shapes.render(one, "val", 5) for _ in range(2))
+    other_seed = shapes.render(dataclasses.replace(one, seed=4), "val", 5)
+    other_split = shapes.render(one, "test", 5)
+    np.testing.assert_array_equal(first.frames, second.frames)
+    assert dataclasses.replace(first, frames=None) == dataclasses.replace(second, frames=None)
+    assert (first.frames != other_seed.frames).any()
+    assert (first.frames != other_split.frames).any()
+
+
+@pytest.mark.parametrize("index", range(len(FAMILIES)))
+def test_sample_does_not_depend_on_how_many_there_are(index: int):
+    few, many = settings(clips=8, eval_clips=1), settings(clips=10_000, eval_clips=500)
+    first, second = shapes.render(few, "train", index), shapes.render(many, "train", index)
+    np.testing.assert_array_equal(first.frames, second.frames)
+    assert (first.question, first.answer) == (second.question, second.answer)
+
+
+# Answers.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_balanced_exactly(family: str):
+    answers = shapes.FAMILIES[family].answers
+    found = Counter(right_option(sample) for sample in samples(family, 3 * len(answers)))
+    assert found == dict.fromkeys(answers, 3)
+
+
+def test_families_take_turns():
+    rendered = [shapes.render(settings(), "train", i) for i in range(2 * len(FAMILIES))]
+    assert [sample.family for sample in rendered] == 2 * list(FAMILIES)
+
+
+@pytest.mark.parametrize("family", ["count", "recall"])
+def test_multiple_choice_letter_points_at_the_right_option(family: str):
+    rendered = samples(family, 24)
+    for sample in rendered:
+        assert sorted(sample.options) == sorted(shapes.FAMILIES[family].answers)
+        lines = sample.question.split("\n")[1:]
+        listed = [f"{letter}. {o}" for letter, o in zip("ABCD", sample.options, strict=True)]
+        assert lines == listed
+    # `right_option` is held against the pixels below; a constant letter would make it worthless.
+    assert len({sample.answer for sample in rendered}) == 4
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("count", "recall")])
+def test_open_questions_list_no_options(family: str):
+    for sample in samples(family, 4):
+        assert sample.options == () and sample.answer in shapes.FAMILIES[family].answers
+        assert "\n" not in sample.question
+
+
+def flashes(sample: shapes.Rendered) -> list[str]:
+    """The colour in the middle of each frame, which every flash covers."""
+    middle = sample.frames.shape[1] // 2
+    return coloured(sample.frames[:, middle, middle]).tolist()
+
+
+def test_order_answer_is_the_first_of_two_neighbouring_flashes():
+    for sample in samples("order"):
+        seen = flashes(sample)
+        first, second = (t for t, colour in enumerate(seen) if colour)
+        assert second == first + 1
+        assert seen[first] == sample.answer != seen[second]
+
+
+def test_needle_answer_is_the_colour_of_the_only_flash():
+    for sample in samples("needle"):
+        assert [colour for colour in flashes(sample) if colour] == [sample.answer]
+
+
+def test_count_answer_is_the_number_of_flashes_none_of_them_neighbours():
+    for sample in samples("count"):
+        seen = [t for t, colour in enumerate(flashes(sample)) if colour]
+        assert str(len(seen)) == right_option(sample)
+        assert all(b - a > 1 for a, b in zip(seen, seen[1:], strict=False))
+
+
+@pytest.mark.parametrize("event_frames", [2, 3])
+def test_motion_answer_is_where_the_shape_goes(event_frames: int):
+    for sample in samples("motion", event_frames=event_frames):
+        shown = coloured(sample.frames) != ""
+        times = np.flatnonzero(shown.any((1, 2)))
+        assert len(times) == event_frames
+        assert times[-1] - times[0] == event_frames - 1
+        begin, end = (np.argwhere(shown[t]).mean(0)[::-1] for t in (times[0], times[-1]))
+        moved = np.round((end - begin) / np.abs(end - begin).max())
+        assert tuple(moved) == shapes.DIRECTIONS[sample.answer]
+
+
+def test_recall_answer_is_the_colour_at_the_end_that_is_asked_about():
+    asked = set()
+    for sample in samples("recall", 24):
+        begin, end = (set(coloured(sample.frames[t]).flat) - {""} for t in (0, -1))
+        start = sample.question.startswith(shapes.FAMILIES["recall"].questions[0])
+        asked.add(start)
+        assert {right_option(sample)} == (begin if start else end)
+        assert begin != end and not (coloured(sample.frames[2:-2]) != "").any()
+    assert asked == {True, False}
+
+
+def test_image_answers_are_what_the_picture_shows():
+    for sample in samples("colour"):
+        assert set(coloured(sample.frames).flat) == {"", sample.answer}
+    for sample in samples("place"):
+        y, x = np.argwhere(coloured(sample.frames[0]) != "").mean(0) / len(sample.frames[0]) - 0.5
+        assert (np.sign(x), np.sign(y)) == shapes.PLACES[sample.answer]
+    filled = {}  # of the box around a shape: another share for each outline
+    for sample in samples("shape", 24, size=64):
+        spots = np.argwhere(coloured(sample.frames[0]) != "")
+        share = len(spots) / np.prod(np.ptp(spots, axis=0) + 1)
+        filled.setdefault(sample.answer, []).append(share)
+    ranges = sorted((min(shares), max(shares)) for shares in filled.values())
+    assert len(ranges) == 4
+    assert all(low[1] < high[0] for low, high in zip(ranges, ranges[1:], strict=False))
+
+
+# Events and ceilings.
+
+
+@pytest.mark.parametrize("frames", [8, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_answer_has_events_of_the_clip_length(family: str, frames: int):
+    kind = shapes.FAMILIES[family]
+    events = kind.events(settings(frames=frames))
+    assert {event.answer for event in events} == set(kind.answers)
+    assert {len(event.labels) for event in events} == {1 if kind.is_image else frames}
+    assert {event.question for event in events} == set(range(len(kind.questions)))
+    assert kind.chance == 1 / 4
+
+
+@pytest.mark.parametrize("event_frames", [2, 3])
+@pytest.mark.parametrize("frames", [8, 16])
+@pytest.mark.parametrize("family", ["order", "motion"])
+def test_reversed_time_is_an_event_with_another_answer(
+    family: str, frames: int, event_frames: int
+):
+    events = shapes.FAMILIES[family].events(settings(frames=frames, event_frames=event_frames))
+    answers = {event.labels: event.answer for event in events}
+    assert len(answers) == len(events)
+    for labels, answer in answers.items():
+        assert labels[::-1] in answers
+        assert answers[labels[::-1]] != answer
+
+
+def neighbours_ceiling(frames: int, length: int, pool: int) -> float:
+    """A run of `length` frames whose reversal has another answer: known when a group ends in it."""
+    starts = range(frames - length + 1)
+    straddling = sum(start // pool != (start + length - 1) // pool for start in starts)
+    return (straddling + (len(starts) - straddling) / 2) / len(starts)
+
+
+@pytest.mark.parametrize("pool", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("frames", [8, 16])
+def test_ceiling_of_order_and_motion_counts_events_that_straddle_groups(frames: int, pool: int):
+    for length in (2, 3):
+        one = settings(frames=frames, event_frames=length)
+        assert shapes.ceiling("order", one, pool, 1) == pytest.approx(
+            neighbours_ceiling(frames, 2, pool)
+        )
+        assert shapes.ceiling("motion", one, pool, 1) == pytest.approx(
+            neighbours_ceiling(frames, length, pool)
+        )
+
+
+def test_ceiling_of_order_at_16_frames_pooled_by_4_is_three_fifths():
+    """Of 15 places of the pair, 3 straddle two groups."""
+    assert neighbours_ceiling(16, 2, 4) == pytest.approx(3 / 15 + 12 / 15 / 2)
+    assert shapes.ceiling("order", settings(frames=16), 4, 1) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("family", "pool", "sample", "expected"),
+    [
+        ("needle", 4, 1, 1.0),
+        ("needle", 16, 1, 1.0),
+        ("count", 4, 1, 1.0),
+        ("recall", 4, 1, 1.0),
+        ("recall", 8, 1, 1.0),
+        ("recall", 16, 1, 0.5),  # start and end share the only group
+        ("needle", 1, 4, 1 / 4 + 3 / 4 / 4),  # a quarter is seen, the rest is guessed
+        ("order", 1, 4, 4 / 15 + 4 / 15 / 3 + 7 / 15 / 4),  # hand count, see below
+        ("colour", 4, 4, 1.0),
+        ("shape", 4, 4, 1.0),
+        ("place", 4, 4, 1.0),
+    ],
+)
+def test_ceiling_by_family(family: str, pool: int, sample: int, expected: float):
+    """Order under sampling: of 15 places, the first flash falls on a kept frame in 4, where it is
+    seen, the second in 3; seen alone, a flash is better guessed to be the first."""
+    if family == "order":
+        first, second = 4, 3  # places with the first, with the second flash on frames 0, 4, 8, 12
+        at_zero = 1  # a flash on frame 0 is the first for sure
+        # A kept frame after frame 0: the flash was first (3 places) or second (3 places): either
+        # guess "this one" is right for the first half; "another" is right in a third of the rest.
+        expected = (at_zero + (first - at_zero) + (15 - first - second) / 4) / 15
+    assert shapes.ceiling(family, settings(frames=16), pool, sample) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ceiling_without_pooling_is_one(family: str):
+    assert shapes.ceiling(family, settings(frames=16), 1, 1) == pytest.approx(1)
+
+
+# Files.
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("rendered") / "data"
+    shapes.write(folder, SMALL, workers=1)
+    return folder
+
+
+SMALL = settings(families=("recall", "colour"), clips=6, eval_clips=1)
+
+
+@pytest.fixture
+def folder(rendered: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy that a test may change."""
+    return pathlib.Path(shutil.copytree(rendered, tmp_path / "copy"))
+
+
+def test_json_and_media_on_disk_match_what_is_rendered(shapes_folder: pathlib.Path):
+    found = shapes.read_settings(shapes_folder)
+    counts = {"train": found.clips, "val": 2 * len(FAMILIES), "test": 2 * len(FAMILIES)}
+    for split, count in counts.items():
+        records = read_records(shapes_folder / f"{split}.json")
+        indices = [int(record["id"].removeprefix(f"{split}-")) for record in records]
+        assert sorted(indices) == list(range(count))
+        on_disk = set((shapes_folder / "media" / split).iterdir())
+        assert {parse_record(r, shapes_folder, 0).media[0].path for r in records} == on_disk
+        for index, record in zip(indices[:16], records, strict=False):
+            sample = shapes.render(found, split, index)
+            kind = "image" if shapes.FAMILIES[sample.family].is_image else "video"
+            human, gpt = record["conversations"]
+            assert human == {"from": "human", "value": f"<{kind}>\n{sample.question}"}
+            assert gpt == {"from": "gpt", "value": sample.answer}
+            assert record["family"] == sample.family
+            assert record.get("options", []) == list(sample.options)
+            path = shapes_folder / record[kind]
+            if kind == "image":
+                np.testing.assert_array_equal(np.asarray(Image.open(path)), sample.frames[0])
+            else:
+                clip = read_video(path, found.frames, found.size)
+                error = np.abs(clip.frames.astype(int) - sample.frames).mean((1, 2, 3))
+                assert error.max() < 12, error
+
+
+def test_records_are_shuffled_over_families(shapes_folder: pathlib.Path):
+    families = [record["family"] for record in read_records(shapes_folder / "train.json")]
+    assert Counter(families) == dict.fromkeys(FAMILIES, 8)
+    assert families != 8 * list(FAMILIES)
+
+
+def test_equal_settings_give_equal_files(rendered: pathlib.Path, tmp_path: pathlib.Path):
+    shapes.write(tmp_path / "again", SMALL, workers=2)
+    first, second = content(rendered), content(tmp_path / "again")
+    assert {name: data for name, (data, _) in first.items()} == {
+        name: data for name, (data, _) in second.items()
+    }
+
+
+def test_writing_again_leaves_a_complete_folder_untouched(folder: pathlib.Path, capsys):
+    before = content(folder)
+    shapes.write(folder, SMALL, workers=1)
+    assert content(folder) == before
+    assert "complete already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"clips": 7}, {"seed": 4}, {"families": ("recall",)}, {"frames": 16}, {"noise": 0}]
+)
+def test_other_settings_raise_and_change_nothing(folder: pathlib.Path, change: dict):
+    before = content(folder)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        shapes.write(folder, dataclasses.replace(SMALL, **change), workers=1)
+    assert content(folder) == before
+
+
+def test_folder_with_other_files_raises_and_keeps_them(tmp_path: pathlib.Path):
+    (tmp_path / "thesis.txt").write_text("keep me")
+    with pytest.raises(ValueError, match=r"no shapes\.json"):
+        shapes.write(tmp_path, SMALL, workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_interrupted_rendering_is_finished(folder: pathlib.Path, rendered: pathlib.Path):
+    (folder / "test.json").unlink()  # written last
+    (folder / "val.json").unlink()
+    half_written = next((folder / "media" / "train").iterdir())
+    half_written.write_bytes(half_written.read_bytes()[:99])
+    shapes.write(folder, SMALL, workers=1)
+    assert {k: v for k, (v, _) in content(folder).items()} == {
+        k: v for k, (v, _) in content(rendered).items()
+    }
+
+
+def test_settings_are_read_back(folder: pathlib.Path):
+    assert shapes.read_settings(folder) == SMALL
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"families": 3}', '{"families": ["a"]}'])
+def test_folder_without_settings_is_a_value_error_that_names_it(tmp_path: pathlib.Path, text):
+    if text is not None:
+        (tmp_path / "shapes.json").write_text(text)
+    with pytest.raises(ValueError, match="shapes.json") as caught:
+        shapes.read_settings(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+# Command line.
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr("sys.argv", ["shapes", *args])
+    shapes.main()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--families=nonsense",
+        "--families=order,nonsense",
+        "--families=",
+        "--clips=0",
+        "--frames=4",
+        "--size=33",
+        "--size=8",
+        "--noise=256",
+        "--noise=-1",
+        "--event_frames=4",
+        "--eval_clips=0",
+        "--workers=0",
+        pytest.param(
+            "--seed=-1",
+            marks=pytest.mark.xfail(
+                strict=True, reason="BUG: a negative seed leaves a folder that cannot be finished"
+            ),
+        ),
+    ],
+)
+def test_cli_names_a_wrong_argument_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys, wrong: str
+):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, f"--out={tmp_path / 'out'}", "--clips=8", "--workers=1", wrong)
+    assert caught.value.code == 2
+    assert wrong in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_cli_renders_what_write_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, rendered: pathlib.Path
+):
+    fields = {**dataclasses.asdict(SMALL), "families": ",".join(SMALL.families)}
+    arguments = [f"--{name}={value}" for name, value in fields.items()]
+    run(monkeypatch, f"--out={tmp_path / 'out'}", "--workers=1", *arguments)
+    assert json.loads((tmp_path / "out" / "shapes.json").read_text())["seed"] == 3
+    assert content(tmp_path / "out").keys() == content(rendered).keys()
+
+
+def test_cli_reports_other_settings_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path
+):
+    before = content(folder)
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, f"--out={folder}", "--clips=9", "--workers=1")
+    assert str(folder) in caught.value.code
+    assert content(folder) == before

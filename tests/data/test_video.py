@@ -1,0 +1,274 @@
+"""Protects video files: which frames are picked, that bytes repeat, and that every bad file is one
+`VideoError` with the right cause."""
+
+from __future__ import annotations
+
+import pathlib
+
+import av
+import numpy as np
+import pytest
+
+from storm_jax.data.video import VideoError, read_video, write_video
+
+COUNT, STEP, FPS = 20, 12, 8
+
+
+def numbered(count: int = COUNT, height: int = 32, width: int = 32) -> np.ndarray:
+    """Frames whose brightness is their number."""
+    levels = (np.arange(count) * STEP).astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return np.round(frames.mean((1, 2, 3)) / STEP).astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("video") / "numbered.mp4"
+    write_video(path, numbered(), FPS)
+    return path
+
+
+# What is read.
+
+
+def test_round_trip_keeps_content_count_and_times(tmp_path: pathlib.Path):
+    frames = numbered()
+    for i, frame in enumerate(frames):
+        frame[4:20, i : i + 12] = (230, 30, 200 - 8 * i)
+    write_video(tmp_path / "a.mp4", frames, FPS)
+    clip = read_video(tmp_path / "a.mp4", COUNT, 32)
+    assert clip.frames.shape == frames.shape and clip.frames.dtype == np.uint8
+    error = np.abs(clip.frames.astype(int) - frames).mean((1, 2, 3))
+    assert error.max() < 6, error
+    np.testing.assert_allclose(clip.times, np.arange(COUNT) / FPS)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, COUNT - 1, COUNT, COUNT + 1, 3 * COUNT])
+def test_exactly_the_asked_number_of_evenly_spaced_frames(video: pathlib.Path, count: int):
+    clip = read_video(video, count, 32)
+    picks = numbers(clip.frames)
+    assert len(picks) == len(clip.times) == count
+    assert picks[0] == 0
+    assert count == 1 or picks[-1] == COUNT - 1
+    off = np.abs(np.array(picks) - np.linspace(0, COUNT - 1, count))
+    assert off.max() <= 0.5 + 1e-6, picks
+    np.testing.assert_allclose(clip.times, np.array(picks) / FPS)
+
+
+def test_short_video_duplicates_frames_in_order(video: pathlib.Path):
+    picks = numbers(read_video(video, 2 * COUNT, 32).frames)
+    assert picks == sorted(picks) and set(picks) == set(range(COUNT))
+
+
+def test_video_of_one_frame_is_repeated(tmp_path: pathlib.Path):
+    write_video(tmp_path / "one.mp4", numbered()[9:10], FPS)
+    clip = read_video(tmp_path / "one.mp4", 3, 32)
+    assert numbers(clip.frames) == [9, 9, 9]
+    assert clip.times.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["vfr.mkv", "vfr.mp4"])
+@pytest.mark.parametrize(
+    ("count", "picks"), [(3, [0, 4, 7]), (4, [0, 3, 6, 7]), (7, [0, 3, 3, 4, 6, 7, 7])]
+)
+def test_variable_frame_rate_is_picked_by_time(
+    encode_video, tmp_path: pathlib.Path, name: str, count: int, picks: list[int]
+):
+    pts = [0, 1, 2, 13, 30, 31, 32, 60]
+    path = encode_video(tmp_path / name, numbered(len(pts)), pts=pts)
+    clip = read_video(path, count, 32)
+    assert numbers(clip.frames) == picks
+    # Matroska stores milliseconds.
+    np.testing.assert_allclose(clip.times, np.array(pts)[picks] / 8, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"bf": "3"}),
+        ("a.mkv", "libx264", {"bf": "3"}),
+        ("a.mov", "libx264", {"bf": "0"}),
+        ("a.ts", "libx264", {"bf": "2"}),  # does not start at time 0
+        ("a.avi", "mpeg4", {"qscale": "2"}),
+        ("a.webm", "libvpx-vp9", {"crf": "10"}),
+        pytest.param(
+            "b.avi", "libx264", {"bf": "2", "b_strategy": "0"},
+            marks=pytest.mark.xfail(
+                strict=True, reason="BUG: frames of an AVI with B-frames come out of order"
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_frames_come_in_display_order_from_every_container(
+    encode_video, tmp_path: pathlib.Path, name: str, codec: str, options: dict[str, str]
+):
+    frames = numbered()
+    frames[:, ::7, ::5] = 90  # something to predict, so that B-frames are made
+    clip = read_video(encode_video(tmp_path / name, frames, codec, **options), COUNT, 32)
+    distance = np.abs(clip.frames[:, None].astype(int) - frames[None]).mean((2, 3, 4))
+    assert distance.argmin(1).tolist() == list(range(COUNT))
+    assert clip.times[0] == 0
+
+
+def test_frames_are_resized_to_a_square(tmp_path: pathlib.Path):
+    frames = numbered(4, height=32, width=64)
+    frames[:, :, 32:] = 200
+    write_video(tmp_path / "wide.mp4", frames, FPS)
+    clip = read_video(tmp_path / "wide.mp4", 4, 20)
+    assert clip.frames.shape == (4, 20, 20, 3)
+    np.testing.assert_allclose(clip.frames[:, :, 13:], 200, atol=12)
+    np.testing.assert_allclose(clip.frames[0, :, :7], 0, atol=12)
+
+
+def test_frames_above_the_size_of_slice_threads_are_read_too(tmp_path: pathlib.Path):
+    write_video(tmp_path / "large.mp4", numbered(4, 160, 160), FPS)
+    assert numbers(read_video(tmp_path / "large.mp4", 4, 16).frames) == [0, 1, 2, 3]
+
+
+# What is written.
+
+
+def test_equal_frames_give_equal_bytes(video: pathlib.Path, tmp_path: pathlib.Path):
+    write_video(tmp_path / "another name.mp4", numbered(), FPS)
+    write_video(tmp_path / "reversed.mp4", numbered()[::-1], FPS)
+    assert (tmp_path / "another name.mp4").read_bytes() == video.read_bytes()
+    assert (tmp_path / "reversed.mp4").read_bytes() != video.read_bytes()
+
+
+class _Interrupted:
+    """Frames whose source fails half way."""
+
+    shape = (COUNT, 32, 32, 3)
+
+    def __iter__(self):
+        yield from numbered()[: COUNT // 2]
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("frames", "error"),
+    [
+        (numbered(4, 33, 33), av.error.FFmpegError),  # odd sides are impossible in yuv420p
+        (numbered(4).astype(np.float32), ValueError),
+        (_Interrupted(), KeyboardInterrupt),
+    ],
+    ids=["odd size", "wrong type", "interrupted"],
+)
+@pytest.mark.parametrize("old", [None, b"the video that was there"])
+def test_failed_write_leaves_the_folder_as_it_was(
+    tmp_path: pathlib.Path, frames, error: type[BaseException], old: bytes | None
+):
+    if old is not None:
+        (tmp_path / "a.mp4").write_bytes(old)
+    with pytest.raises(error):
+        write_video(tmp_path / "a.mp4", frames, FPS)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({"a.mp4": old} if old else {})
+
+
+def test_write_leaves_only_the_video(video: pathlib.Path):
+    assert [p.name for p in video.parent.iterdir()] == [video.name]
+
+
+# Bad files.
+
+
+def _bad_file(kind: str, folder: pathlib.Path, good: pathlib.Path, encode_video) -> pathlib.Path:
+    path = folder / "bad.mp4"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("This is no video.\n" * 100)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "half":
+        path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    elif kind == "index first, half the frames":
+        encode_video(path, numbered(), muxer={"movflags": "faststart"})
+        data = path.read_bytes()
+        path.write_bytes(data[: (data.index(b"mdat") + len(data)) // 2])
+    elif kind == "index first, no frames":
+        encode_video(path, numbered(), muxer={"movflags": "faststart"})
+        data = path.read_bytes()
+        path.write_bytes(data[: data.index(b"mdat") + 4])
+    elif kind == "audio only":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=16000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.rate = 16000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("missing", "missing"),
+        ("directory", "unreadable"),
+        ("text", "unreadable"),
+        ("empty", "unreadable"),
+        ("half", "unreadable"),
+        ("index first, half the frames", "truncated"),
+        ("index first, no frames", "empty"),
+        ("audio only", "empty"),
+    ],
+)
+def test_bad_file_is_a_video_error_with_its_cause(
+    video: pathlib.Path, encode_video, tmp_path: pathlib.Path, kind: str, cause: str
+):
+    path = _bad_file(kind, tmp_path, video, encode_video)
+    with pytest.raises(VideoError) as caught:
+        read_video(path, 4, 32)
+    assert caught.value.cause == cause
+    assert caught.value.path == str(path) and str(path) in str(caught.value)
+
+
+def test_file_cut_anywhere_in_its_frames_is_a_video_error(
+    video: pathlib.Path, tmp_path: pathlib.Path
+):
+    data, path = video.read_bytes(), tmp_path / "cut.mp4"
+    for size in range(0, data.index(b"moov"), 97):
+        path.write_bytes(data[:size])
+        with pytest.raises(VideoError):
+            read_video(path, 4, 32)
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="BUG: a stream without a codec")
+def test_file_cut_in_its_header_is_a_video_error(video: pathlib.Path, tmp_path: pathlib.Path):
+    data, path = video.read_bytes(), tmp_path / "cut.mp4"
+    for size in range(data.index(b"moov"), data.index(b"stsz"), 7):
+        path.write_bytes(data[:size])
+        with pytest.raises(VideoError):
+            read_video(path, 4, 32)
+
+
+_NOT_SEEN = pytest.mark.xfail(strict=True, reason="BUG: a cut stream reads as a shorter video")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "muxer", "options"),
+    [
+        ("fragments.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}, {"g": "4"}),
+        ("a.avi", "mpeg4", {}, {}),
+        pytest.param("a.mkv", "libx264", {}, {}, marks=_NOT_SEEN),
+        pytest.param("a.webm", "libvpx-vp9", {}, {}, marks=_NOT_SEEN),
+    ],
+)
+def test_stream_cut_in_the_middle_is_a_video_error(
+    encode_video,
+    tmp_path: pathlib.Path,
+    rng: np.random.Generator,
+    name: str,
+    codec: str,
+    muxer: dict,
+    options: dict,
+):
+    frames = rng.integers(0, 256, (COUNT, 32, 32, 3)).astype(np.uint8)  # the header is a small part
+    path = encode_video(tmp_path / name, frames, codec, muxer=muxer, **options)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    with pytest.raises(VideoError):
+        read_video(path, 4, 32)

@@ -1,0 +1,208 @@
+"""A run survives being killed, refuses what does not belong to it, and loses no bad sample silently."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from storm_jax.data.pipeline import DataError
+from storm_jax.run import Run, RunError
+from storm_jax.sharding import make_mesh
+from storm_jax.train import loop
+from storm_jax.train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start_training(config, workdir, shapes_folder):
+    run = Run(workdir)
+    run.prepare(config, shapes_folder / "tokenizer")
+    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {})
+    return run
+
+
+def losses(workdir) -> dict[int, float]:
+    lines = read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+TRAINER = """
+import jax, sys, time
+from storm_jax import config
+from storm_jax.run import Run
+from storm_jax.sharding import make_mesh
+from storm_jax.train import loop
+run = Run(sys.argv[1])
+loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec: {})
+"""
+
+
+def test_killed_training_continues_bit_for_bit(small_config, shapes_folder, tmp_path):
+    config = small_config(train__steps=9, train__save_every=2, train__eval_every=0)
+    whole = start_training(config, tmp_path / "whole", shapes_folder)
+    killed = Run(tmp_path / "killed")
+    killed.prepare(config, shapes_folder / "tokenizer")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    log = killed.path / "metrics.jsonl"
+    for kill_after in (3, 6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", TRAINER, str(killed.path)], env=environment
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and max(losses(killed.path), default=0) >= kill_after:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        process.wait()
+    subprocess.run([sys.executable, "-c", TRAINER, str(killed.path)], env=environment, check=True)
+    assert losses(killed.path) == losses(whole.path)
+    assert sorted(losses(killed.path)) == list(range(1, 10))
+
+
+def test_last_and_best_checkpoints_are_kept(small_config, shapes_folder, tmp_path):
+    config = small_config(
+        train__steps=5, train__save_every=1, train__eval_every=1, train__keep_last=1
+    )
+    values = iter([5.0, 1.0, 4.0, 3.0, 2.0])
+    run = Run(tmp_path)
+    run.prepare(config, shapes_folder / "tokenizer")
+    loop.train(
+        run,
+        make_mesh(config.mesh, jax.devices()[:1]),
+        lambda spec: {"fake": lambda state: {"val_loss": next(values)}},
+    )
+    kept = sorted(int(path.name) for path in run.checkpoints_path.iterdir() if path.name.isdigit())
+    assert kept == [2, 5]
+
+
+def test_another_configuration_is_refused_and_nothing_is_overwritten(
+    small_config, shapes_folder, tmp_path
+):
+    run = Run(tmp_path)
+    run.prepare(small_config(), shapes_folder / "tokenizer")
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(RunError, match=r"model.decoder.width: 32 there, 64 now"):
+        run.prepare(small_config(model__decoder__width=64), shapes_folder / "tokenizer")
+    assert (tmp_path / "config.json").read_bytes() == before
+    run.prepare(small_config(train__steps=20), shapes_folder / "tokenizer")
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error(small_config, shapes_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        Run(tmp_path / "file" / "run").prepare(small_config(), shapes_folder / "tokenizer")
+
+
+def test_a_checkpoint_of_another_shape_names_the_parameters(small_config, shapes_folder, tmp_path):
+    config = small_config(train__steps=1, train__eval_every=0)
+    run = start_training(config, tmp_path / "a", shapes_folder)
+    text = (run.path / "config.json").read_text()
+    (run.path / "config.json").write_text(text.replace('"mlp_dim": 32', '"mlp_dim": 48'))
+    changed = Run(run.path)
+    with pytest.raises(RunError, match=r"decoder/layers/down/kernel is \(2, 32, 32\)"):
+        loop.train(changed, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {})
+
+
+def test_init_from_takes_the_parameters_and_refuses_another_model(
+    small_config, shapes_folder, tmp_path
+):
+    only_projector = {"optim__learning_rate__vision": 0.0, "optim__learning_rate__decoder": 0.0}
+    align = start_training(
+        small_config(train__steps=1, train__eval_every=0, **only_projector),
+        tmp_path / "align",
+        shapes_folder,
+    )
+    config = small_config(train__steps=1, init_from=str(align.path))
+    spec = loop.StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
+    params = loop.load_params(align, spec)
+    assert params["decoder"]["embedding"].shape == (512, 32)
+    other = small_config(model__decoder__width=64, init_from=str(align.path))
+    spec = loop.StateSpec.make(other, make_mesh(config.mesh, jax.devices()[:1]))
+    with pytest.raises(RunError, match=r"model.decoder.width: 32 there, 64 here"):
+        loop.load_params(align, spec)
+
+
+def test_changed_data_is_not_continued(small_config, shapes_folder, tmp_path):
+    records = json.loads((shapes_folder / "train.json").read_text())
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps(records))
+    config = small_config(
+        train__steps=1,
+        train__eval_every=0,
+        data__train=str(train),
+        data__media_root=str(shapes_folder),
+    )
+    start_training(config, tmp_path / "run", shapes_folder)
+    train.write_text(json.dumps(records[1:]))
+    with pytest.raises(DataError, match="is not the data"):
+        start_training(config, tmp_path / "run", shapes_folder)
+
+
+def test_bad_samples_are_counted_by_cause_and_logged_once(
+    small_config, shapes_folder, tmp_path, caplog
+):
+    records = json.loads((shapes_folder / "train.json").read_text())
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    records[0] = {**records[0], "video": str(broken), "image": None}
+    records[0]["conversations"][0]["value"] = "<video>\nWhat?"
+    records[1] = {**records[1], "conversations": []}
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps(records))
+    config = small_config(
+        train__steps=20,  # more than one epoch
+        train__batch_size=4,
+        train__eval_every=0,
+        train__save_every=20,
+        data__train=str(train),
+        data__media_root=str(shapes_folder),
+    )
+    run = start_training(config, tmp_path / "run", shapes_folder)
+    skipped = [json.loads(line) for line in (run.path / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(line["cause"] for line in skipped) == ["empty_conversation", "unreadable"]
+    assert str(broken) in "".join(line["message"] for line in skipped)
+    assert len(losses(run.path)) == 20
+
+
+def test_too_many_bad_samples_stop_the_run(small_config, shapes_folder, tmp_path):
+    records = json.loads((shapes_folder / "train.json").read_text())
+    media = tmp_path / "media"
+    shutil.copytree(shapes_folder, media)
+    for video in (media / "media/train").glob("*.mp4"):
+        video.unlink()
+    assert any("video" in record for record in records)
+    config = small_config(
+        train__steps=60,
+        train__eval_every=0,
+        data__train=str(media / "train.json"),
+        data__max_skip_fraction=0.05,
+    )
+    with pytest.raises(DataError, match="missing"):
+        start_training(config, tmp_path / "run", shapes_folder)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_batch(
+    small_config, shapes_folder, tmp_path, monkeypatch
+):
+    real = loop.place
+
+    def poisoned(arrays, mesh):
+        arrays = {**arrays, "loss_weights": arrays["loss_weights"] * np.float32(np.nan)}
+        return real(arrays, mesh)
+
+    monkeypatch.setattr(loop, "place", poisoned)
+    with pytest.raises(loop.NonFiniteLossError, match=r"step 1: loss nan.*train-"):
+        start_training(small_config(), tmp_path, shapes_folder)
+    saved = np.load(tmp_path / "nonfinite_step_1.npz")
+    assert set(saved["sample_ids"]) and saved["frames"].dtype == np.uint8

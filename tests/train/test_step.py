@@ -1,0 +1,99 @@
+"""The training step gives the same losses and updates however the work is split."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from storm_jax.config import MeshConfig
+from storm_jax.data.conversation import ConversationEncoder, load_tokenizer
+from storm_jax.data.pipeline import Dataset, TrainRows, batches
+from storm_jax.models.storm import VisualShape
+from storm_jax.sharding import make_mesh
+from storm_jax.train.loop import place, row_shape
+from storm_jax.train.state import StateSpec
+from storm_jax.train.step import make_train_step
+
+
+@pytest.fixture(scope="module")
+def train_steps(shapes_folder):
+    """Runs two steps; gives their metrics and the final state."""
+
+    def run(config, devices: int):
+        mesh = make_mesh(config.mesh, jax.devices()[:devices])
+        encoder = ConversationEncoder(load_tokenizer(shapes_folder / "tokenizer"), "")
+        shape = row_shape(config)
+        dataset = Dataset(config.data.train, "", encoder, shape, 0.1)
+        spec = StateSpec.make(config, mesh)
+        state = spec.init()
+        step = make_train_step(spec, VisualShape(shape.num_groups, shape.compression.spatial_pool))
+        history = []
+        rows = TrainRows(dataset, seed=0)
+        for batch in batches(dataset, rows, range(2), config.train.batch_size, num_threads=1):
+            with jax.set_mesh(mesh):
+                state, metrics = step(state, place(batch.arrays, mesh))
+            history.append({name: float(value) for name, value in metrics.items()})
+        return history, state
+
+    return run
+
+
+def assert_same_training(one, other, rtol=2e-4):
+    (history, state), (other_history, other_state) = one, other
+    for metrics, other_metrics in zip(history, other_history, strict=True):
+        for name in metrics:
+            np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=rtol, err_msg=name)
+    for name, value in state.trained.items():
+        np.testing.assert_allclose(value, other_state.trained[name], atol=2e-4, err_msg=name)
+
+
+# Adam divides by the root of the squared gradient: with a small rate the comparison is about
+# gradients rather than about the sign of rounding errors.
+RATES = {f"optim__learning_rate__{part}": 1e-4 for part in ("vision", "projector", "decoder")}
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "tensor": MeshConfig(data=4, tensor=2),
+    "all": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(train_steps, small_config):
+    """Two steps on one device."""
+    return train_steps(small_config(**RATES), 1)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_train_as_one(name, small_config, train_steps, plain):
+    mesh = MESHES[name]
+    sizes = {f"mesh__{axis}": getattr(mesh, axis) for axis in ("data", "fsdp", "context", "tensor")}
+    eight = train_steps(small_config(**RATES, **sizes), 8)
+    assert_same_training(plain, eight)
+    leaf = eight[1].trained["decoder/layers/gate_up/kernel"]
+    split = mesh.fsdp > 1 or mesh.tensor > 1
+    assert leaf.sharding.is_fully_replicated != split
+
+
+def test_accumulation_equals_the_large_batch(small_config, train_steps, plain):
+    assert_same_training(plain, train_steps(small_config(train__accumulation=4, **RATES), 1))
+
+
+def test_remat_changes_nothing(small_config, train_steps, plain):
+    assert_same_training(plain, train_steps(small_config(train__remat=True, **RATES), 1))
+
+
+def test_a_part_with_rate_zero_is_frozen_and_has_no_optimizer_memory(small_config, train_steps):
+    config = small_config(optim__learning_rate__vision=0.0, optim__learning_rate__decoder=0.0)
+    _, state = train_steps(config, 1)
+    assert all(name.startswith("projector/") for name in state.trained)
+    assert {name.split("/")[0] for name in state.frozen} == {"vision", "decoder"}
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    trained = sum(leaf.size for leaf in state.trained.values())
+    assert moments <= 2 * trained + 10
+
+
+def test_the_loss_falls(plain):
+    history, _ = plain
+    assert history[1]["loss"] < history[0]["loss"]
