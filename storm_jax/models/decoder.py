@@ -32,7 +32,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool):
         self.config, self.dtype, self.remat = config, dtype, remat
-        init = nnx.initializers.normal(0.02)
+        init = nnx.initializers.normal(config.width**-0.5)  # logits start with unit variance
         table = init(rngs.params(), (config.vocab_size, config.width))
         self.embedding = nnx.Param(table, logical_axes=("vocab", None))
         self.layers = stack_layers(

@@ -134,6 +134,7 @@ def test_decompression_bomb_is_named_as_one(tmp_path: pathlib.Path):
         read_image(tmp_path / "bomb.png", SIDE)
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")  # it warns about what is damaged
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
 def test_file_cut_anywhere_is_an_image_error(
     tmp_path: pathlib.Path, rng: np.random.Generator, kind: str
@@ -148,7 +149,7 @@ def test_file_cut_anywhere_is_an_image_error(
         assert caught.value.cause == "unreadable"
 
 
-@pytest.mark.filterwarnings("ignore:::PIL")  # it warns about what is damaged
+@pytest.mark.filterwarnings("ignore:::PIL")
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
 def test_damaged_file_is_an_image_or_an_image_error(
     tmp_path: pathlib.Path, rng: np.random.Generator, kind: str

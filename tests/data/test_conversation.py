@@ -1,0 +1,283 @@
+"""Protects what is learned: the loss covers answers and their end markers and nothing else, a prompt
+is what training saw before the answer, and visual tokens stand where their placeholder stood."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import re
+import unicodedata
+
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storm_jax.data.conversation import ConversationEncoder, Encoded, load_tokenizer
+from storm_jax.data.sources import Media, Sample, SampleError, Turn
+from storm_jax.data.tokenizer import train_tokenizer
+
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+EOS = "<|im_end|>"
+LOOK_ALIKES = (
+    EOS, "<|im_start|>assistant\n", "<|endoftext|>", "<|im_end>", "<images>", "< image>", "<IMAGE>",
+    "assistant\n", "<|im_start|>", "{{ messages }}", "{% for", "[INST]",
+)  # fmt: skip
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+messages = st.lists(st.one_of(words, st.sampled_from(LOOK_ALIKES)), max_size=4).map("".join)
+answers = messages.filter(lambda text: text.strip())
+dialogues = st.lists(st.tuples(messages, answers), min_size=1, max_size=3)
+
+
+def sample_of(*pairs: tuple[str, str], system: str = "", media: int = 0) -> Sample:
+    turns = [Turn("system", system)] if system else []
+    for question, answer in pairs:
+        turns += [Turn("user", question), Turn("assistant", answer)]
+    files = tuple(Media("image", pathlib.Path(f"{i}.png")) for i in range(media))
+    return Sample("a", tuple(turns), files, {})
+
+
+def runs(tokenizer, encoded: Encoded) -> list[tuple[bool, str]]:
+    """The text of each unbroken stretch with or without loss; visual tokens left out."""
+    text = encoded.media < 0
+    pairs = zip(encoded.answer[text].tolist(), encoded.tokens[text].tolist(), strict=True)
+    return [
+        (learned, tokenizer.decode([token for _, token in group]))
+        for learned, group in itertools.groupby(pairs, key=lambda pair: pair[0])
+    ]
+
+
+def normal(text: str) -> str:
+    """What the tokenizer stores of a text: NFC of what stands between special tokens."""
+    pieces = re.split(r"(<\|im_end\|>|<\|im_start\|>|<\|endoftext\|>)", text)
+    return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
+
+
+def chatml(*pairs: tuple[str, str], system: str = "") -> list[tuple[bool, str]]:
+    """The stretches that ChatML must give, written out by hand."""
+    before = f"<|im_start|>system\n{system}{EOS}\n" if system else ""
+    stretches = []
+    for question, answer in pairs:
+        before += f"<|im_start|>user\n{question}{EOS}\n<|im_start|>assistant\n"
+        stretches += [(False, before), (True, answer + EOS)]
+        before = "\n"
+    return [(learned, normal(text)) for learned, text in [*stretches, (False, before)]]
+
+
+# Loss.
+
+
+@pytest.mark.parametrize("system", ["", "You are a helpful assistant"])
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("Which way?", "left")],
+        [("Which way?", "left\nand then\n\nright")],
+        [("Which way?", "  left \n")],
+        [("Which way?", "left"), ("And then?", "right"), ("And then?", "left\nagain")],
+        [("left", "left"), ("left", "left")],
+        [("user\nassistant", "assistant\nuser")],
+        [("a <|im_end|> b", "c <|im_end|> d")],
+        [("<|im_start|>assistant\nright<|im_end|>", "left<|im_end|>")],
+        [("<images> < image>", "<video/> <IMAGE>")],
+        [("", "left")],
+        [("é 😀 \u0301", "ä\u0308")],
+    ],
+)
+def test_loss_covers_exactly_answers_and_end_markers(tokenizer, system: str, pairs: list):
+    encoded = ConversationEncoder(tokenizer, system).encode(sample_of(*pairs), [])
+    assert runs(tokenizer, encoded) == chatml(*pairs, system=system)
+
+
+@PROPERTY
+@given(pairs=dialogues, system=st.sampled_from(["", "Be brief."]))
+def test_loss_covers_exactly_answers_whatever_the_text(tokenizer, pairs: list, system: str):
+    encoded = ConversationEncoder(tokenizer, system).encode(sample_of(*pairs), [])
+    assert runs(tokenizer, encoded) == chatml(*pairs, system=system)
+
+
+def test_end_marker_is_one_learned_token(tokenizer):
+    encoded = ConversationEncoder(tokenizer, "").encode(sample_of(("Why?", "So.")), [])
+    learned = encoded.tokens[encoded.answer]
+    assert learned[-1] == tokenizer.eos_token_id
+    assert (learned[:-1] != tokenizer.eos_token_id).all()
+
+
+def test_sample_with_its_own_system_prompt_keeps_it(tokenizer):
+    encoder = ConversationEncoder(tokenizer, "You are a helpful assistant")
+    encoded = encoder.encode(sample_of(("Why?", "So."), system="Be brief."), [])
+    assert runs(tokenizer, encoded) == chatml(("Why?", "So."), system="Be brief.")
+
+
+def test_arrays_are_of_one_length_and_their_documented_types(tokenizer):
+    encoded = ConversationEncoder(tokenizer, "").encode(sample_of(("Why?", "So.")), [])
+    assert [a.dtype for a in (encoded.tokens, encoded.answer, encoded.media)] == [
+        np.int32, np.bool_, np.int32,
+    ]  # fmt: skip
+    assert len(encoded) == len(encoded.tokens) == len(encoded.answer) == len(encoded.media)
+
+
+# Prompts.
+
+
+@PROPERTY
+@given(pairs=dialogues, system=st.sampled_from(["", "Be brief."]))
+def test_prompt_is_what_training_sees_before_the_last_answer(tokenizer, pairs: list, system: str):
+    sample, encoder = sample_of(*pairs), ConversationEncoder(tokenizer, system)
+    prompt, full = encoder.encode(sample.prompt(), []), encoder.encode(sample, [])
+    size = len(prompt)
+    np.testing.assert_array_equal(prompt.tokens, full.tokens[:size])
+    np.testing.assert_array_equal(prompt.answer, full.answer[:size])
+    assert not full.answer[size - 1] and full.answer[size]
+    learned = full.tokens[size:][full.answer[size:]]
+    assert tokenizer.decode(learned) == normal(sample.answer() + EOS)
+
+
+def test_prompt_with_media_is_a_prefix_too(tokenizer):
+    sample = sample_of(("<image> and\n<image>?", "So."), ("Why?", "Because."), media=2)
+    encoder = ConversationEncoder(tokenizer, "")
+    prompt, full = encoder.encode(sample.prompt(), [5, 3]), encoder.encode(sample, [5, 3])
+    for name in ("tokens", "answer", "media"):
+        start = getattr(full, name)[: len(prompt)]
+        np.testing.assert_array_equal(getattr(prompt, name), start)
+
+
+# Visual slots.
+
+
+@pytest.mark.parametrize(
+    ("question", "counts"),
+    [
+        ("<image>", [4]),
+        ("<image>\nWhy?", [1]),
+        ("Why? <video>", [9]),
+        ("<image><image>", [2, 3]),
+        ("One <image> two\n<video> three <image>!", [3, 7, 1]),
+    ],
+)
+def test_visual_slots_stand_where_the_placeholder_stood(tokenizer, question: str, counts: list):
+    sample = sample_of((question, "So."), media=len(counts))
+    encoded = ConversationEncoder(tokenizer, "Be brief.").encode(sample, counts)
+    expected_tokens, expected_media = [], []
+    start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    pieces = re.split("<image>|<video>", start + question + EOS + "\n<|im_start|>assistant\n")
+    for i, piece in enumerate([*pieces, "So." + EOS, "\n"]):
+        if 0 < i <= len(counts):
+            expected_tokens += [tokenizer.pad_token_id] * counts[i - 1]
+            expected_media += [i - 1] * counts[i - 1]
+        ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        expected_tokens += ids
+        expected_media += [-1] * len(ids)
+    assert encoded.media.tolist() == expected_media
+    assert encoded.tokens.tolist() == expected_tokens
+    assert runs(tokenizer, encoded)[1] == (True, "So." + EOS)
+
+
+def test_media_of_later_turns_keep_their_order_and_carry_no_loss(tokenizer):
+    sample = sample_of(("<image>?", "As <video> shows."), ("<image>?", "So."), media=3)
+    encoded = ConversationEncoder(tokenizer, "").encode(sample, [2, 3, 4])
+    slots = encoded.media[encoded.media >= 0]
+    assert slots.tolist() == [0] * 2 + [1] * 3 + [2] * 4
+    assert not encoded.answer[encoded.media >= 0].any()
+    learned = tokenizer.decode(encoded.tokens[encoded.answer])
+    assert learned == f"As  shows.{EOS}So.{EOS}"
+
+
+def test_placeholder_never_reaches_the_tokenizer(tokenizer):
+    encoder = ConversationEncoder(tokenizer, "")
+    encoded = encoder.encode(sample_of(("<image>Why?", "So."), media=1), [0])
+    assert "image" not in tokenizer.decode(encoded.tokens)
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="BUG: no message for data.system")
+def test_placeholder_in_the_system_prompt_is_an_error_that_says_so(tokenizer):
+    with pytest.raises(ValueError, match="system"):
+        ConversationEncoder(tokenizer, "Look at <image>").encode(sample_of(("Why?", "So.")), [])
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="BUG: half an emoji ends the run")
+def test_text_that_is_no_unicode_is_a_sample_error(tokenizer):
+    """JSON may hold half of a surrogate pair, left by software that cuts text."""
+    with pytest.raises(SampleError):
+        ConversationEncoder(tokenizer, "").encode(sample_of(("Why \ud83d?", "So.")), [])
+
+
+# Other templates.
+
+
+def with_template(template: str) -> transformers.PreTrainedTokenizerBase:
+    made = train_tokenizer(["Which way? left"], 280)
+    made.chat_template = template
+    return made
+
+
+INST = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] | trim }} <|im_end|>"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_template_that_trims_and_has_no_opening_is_followed():
+    made = with_template(INST)
+    encoded = ConversationEncoder(made, "").encode(sample_of(("a", " b "), ("c", "d")), [])
+    assert runs(made, encoded) == [
+        (False, "[INST] a [/INST]"), (True, f" b {EOS}"),
+        (False, "[INST] c [/INST]"), (True, f" d {EOS}"),
+    ]  # fmt: skip
+
+
+def test_template_without_end_marker_learns_to_the_end():
+    made = with_template(INST.replace(" <|im_end|>", "\n"))
+    encoded = ConversationEncoder(made, "").encode(sample_of(("a", "b")), [])
+    assert runs(made, encoded) == [(False, "[INST] a [/INST]"), (True, " b\n")]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",  # rewrites answers
+        "{% for m in messages %}{{ '>' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}opening{% endif %}",  # opens what it does not continue
+        "{{ messages[-1]['content'] }}{% if add_generation_prompt %}!{% endif %}",  # forgets
+    ],
+)
+def test_template_that_does_not_continue_its_prompt_is_a_sample_error(template: str):
+    encoder = ConversationEncoder(with_template(template), "")
+    with pytest.raises(SampleError) as caught:
+        encoder.encode(sample_of(("a", "b"), ("c", "d")), [])
+    assert caught.value.cause == "template"
+
+
+# Loading.
+
+
+def test_loaded_tokenizer_encodes_as_the_trained_one(tmp_path: pathlib.Path):
+    made = train_tokenizer(["Which way? left"], 280)
+    made.save_pretrained(tmp_path)
+    text = "Which way? left <|im_end|>"
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == made(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ("files", "no tokenizer"),
+        ("chat_template", "chat template"),
+        ("pad_token", "pad token"),
+        ("eos_token", "end-of-turn"),
+    ],
+)
+def test_unusable_tokenizer_is_a_value_error_that_names_it(
+    tmp_path: pathlib.Path, lacking: str, message: str
+):
+    if lacking != "files":
+        made = train_tokenizer(["a"], 259)
+        setattr(made, lacking, None)
+        made.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,319 @@
+"""Protects packing: every sample is in one row and fits, samples of a row do not touch each other,
+and visual tokens point at the groups of their own clips."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storm_jax.config import CompressionConfig
+from storm_jax.data import rows as module
+from storm_jax.data.conversation import Encoded
+from storm_jax.data.rows import (
+    RowSample,
+    RowShape,
+    build_row,
+    empty_row,
+    plan_rows,
+    stack_rows,
+)
+
+PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+PAD, IMAGE = 1, 4  # pad id; side of a frame in pixels
+TOKENS, FRAMES = 50, 12
+
+
+# Planning.
+
+
+@st.composite
+def plans(draw) -> tuple[np.ndarray, list[int]]:
+    """Lengths of samples and an order in which to take some of them."""
+    pair = st.tuples(st.integers(1, TOKENS), st.integers(0, FRAMES))
+    lengths = draw(st.lists(pair, min_size=1, max_size=120))
+    order = draw(st.permutations(range(len(lengths))))
+    return np.array(lengths, np.int64), order[: draw(st.integers(0, len(order)))]
+
+
+def first_fit(lengths: np.ndarray, order: list[int], open_rows: int) -> list[list[int]]:
+    """Written for clarity: every row is looked at, the last `open_rows` are open."""
+    made: list[list[int]] = []
+    for index in order:
+        for row in made[-open_rows:]:
+            if ((lengths[[*row, index]].sum(0)) <= (TOKENS, FRAMES)).all():
+                row.append(index)
+                break
+        else:
+            made.append([index])
+    return made
+
+
+@PROPERTY
+@given(plans())
+def test_each_sample_is_in_exactly_one_row(plan):
+    lengths, order = plan
+    made = plan_rows(lengths, order, TOKENS, FRAMES)
+    assert sorted(index for row in made for index in row) == sorted(order)
+    assert all(made)
+
+
+@PROPERTY
+@given(plans())
+def test_no_row_is_over_its_capacity(plan):
+    lengths, order = plan
+    for row in plan_rows(lengths, order, TOKENS, FRAMES):
+        assert (lengths[row].sum(0) <= (TOKENS, FRAMES)).all()
+
+
+@PROPERTY
+@given(plans(), st.sampled_from([1, 3, 64]))
+def test_rows_are_first_fit_among_the_open_ones(plan, open_rows: int):
+    lengths, order = plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "OPEN_ROWS", open_rows)
+        made = plan_rows(lengths, order, TOKENS, FRAMES)
+    assert made == first_fit(lengths, order, open_rows)
+
+
+@PROPERTY
+@given(plans())
+def test_planning_is_deterministic_and_leaves_lengths_alone(plan):
+    lengths, order = plan
+    before = lengths.copy()
+    first = plan_rows(lengths, order, TOKENS, FRAMES)
+    assert plan_rows(lengths, iter(order), TOKENS, FRAMES) == first
+    np.testing.assert_array_equal(lengths, before)
+
+
+def test_full_samples_get_a_row_each_and_small_ones_share():
+    full = np.array([[TOKENS, FRAMES]] * 2)
+    assert plan_rows(full, range(2), TOKENS, FRAMES) == [[0], [1]]
+    assert plan_rows(np.full((4, 2), (TOKENS // 2, 1)), range(4), TOKENS, FRAMES) == [
+        [0, 1],
+        [2, 3],
+    ]
+
+
+# Building.
+
+
+def make_sample(rng: np.random.Generator, shape: RowShape, lengths: list[int]) -> RowSample:
+    """Text with a clip of each length in it; frames and text are random, so all differ."""
+    media: list[int] = [-1] * int(rng.integers(1, 4))
+    for i, length in enumerate(lengths):
+        media += [i] * shape.clip_tokens(length) + [-1] * int(rng.integers(0, 3))
+    media += [-1] * int(rng.integers(1, 4))
+    slots = np.array(media, np.int32)
+    tokens = np.where(slots < 0, rng.integers(2, 1000, len(slots)), PAD).astype(np.int32)
+    answer = (slots < 0) & (rng.random(len(slots)) < 0.5)
+    answer[-1] = True
+    clips = [rng.integers(1, 256, (length, IMAGE, IMAGE, 3)).astype(np.uint8) for length in lengths]
+    return RowSample(Encoded(tokens, answer, slots), clips)
+
+
+@st.composite
+def packed(draw) -> tuple[RowShape, list[RowSample]]:
+    """A row's shape and samples that fit it, some of them without media."""
+    compression = CompressionConfig(
+        num_frames=draw(st.integers(1, 8)),
+        temporal_pool=draw(st.integers(1, 4)),
+        spatial_pool=draw(st.integers(1, 3)),
+        temporal_sample=draw(st.integers(1, 3)),
+    )
+    shape = RowShape(120, 20, IMAGE, draw(st.integers(1, 4)), compression)
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    clip = st.sampled_from([1, compression.num_frames])
+    samples, tokens, frames = [], 0, 0
+    for lengths in draw(st.lists(st.lists(clip, max_size=3), min_size=1, max_size=8)):
+        sample = make_sample(rng, shape, lengths)
+        if tokens + len(sample.encoded) <= shape.tokens and frames + sum(lengths) <= shape.frames:
+            samples.append(sample)
+            tokens, frames = tokens + len(sample.encoded), frames + sum(lengths)
+    return shape, samples
+
+
+def table(shape: RowShape) -> tuple[int, int, int]:
+    """Group slots, and visual tokens of a pooled group and of an unpooled one."""
+    side = -(-shape.side // shape.compression.spatial_pool)
+    return shape.num_groups, side * side, shape.side * shape.side
+
+
+@PROPERTY
+@given(packed())
+def test_each_sample_stands_in_its_own_segment_unchanged(case):
+    shape, samples = case
+    row = build_row(samples, PAD, shape)
+    end = 0
+    for number, sample in enumerate(samples, start=1):
+        here = slice(end, end + len(sample.encoded))
+        end = here.stop
+        assert (row["segment_ids"][here] == number).all()
+        np.testing.assert_array_equal(row["tokens"][here], sample.encoded.tokens)
+        np.testing.assert_array_equal(row["positions"][here], np.arange(len(sample.encoded)))
+    assert (row["segment_ids"][end:] == 0).all() and (row["positions"][end:] == 0).all()
+    assert (row["tokens"][end:] == PAD).all()
+
+
+@PROPERTY
+@given(packed())
+def test_targets_are_the_next_token_of_the_same_sample_only(case):
+    shape, samples = case
+    row = build_row(samples, PAD, shape)
+    segments = row["segment_ids"]
+    inside = (segments[:-1] == segments[1:]) & (segments[:-1] > 0)
+    np.testing.assert_array_equal(row["targets"][:-1][inside], row["tokens"][1:][inside])
+    outside = np.append(~inside, True)
+    assert (row["targets"][outside] == PAD).all()
+    assert (row["loss_weights"][outside] == 0).all()
+
+
+@PROPERTY
+@given(packed())
+def test_loss_is_where_the_target_is_an_answer_token(case):
+    shape, samples = case
+    row = build_row(samples, PAD, shape)
+    expected = [np.append(sample.encoded.answer[1:], False) for sample in samples]
+    expected = np.concatenate([*expected, np.zeros(shape.tokens, bool)])[: shape.tokens]
+    np.testing.assert_array_equal(row["loss_weights"], expected.astype(np.float32))
+    assert (row["visual_index"][1:][row["loss_weights"][:-1] > 0] < 0).all()
+
+
+@PROPERTY
+@given(packed())
+def test_frames_stand_in_order_with_the_id_of_their_clip(case):
+    shape, samples = case
+    row = build_row(samples, PAD, shape)
+    clips = [clip for sample in samples for clip in sample.clips]
+    ids = [number for number, clip in enumerate(clips, start=1) for _ in clip]
+    padding = shape.frames - len(ids)
+    assert row["frame_clip"].tolist() == ids + [0] * padding
+    assert (row["frame_group"][len(ids) :] == -1).all() and (row["frames"][len(ids) :] == 0).all()
+    if clips:
+        np.testing.assert_array_equal(row["frames"][: len(ids)], np.concatenate(clips))
+
+
+@PROPERTY
+@given(packed())
+def test_groups_of_a_row_are_the_kept_means_of_each_clip(case):
+    shape, samples = case
+    row = build_row(samples, PAD, shape)
+    k, s = shape.compression.temporal_pool, shape.compression.temporal_sample
+    expected, next_group = [], 0
+    for clip in (clip for sample in samples for clip in sample.clips):
+        kept = [0] if len(clip) == 1 else range(0, -(-len(clip) // k), s)
+        slots = {group: next_group + i for i, group in enumerate(kept)}
+        expected += [slots.get(t // k, -1) for t in range(len(clip))]
+        next_group += len(slots)
+    assert row["frame_group"][: len(expected)].tolist() == expected
+    assert next_group <= shape.num_groups
+
+
+@PROPERTY
+@given(packed())
+def test_visual_slots_are_as_many_as_planned_and_index_their_own_groups(case):
+    shape, samples = case
+    row = build_row(samples, PAD, shape)
+    groups, pooled, unpooled = table(shape)
+    is_unpooled = shape.compression.spatial_pool > 1
+    size = groups * pooled + (groups * unpooled if is_unpooled else 0)
+    visual = row["visual_index"]
+    assert (visual >= -1).all() and (visual < size).all()
+    used = visual[visual >= 0]
+    assert len(set(used.tolist())) == len(used)
+    clip, end = 0, 0
+    for sample in samples:
+        here = visual[end : end + len(sample.encoded)]
+        end += len(sample.encoded)
+        np.testing.assert_array_equal(here >= 0, sample.encoded.media >= 0)
+        for medium, frames in enumerate(sample.clips):
+            clip += 1
+            index = here[sample.encoded.media == medium]
+            assert len(index) == shape.clip_tokens(len(frames))
+            of_clip = row["frame_group"][row["frame_clip"] == clip]
+            emitted = sorted(set(of_clip.tolist()) - {-1})
+            if len(frames) == 1 and is_unpooled:
+                begin, width = groups * pooled, unpooled
+            else:
+                begin, width = 0, pooled
+            places = [begin + group * width + i for group in emitted for i in range(width)]
+            assert index.tolist() == places
+    assert (visual[end:] == -1).all()
+
+
+@pytest.mark.parametrize(("spatial_pool", "first"), [(1, 0), (2, 5 * 4)])
+def test_image_indexes_the_unpooled_part_when_space_is_pooled(spatial_pool: int, first: int):
+    """Side 3: 9 tokens, or 4 when pooled by 2; a row of 20 tokens then has 5 group slots."""
+    compression = CompressionConfig(num_frames=4, spatial_pool=spatial_pool)
+    shape = RowShape(20, 5, IMAGE, 3, compression)
+    sample = make_sample(np.random.default_rng(0), shape, [1])
+    row = build_row([sample], PAD, shape)
+    visual = row["visual_index"]
+    assert visual[visual >= 0].tolist() == list(range(first, first + 9))
+    assert row["frame_group"].tolist() == [0, -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "frames", "side", "pool", "groups"),
+    [
+        (50, 12, 2, 1, 12),
+        (50, 12, 4, 1, 3),
+        (50, 12, 4, 2, 12),
+        (50, 12, 3, 2, 12),
+        (5, 9, 9, 1, 1),
+    ],
+)
+def test_group_slots_are_bounded_by_frames_and_tokens(
+    tokens: int, frames: int, side: int, pool: int, groups: int
+):
+    shape = RowShape(tokens, frames, IMAGE, side, CompressionConfig(4, spatial_pool=pool))
+    assert shape.num_groups == groups
+
+
+# Samples that failed to decode.
+
+
+@PROPERTY
+@given(packed(), st.data())
+def test_failed_sample_leaves_nothing_behind(case, data):
+    shape, samples = case
+    failed = data.draw(st.lists(st.booleans(), min_size=len(samples), max_size=len(samples)))
+    kept = [sample for sample, gone in zip(samples, failed, strict=True) if not gone]
+    holed = [None if gone else sample for sample, gone in zip(samples, failed, strict=True)]
+    got, expected = build_row(holed, PAD, shape), build_row(kept, PAD, shape)
+    numbers = np.array([0, *np.flatnonzero(~np.array(failed, bool)) + 1])
+    expected["segment_ids"] = numbers[expected["segment_ids"]]
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+
+
+def test_row_of_failed_samples_is_an_empty_row():
+    shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
+    got, expected = build_row([None, None], PAD, shape), empty_row(PAD, shape)
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    assert (got["tokens"] == PAD).all() and not got["loss_weights"].any()
+    assert (got["visual_index"] == -1).all() and not got["frame_clip"].any()
+
+
+def test_arrays_have_their_documented_shapes_and_types():
+    shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
+    batch = stack_rows([empty_row(PAD, shape)] * 3)
+    expected = dict.fromkeys(
+        ("tokens", "targets", "positions", "segment_ids", "visual_index"), ((3, 20), np.int32)
+    )
+    expected["loss_weights"] = ((3, 20), np.float32)
+    expected["frames"] = ((3, 5, IMAGE, IMAGE, 3), np.uint8)
+    expected |= dict.fromkeys(("frame_clip", "frame_group"), ((3, 5), np.int32))
+    assert {name: (array.shape, array.dtype.type) for name, array in batch.items()} == expected
+
+
+def test_stacking_keeps_the_order_of_rows():
+    shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
+    rng = np.random.default_rng(0)
+    made = [build_row([make_sample(rng, shape, [])], PAD, shape) for _ in range(2)]
+    batch = stack_rows(made)
+    for name, array in batch.items():
+        for i in range(2):
+            np.testing.assert_array_equal(array[i], made[i][name])

@@ -1,0 +1,139 @@
+"""Generation: the cache changes nothing, prompts of one batch do not see each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from storm_jax import presets
+from storm_jax.config import CompressionConfig
+from storm_jax.data.conversation import Encoded
+from storm_jax.data.rows import RowSample, RowShape, build_row, stack_rows
+from storm_jax.inference.generate import Sampling, choose, decode_step, generate, prefill
+from storm_jax.models.storm import Storm, VisualShape
+
+MODEL = dataclasses.replace(
+    presets.tiny(),
+    vision=dataclasses.replace(presets.tiny().vision, width=16, mlp_dim=32),
+    decoder=dataclasses.replace(presets.tiny().decoder, width=32, head_dim=8, mlp_dim=32),
+    mamba=dataclasses.replace(presets.tiny().mamba, d_state=4),
+)
+SHAPE = RowShape(48, 8, 32, MODEL.side, CompressionConfig(8, temporal_pool=4))
+VISUAL = VisualShape(SHAPE.num_groups, 1)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, jax.Array]:
+    """Three prompts of 11, 29 and 48 tokens, the last two about a clip."""
+    rng = np.random.default_rng(0)
+    rows, lengths = [], []
+    for frames, words in ((0, 11), (8, 21), (7, 40)):
+        visual = SHAPE.clip_tokens(frames) if frames else 0
+        tokens = np.concatenate([np.zeros(visual, int), rng.integers(1, 500, words)])
+        media = np.where(np.arange(visual + words) < visual, 0, -1)
+        clips = [rng.integers(0, 256, (frames, 32, 32, 3)).astype(np.uint8)] if frames else []
+        encoded = Encoded(tokens.astype(np.int32), media < 0, media)
+        rows.append(build_row([RowSample(encoded, clips)], 0, SHAPE))
+        lengths.append(len(encoded))
+    arrays = stack_rows(rows) | {"lengths": np.array(lengths, np.int32)}
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+@pytest.fixture
+def model(randomise) -> Storm:
+    return randomise(Storm(MODEL, rngs=nnx.Rngs(0)))
+
+
+def full_logits(model: Storm, batch: dict, extra: np.ndarray) -> np.ndarray:
+    """Logits [B, S + n, V] without a cache, with `extra` [B, n] behind each prompt."""
+    rows = np.asarray(batch["tokens"])
+    size, more = rows.shape[1], extra.shape[1]
+    tokens = np.pad(rows, ((0, 0), (0, more)))
+    index = np.pad(np.asarray(batch["visual_index"]), ((0, 0), (0, more)), constant_values=-1)
+    for row, length in enumerate(np.asarray(batch["lengths"])):
+        tokens[row, length : length + more] = extra[row]
+        index[row, length:] = -1
+    positions = np.broadcast_to(np.arange(size + more), tokens.shape)
+
+    @nnx.jit
+    def run(model, tokens, index, positions):
+        visual = model.encode(batch["frames"], batch["frame_clip"], batch["frame_group"], VISUAL)
+        hidden, _ = model.decode(model.merge(tokens, visual, index), positions)
+        return hidden @ model.decoder.head()
+
+    return np.asarray(run(model, tokens, index, positions))
+
+
+def test_cached_logits_equal_uncached_ones(model, batch):
+    extra = np.random.default_rng(1).integers(1, 500, (3, 5)).astype(np.int32)
+    expected = full_logits(model, batch, extra)
+    lengths = np.asarray(batch["lengths"])
+    logits, cache = nnx.jit(prefill, static_argnums=(2, 3))(model, batch, VISUAL, 48 + 5)
+    for step in range(6):
+        rows = expected[np.arange(3), lengths - 1 + step]
+        np.testing.assert_allclose(logits, rows, atol=2e-4, rtol=1e-4)
+        if step < 5:
+            logits, cache = nnx.jit(decode_step)(model, extra[:, step], lengths + step, cache)
+
+
+def test_greedy_generation_is_the_argmax_of_uncached_logits(model, batch):
+    sampling = Sampling(max_new_tokens=4)
+    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_id"))
+    tokens = np.asarray(
+        run(model, batch, jax.random.key(0), shape=VISUAL, sampling=sampling, stop_id=511)
+    )
+    expected = full_logits(model, batch, tokens)
+    lengths = np.asarray(batch["lengths"])
+    for step in range(4):
+        best = expected[np.arange(3), lengths - 1 + step].argmax(axis=-1)
+        np.testing.assert_array_equal(tokens[:, step], best)
+
+
+def test_prompts_of_a_batch_do_not_change_each_other(model, batch):
+    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_id"))
+    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=4), "stop_id": 511}
+    together = run(model, batch, jax.random.key(0), **options)
+    for row in range(3):
+        alone = {name: array[row : row + 1] for name, array in batch.items()}
+        tokens = run(model, alone, jax.random.key(0), **options)
+        np.testing.assert_array_equal(tokens[0], together[row])
+
+
+def test_generation_ends_each_row_at_its_stop_token(model, batch):
+    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_id"))
+    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=6)}
+    free = np.asarray(run(model, batch, jax.random.key(0), stop_id=511, **options))
+    stop = int(free[0, 2])
+    stopped = np.asarray(run(model, batch, jax.random.key(0), stop_id=stop, **options))
+    first = list(free[0]).index(stop)
+    np.testing.assert_array_equal(stopped[0, :first], free[0, :first])
+    assert (stopped[0, first:] == stop).all()
+
+
+def test_top_p_draws_only_from_the_nucleus_and_by_its_probabilities():
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    logits = jnp.broadcast_to(jnp.log(probabilities)[None], (4000, 4))
+    drawn = np.asarray(choose(logits, jax.random.key(0), Sampling(temperature=1.0, top_p=0.7)))
+    share = np.bincount(drawn, minlength=4) / len(drawn)
+    np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=0.03)
+
+
+def test_temperature_sharpens():
+    probabilities = np.array([0.6, 0.4])
+    logits = jnp.broadcast_to(jnp.log(probabilities)[None], (4000, 2))
+    drawn = np.asarray(choose(logits, jax.random.key(0), Sampling(temperature=0.5)))
+    expected = probabilities[0] ** 2 / (probabilities**2).sum()
+    assert abs((drawn == 0).mean() - expected) < 0.03
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_impossible_sampling_is_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Sampling(**fields)

@@ -1,0 +1,148 @@
+"""The whole model: packing, clip edges, compression and projectors, with no parameter at zero."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from storm_jax import presets
+from storm_jax.config import CompressionConfig
+from storm_jax.data.conversation import Encoded
+from storm_jax.data.rows import RowSample, RowShape, build_row, stack_rows
+from storm_jax.models.storm import Storm, VisualShape
+
+MODEL = dataclasses.replace(
+    presets.tiny(),
+    vision=dataclasses.replace(presets.tiny().vision, width=16, mlp_dim=32),
+    decoder=dataclasses.replace(presets.tiny().decoder, width=32, head_dim=8, mlp_dim=32),
+    mamba=dataclasses.replace(presets.tiny().mamba, d_state=4),
+)
+
+
+def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24) -> RowShape:
+    return RowShape(tokens, frames, MODEL.vision.image_size, MODEL.side, compression)
+
+
+def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
+    """A clip of `frames` frames with `words` text tokens before and after it."""
+    visual = shape.clip_tokens(frames)
+    text = rng.integers(1, 500, 2 * words)
+    tokens = np.concatenate([text[:words], np.zeros(visual, int), text[words:]]).astype(np.int32)
+    media = np.full(len(tokens), -1, np.int32)
+    media[words : words + visual] = 0
+    clip = rng.integers(0, 256, (frames, shape.image_size, shape.image_size, 3)).astype(np.uint8)
+    return RowSample(Encoded(tokens, media < 0, media), [clip])
+
+
+def run(model: Storm, samples_per_row: list[list[RowSample]], shape: RowShape) -> np.ndarray:
+    rows = [build_row(samples, 0, shape) for samples in samples_per_row]
+    batch = {name: jnp.asarray(array) for name, array in stack_rows(rows).items()}
+    visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
+    return np.asarray(nnx.jit(lambda model, batch: model(batch, visual))(model, batch))
+
+
+@pytest.fixture(params=["storm", "mlp", "forward"])
+def model(request, randomise) -> Storm:
+    config = MODEL
+    if request.param == "mlp":
+        config = dataclasses.replace(config, projector="mlp")
+    if request.param == "forward":
+        mamba = dataclasses.replace(config.mamba, direction="forward")
+        config = dataclasses.replace(config, mamba=mamba)
+    return randomise(Storm(config, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        CompressionConfig(8, temporal_pool=4),
+        CompressionConfig(8, temporal_pool=3, spatial_pool=2),
+        CompressionConfig(8, temporal_pool=2, temporal_sample=2),
+    ],
+    ids=["k4", "k3p2", "k2s2"],
+)
+def test_packed_samples_give_what_they_give_alone(model, compression, rng):
+    shape = row_shape(compression)
+    samples = [make_sample(rng, shape, frames, words) for frames, words in [(8, 5), (1, 3), (7, 4)]]
+    packed = run(model, [samples], shape)[0]
+    alone = run(model, [[sample] for sample in samples], shape)
+    start = 0
+    for sample, hidden in zip(samples, alone, strict=True):
+        size = len(sample.encoded)
+        np.testing.assert_allclose(packed[start : start + size], hidden[:size], atol=2e-4)
+        start += size
+
+
+def test_the_projector_mixes_time_before_pooling(randomise, rng):
+    """Without its mixer the answer would be another one: what the other tests see is not zero."""
+    shape = row_shape(CompressionConfig(8, temporal_pool=4))
+    sample = make_sample(rng, shape, 8, 4)
+    swapped = dataclasses.replace(sample, clips=[sample.clips[0][[1, 0, 2, 3, 4, 5, 6, 7]]])
+    for projector, sees_order in (("storm", True), ("mlp", False)):
+        config = dataclasses.replace(MODEL, projector=projector)
+        model = randomise(Storm(config, rngs=nnx.Rngs(0)))
+        difference = np.abs(run(model, [[sample]], shape) - run(model, [[swapped]], shape)).max()
+        assert (difference > 1e-2) == sees_order, (projector, difference)
+
+
+def test_causal_projector_never_looks_ahead(randomise, rng):
+    mamba = dataclasses.replace(MODEL.mamba, direction="forward")
+    frames = rng.integers(0, 256, (1, 8, 32, 32, 3)).astype(np.uint8)
+    changed = frames.copy()
+    changed[:, 5:] = 0
+    clip = jnp.ones((1, 8), jnp.int32)
+    group = jnp.arange(8)[None]
+    for config, expected in ((dataclasses.replace(MODEL, mamba=mamba), True), (MODEL, False)):
+        model = randomise(Storm(config, rngs=nnx.Rngs(0)))
+        encode = nnx.jit(lambda m, f: m.encode(f, clip, group, VisualShape(8, 1)))
+        before = np.asarray(encode(model, frames)).reshape(8, -1)[:5]
+        after = np.asarray(encode(model, changed)).reshape(8, -1)[:5]
+        assert np.allclose(before, after, atol=1e-5) == expected
+
+
+def test_a_fresh_storm_projector_is_the_identity_on_time(rng):
+    """out_proj starts at zero, so that training begins from independent frames."""
+    shape = row_shape(CompressionConfig(8, temporal_pool=4))
+    sample = make_sample(rng, shape, 8, 4)
+    swapped = dataclasses.replace(sample, clips=[sample.clips[0][[3, 2, 1, 0, 4, 5, 6, 7]]])
+    model = Storm(MODEL, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(
+        run(model, [[sample]], shape), run(model, [[swapped]], shape), atol=1e-5
+    )
+
+
+def test_sampled_out_frames_still_reach_the_kept_tokens(randomise, rng):
+    """Temporal sampling drops tokens after the scan, not frames before it."""
+    model = randomise(Storm(MODEL, rngs=nnx.Rngs(0)))
+    shape = row_shape(CompressionConfig(8, temporal_pool=2, temporal_sample=2))
+    sample = make_sample(rng, shape, 8, 4)
+    changed = sample.clips[0].copy()
+    changed[2:4] = 255  # the second group, which is dropped
+    other = dataclasses.replace(sample, clips=[changed])
+    assert np.abs(run(model, [[sample]], shape) - run(model, [[other]], shape)).max() > 1e-2
+
+
+def test_gradients_reach_every_trained_parameter(randomise, rng):
+    model = randomise(Storm(MODEL, rngs=nnx.Rngs(0)))
+    shape = row_shape(CompressionConfig(8, temporal_pool=4))
+    rows = [build_row([make_sample(rng, shape, 8, 6)], 0, shape)]
+    batch = {name: jnp.asarray(array) for name, array in stack_rows(rows).items()}
+    graphdef, params = nnx.split(model)
+
+    def loss(params):
+        hidden = nnx.merge(graphdef, params)(batch, VisualShape(shape.num_groups, 1))
+        return jnp.sum(jnp.sin(hidden))
+
+    grads = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
+    silent = [
+        jax.tree_util.keystr(path)
+        for path, grad in jax.tree_util.tree_leaves_with_path(grads)
+        if not np.abs(grad).max() > 0
+    ]
+    # A tower's key bias shifts all logits of a query alike; `unused` is behind the feature layer.
+    assert [name for name in silent if "unused" not in name] == []

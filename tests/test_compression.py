@@ -1,0 +1,131 @@
+"""Protects the plan of visual tokens: its counts are the closed form, and its indices point at what
+the model's pooling really puts into the visual table."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storm_jax.compression import plan_clip, pooled_side, visual_index
+from storm_jax.config import CompressionConfig
+from storm_jax.ops import pooling
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+FRAME_SLOTS, GROUP_SLOTS, WIDTH = 24, 20, 3
+
+temporal_pool = jax.jit(pooling.temporal_pool, static_argnums=2)
+spatial_pool = jax.jit(pooling.spatial_pool, static_argnums=1)
+repeatable = settings(derandomize=True, deadline=None, database=None)
+pool_sizes = st.integers(1, 9)
+
+
+def compression(k, p, s):
+    return CompressionConfig(num_frames=8, temporal_pool=k, spatial_pool=p, temporal_sample=s)
+
+
+@repeatable
+@given(st.integers(2, 200), st.integers(1, 30), pool_sizes, pool_sizes, pool_sizes)
+def test_video_plan_is_the_closed_form(num_frames, side, k, p, s):
+    plan = plan_clip(num_frames, side, compression(k, p, s))
+    assert plan.num_groups == math.ceil(math.ceil(num_frames / k) / s)
+    assert plan.tokens_per_group == math.ceil(side / p) ** 2 == pooled_side(side, p) ** 2
+    assert plan.num_tokens == plan.num_groups * plan.tokens_per_group
+    assert plan.pooled
+    assert plan.frame_group.dtype == np.int32
+    assert plan.frame_group.shape == (num_frames,)
+    for frame, group in enumerate(plan.frame_group.tolist()):
+        before = frame // k
+        assert group == (-1 if before % s else before // s)
+    emitted = plan.frame_group[plan.frame_group >= 0]
+    assert (np.diff(emitted) >= 0).all()
+    assert sorted(set(emitted.tolist())) == list(range(plan.num_groups))
+
+
+@repeatable
+@given(st.integers(1, 30), pool_sizes, pool_sizes, pool_sizes)
+def test_image_is_never_pooled_or_sampled(side, k, p, s):
+    plan = plan_clip(1, side, compression(k, p, s))
+    assert plan.frame_group.tolist() == [0]
+    assert plan.num_groups == 1
+    assert plan.num_tokens == side**2
+    assert plan.pooled == (p == 1)  # the table has an unpooled part only when p > 1
+
+
+@pytest.mark.parametrize("num_frames", [0, -1])
+def test_clip_without_frames_is_refused(num_frames):
+    with pytest.raises(ValueError, match=f"num_frames={num_frames}"):
+        plan_clip(num_frames, 4, compression(1, 1, 1))
+
+
+def place_clips(lengths, side, config):
+    """Plans of the clips that fit a row, with the first frame and group slot of each."""
+    placed, frame, group = [], 0, 0
+    for length in lengths:
+        plan = plan_clip(length, side, config)
+        if frame + length <= FRAME_SLOTS and group + plan.num_groups <= GROUP_SLOTS:
+            placed.append((plan, frame, group))
+            frame, group = frame + length, group + plan.num_groups
+    return placed
+
+
+def visual_table(x, frame_group, p):
+    """What the model makes of a row's frames; the layout is the one in the module's docstring."""
+    groups = temporal_pool(x[None], frame_group[None], GROUP_SLOTS)
+    pooled = np.asarray(spatial_pool(groups, p)).reshape(-1, WIDTH)
+    if p == 1:
+        return pooled, pooled
+    return np.concatenate([pooled, np.asarray(groups).reshape(-1, WIDTH)]), pooled
+
+
+def expected_tokens(frames, side, k, p, s):
+    """NumPy means [tokens, WIDTH] over the frames and cells that each token of a clip stands for."""
+    if len(frames) == 1:
+        k = p = s = 1
+    frames = frames.reshape(len(frames), side, side, WIDTH).astype(np.float64)
+    return np.array(
+        [
+            frames[t : t + k, row : row + p, column : column + p].mean(axis=(0, 1, 2))
+            for t in range(0, len(frames), k * s)
+            for row in range(0, side, p)
+            for column in range(0, side, p)
+        ]
+    )
+
+
+@settings(repeatable, max_examples=60)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    st.sampled_from([1, 2, 3, 5]),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+def test_visual_index_points_at_what_pooling_emits(lengths, side, k, p, s):
+    x = np.random.default_rng(0).uniform(1, 2, (FRAME_SLOTS, side * side, WIDTH))
+    x = x.astype(np.float32)
+    placed = place_clips(lengths, side, compression(k, p, s))
+    frame_group = np.full(FRAME_SLOTS, -1, np.int32)
+    for plan, frame, group in placed:
+        offset = np.where(plan.frame_group < 0, 0, group).astype(np.int32)
+        frame_group[frame : frame + len(offset)] = plan.frame_group + offset
+    table, pooled = visual_table(x, frame_group, p)
+
+    used = []
+    for plan, frame, group in placed:
+        index = visual_index(plan, group, GROUP_SLOTS, side, p)
+        assert index.dtype == np.int32
+        assert index.shape == (plan.num_tokens,)
+        clip = x[frame : frame + len(plan.frame_group)]
+        np.testing.assert_allclose(table[index], expected_tokens(clip, side, k, p, s), **TOLERANCE)
+        used += index.tolist()
+    assert len(set(used)) == len(used)
+    assert min(used) >= 0
+    assert max(used) < len(table)
+    # Every input is positive, so that the slots which pooling filled are the ones above zero.
+    emitted = sum(plan.num_groups for plan, _, _ in placed) * pooled_side(side, p) ** 2
+    assert (pooled > 0).all(axis=-1).sum() == emitted
