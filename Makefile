@@ -1,21 +1,31 @@
-# make demo    train, evaluate and ask a STORM on the built-in task (under 10 minutes on 2 cores)
-# make test    every fast test; make test-slow the others; make lint ruff and mypy
-# make evidence    the comparison of docs/results.md (hours; goes on where it stopped)
+# make demo       train, evaluate and ask a STORM on the built-in task (under 10 minutes on 2 cores)
+# make test       every fast test; make test-slow the others; make lint: ruff and mypy
+# make evidence   the comparison of docs/results.md (hours; goes on where it stopped)
 
 PYTHON ?= python3
 BIN := .venv/bin
-export TF_CPP_MIN_LOG_LEVEL ?= 2
+RUN := $(BIN)/python
+PIP := $(RUN) -m pip install --disable-pip-version-check
+FAMILIES := colour,shape,place,needle,order
 
 .PHONY: demo test test-slow lint evidence clean
 
 demo: .venv/runtime
-	$(BIN)/python -m benchmarks.demo --out=demo
+	$(RUN) -m storm_jax.data.shapes --out=data/shapes --clips=8000 --seed=0 --families=$(FAMILIES)
+	$(RUN) -m storm_jax.data.tokenizer --data=data/shapes/train.json --out=data/shapes/tokenizer
+	$(RUN) train.py --config=configs/tiny.py:stage=align --workdir=runs/align
+	$(RUN) train.py --config=configs/tiny.py:stage=sft --workdir=runs/sft --config.init_from=runs/align
+	$(RUN) eval.py --workdir=runs/sft --benchmark=shapes --require=$(FAMILIES)
+	$(RUN) predict.py --workdir=runs/sft --video=data/shapes/media/test/000004.mp4 --question="Which flash came first?"
+	@echo 'training curves: runs/sft/curves.png'
+	@echo 'ask about a file of your own:'
+	@echo '    $(RUN) predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"'
 
 test: .venv/development
-	$(BIN)/python -m pytest --durations=15
+	$(RUN) -m pytest --durations=10
 
 test-slow: .venv/development
-	$(BIN)/python -m pytest -m slow --durations=15
+	$(RUN) -m pytest -m slow --durations=10
 
 lint: .venv/development
 	$(BIN)/ruff check .
@@ -23,17 +33,19 @@ lint: .venv/development
 	$(BIN)/mypy
 
 evidence: .venv/runtime
-	$(BIN)/python -m benchmarks.shapes --out=runs/evidence
+	$(RUN) -m benchmarks.shapes --out=runs/evidence
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv data/shapes runs/align runs/sft
 
 .venv/runtime: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "STORM needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	@echo 'installing (a minute or two)'
+	$(PIP) -r requirements.txt
 	touch $@
 
 .venv/development: .venv/runtime requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo 'installing test extras (a minute or two)'
+	$(PIP) -r requirements-dev.txt
 	touch $@

@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 },
                 "warmup_fraction": 0.05,
                 "weight_decay": 0.01,
-                "b2": 0.98,
+                "b2": 0.99,
             },
             "train": {
                 "steps": steps,

@@ -134,9 +134,9 @@ class Run:
         return handler.restore(folder, args=ocp.args.StandardRestore(target))
 
 
-def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract_model(config: ModelConfig, *, remat: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure and its parameters as shapes; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Storm(config.model, rngs=nnx.Rngs(0), remat=config.train.remat))
+    model = nnx.eval_shape(lambda: Storm(config, rngs=nnx.Rngs(0), remat=remat))
     graphdef, params = nnx.split(model)
     return graphdef, params
 

@@ -81,7 +81,7 @@ class Predictor:
         self.config = run.config
         self.encoder = ConversationEncoder(run.tokenizer(), self.config.data.system)
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-        self._graphdef, abstract = abstract_model(self.config)
+        self._graphdef, abstract = abstract_model(self.config.model)
         target = with_sharding(
             compute_dtypes(nnx.to_pure_dict(abstract), self.config.model),
             param_shardings(abstract, self.mesh),

@@ -44,7 +44,7 @@ class StateSpec:
 
     @classmethod
     def make(cls, config: RunConfig, mesh: Mesh) -> StateSpec:
-        graphdef, params = abstract_model(config)
+        graphdef, params = abstract_model(config.model, remat=config.train.remat)
         flat = flatten(param_shardings(params, mesh))
         shapes = jax.eval_shape(
             lambda tree: _split(flatten(tree), config), nnx.to_pure_dict(params)

@@ -1,0 +1,269 @@
+"""Does a model that mixes time keep what pooling destroys? STORM against VILA's MLP projector.
+
+    python -m benchmarks.shapes --out=runs/evidence --seeds=0,1,2 --steps=400
+
+Trains both projectors alike (same data, seeds, steps and rates) at 1x, at 4x by temporal pooling and
+at 4x by spatial pooling, tests the 4x weights also at 8x (temporal sampling on top), and writes
+results.json and results.md. What is finished is not done again, so it may be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+from flax import nnx
+
+from storm_jax import presets
+from storm_jax.compression import plan_clip
+from storm_jax.config import CompressionConfig, ModelConfig
+from storm_jax.data import shapes
+from storm_jax.evals.runner import settings_name
+from storm_jax.run import Run, abstract_model, flatten, write_atomically
+
+FAMILIES = ("order", "motion", "needle")
+FRAMES = 16
+PROJECTORS = ("storm", "mlp")
+PLATEAU = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One column of the comparison: the compression trained with, and tested with."""
+
+    name: str
+    trained: CompressionConfig
+    tested: CompressionConfig
+
+    @property
+    def run_name(self) -> str:
+        return f"k{self.trained.temporal_pool}_p{self.trained.spatial_pool}"
+
+
+_K4 = CompressionConfig(FRAMES, temporal_pool=4)
+_K1, _P2 = CompressionConfig(FRAMES), CompressionConfig(FRAMES, spatial_pool=2)
+SETTINGS = (
+    Setting("1x", _K1, _K1),
+    Setting("4x", _K4, _K4),
+    Setting("8x", _K4, dataclasses.replace(_K4, temporal_sample=2)),
+    Setting("spatial 4x", _P2, _P2),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.shapes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", required=True, type=pathlib.Path, help="folder of runs and results"
+    )
+    parser.add_argument("--seeds", default="0", help="comma-separated; default 0")
+    parser.add_argument("--steps", type=int, default=400, help="steps of every run; default 400")
+    parser.add_argument("--clips", type=int, default=8000, help="training clips; default 8000")
+    args = parser.parse_args()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    data = render(args.out, args.clips)
+    accuracies = {}
+    for seed in seeds:
+        for setting in SETTINGS:
+            for projector in PROJECTORS:
+                workdir = args.out / f"{projector}_{setting.run_name}_seed{seed}"
+                train(workdir, data, projector, setting.trained, seed, args.steps)
+                accuracies[projector, setting.name, seed] = evaluate(workdir, data, setting.tested)
+                write_results(args, data, accuracies)
+    print((args.out / "results.md").read_text())
+
+
+def render(out: pathlib.Path, clips: int) -> pathlib.Path:
+    """The task as files, with a tokenizer."""
+    data = out / "data"
+    command = ["storm_jax.data.shapes", f"--out={data}", f"--clips={clips}", "--seed=0"]
+    run_module(*command, f"--families={','.join(FAMILIES)}", "--eval_clips=200")
+    if not (data / "tokenizer").exists():
+        tokenizer = data / "tokenizer"
+        run_module(
+            "storm_jax.data.tokenizer", f"--data={data / 'train.json'}", f"--out={tokenizer}"
+        )
+    return data
+
+
+def train(
+    workdir: pathlib.Path,
+    data: pathlib.Path,
+    projector: str,
+    compression: CompressionConfig,
+    seed: int,
+    steps: int,
+) -> None:
+    """Trains one run, or goes on with it; every row holds four clips whatever the compression."""
+    tokens = 384 if compression == _K1 else 192
+    fields = {
+        "model.projector": projector,
+        "compression.temporal_pool": compression.temporal_pool,
+        "compression.spatial_pool": compression.spatial_pool,
+        "data.train": data / "train.json",
+        "data.val": data / "val.json",
+        "data.row_tokens": tokens,
+        "train.seed": seed,
+        "train.steps": steps,
+        "train.keep_best": 0,
+    }
+    run_script(
+        "train.py",
+        "--config=configs/tiny.py:stage=sft",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    )
+
+
+def evaluate(
+    workdir: pathlib.Path, data: pathlib.Path, compression: CompressionConfig
+) -> dict[str, float]:
+    """Accuracy on the test clips, by family."""
+    step = Run(workdir).checkpoint_step()
+    report = workdir / "evals" / "shapes" / settings_name(compression, step, None) / "results.json"
+    if not report.exists():
+        run_script(
+            "eval.py",
+            f"--workdir={workdir}",
+            "--benchmark=shapes",
+            f"--data={data}",
+            *(f"--{name}={value}" for name, value in dataclasses.asdict(compression).items()),
+        )
+    groups = json.loads(report.read_text())["groups"]
+    return {group["group"]: group["accuracy"] for group in groups}
+
+
+def run_script(script: str, *arguments: str) -> None:
+    print(f"$ python {script} {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, script, *arguments], check=True)
+
+
+def run_module(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+def write_results(
+    args: argparse.Namespace,
+    data: pathlib.Path,
+    accuracies: Mapping[tuple[str, str, int], Mapping[str, float]],
+) -> None:
+    """results.json, with every number, and results.md, with their means and spread."""
+    task = shapes.read_settings(data)
+    lines = [
+        f"Command: `python -m benchmarks.shapes --out=OUT --seeds={args.seeds} --steps={args.steps} "
+        f"--clips={args.clips}`; {platform.machine()}, {os.cpu_count()} CPU cores, "
+        f"{time.strftime('%Y-%m-%d')}. Test clips per family: {task.eval_clips}. Mean over seeds, "
+        f"lowest and highest in brackets.",
+        "",
+        "| family | tokens | chance | ceiling without temporal mixing | STORM | MLP |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for family in FAMILIES:
+        for setting in SETTINGS:
+            cells = [_cell(accuracies, p, setting.name, family) for p in PROJECTORS]
+            k, s = setting.tested.temporal_pool, setting.tested.temporal_sample
+            lines.append(
+                f"| {family} | {setting.name} | {shapes.FAMILIES[family].chance:.0%} "
+                f"| {shapes.ceiling(family, task, k, s):.1%} | {cells[0]} | {cells[1]} |"
+            )
+    lines += ["", *_verdicts(accuracies, task), "", *_costs()]
+    write_atomically(args.out / "results.md", "\n".join(lines) + "\n")
+    rows = [
+        {"projector": p, "setting": s, "seed": seed, "accuracy": dict(value)}
+        for (p, s, seed), value in accuracies.items()
+    ]
+    write_atomically(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
+
+
+def _values(accuracies: Mapping, projector: str, setting: str, family: str) -> list[float]:
+    return [v[family] for (p, s, _), v in accuracies.items() if (p, s) == (projector, setting)]
+
+
+def _cell(accuracies: Mapping, projector: str, setting: str, family: str) -> str:
+    values = _values(accuracies, projector, setting, family)
+    if not values:
+        return "-"
+    spread = f" [{min(values):.1%}, {max(values):.1%}]" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.1%}{spread}"
+
+
+def _verdicts(accuracies: Mapping, task: shapes.Settings) -> list[str]:
+    """The comparison at 4x counts once the baseline is as good as it can be."""
+    lines = []
+    for family in ("order", "motion"):
+        baseline = _values(accuracies, "mlp", "4x", family)
+        storm = _values(accuracies, "storm", "4x", family)
+        if not baseline or not storm:
+            continue
+        ceiling = shapes.ceiling(family, task, 4, 1)
+        mean = sum(baseline) / len(baseline)
+        found = f"STORM {sum(storm) / len(storm):.1%} against {mean:.1%} (ceiling {ceiling:.1%})"
+        if mean >= ceiling - PLATEAU:
+            lines.append(f"- `{family}` at 4x: {found}; the baseline has reached its ceiling.")
+        else:
+            lines.append(
+                f"- `{family}` at 4x: {found}; inconclusive, since the baseline is more than "
+                f"{PLATEAU:.0%} below its ceiling and may still learn."
+            )
+    return lines
+
+
+def _costs() -> list[str]:
+    """Parameters and forward FLOPs of a clip with a 22-token question, by projector and setting."""
+    lines = [
+        "| tokens | visual tokens | STORM GFLOPs a clip | MLP GFLOPs a clip |",
+        "| --- | --- | --- | --- |",
+    ]
+    for setting in SETTINGS:
+        visual = plan_clip(FRAMES, presets.tiny().side, setting.tested).num_tokens
+        flops = [forward_flops(_model(p), FRAMES, visual + 22) / 1e9 for p in PROJECTORS]
+        lines.append(f"| {setting.name} | {visual} | {flops[0]:.3f} | {flops[1]:.3f} |")
+    counts = [parameter_count(_model(p)) for p in PROJECTORS]
+    return [*lines, "", f"Parameters: STORM {counts[0]:,}, MLP {counts[1]:,}."]
+
+
+def _model(projector: str) -> ModelConfig:
+    return dataclasses.replace(presets.tiny(), projector=projector)
+
+
+def parameter_count(model: ModelConfig) -> int:
+    return sum(leaf.size for leaf in flatten(nnx.to_pure_dict(abstract_model(model)[1])).values())
+
+
+def forward_flops(model: ModelConfig, frames: int, tokens: int) -> float:
+    """Matrix products, attention and scan of one clip's forward pass; a multiply-add counts two."""
+    vision, decoder, mamba = model.vision, model.decoder, model.mamba
+    patches, w = vision.side**2, vision.width
+    layer = patches * (4 * w * w + 2 * w * vision.mlp_dim) + 2 * patches**2 * w
+    depth = vision.depth + 1 + vision.feature_layer
+    vision_macs = frames * (patches * 3 * vision.patch_size**2 * w + depth * layer)
+
+    visual, d = frames * model.side**2, decoder.width
+    projector_macs = visual * w * model.downsample**2 * d
+    if model.projector == "mlp":
+        projector_macs += visual * d * d
+    else:
+        inner, rank = mamba.expand * d, -(-d // 16)
+        scan = inner * (mamba.d_conv + 2 * rank + 2 * mamba.d_state + 3 * mamba.d_state)
+        directions = 2 if mamba.direction == "both" else 1
+        projector_macs += mamba.depth * visual * (3 * d * inner + directions * scan)
+
+    heads, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    linear = 2 * d * heads + 2 * d * kv + 3 * d * decoder.mlp_dim
+    decoder_macs = decoder.depth * (tokens * linear + tokens**2 * heads)
+    return 2.0 * (vision_macs + projector_macs + decoder_macs + d * decoder.vocab_size)
+
+
+if __name__ == "__main__":
+    main()
