@@ -29,6 +29,9 @@ from storm_jax.config import RunConfig, from_dict
 from storm_jax.data import shapes
 from storm_jax.data.sources import read_records
 from storm_jax.data.tokenizer import train_tokenizer
+from storm_jax.run import Run
+from storm_jax.sharding import make_mesh
+from storm_jax.train import loop
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -105,3 +108,13 @@ def small_config(shapes_folder: pathlib.Path):
         return from_dict(RunConfig, config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_run(small_config, shapes_folder, tmp_path_factory) -> pathlib.Path:
+    """A run of two steps: it answers, though not well."""
+    config = small_config(train__steps=2, train__eval_every=0)
+    run = Run(tmp_path_factory.mktemp("runs") / "trained")
+    run.prepare(config, shapes_folder / "tokenizer")
+    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {})
+    return run.path

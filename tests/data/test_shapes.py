@@ -131,10 +131,13 @@ def test_needle_answer_is_the_colour_of_the_only_flash():
 
 
 def test_count_answer_is_the_number_of_flashes_none_of_them_neighbours():
+    colours = set()
     for sample in samples("count"):
         seen = [t for t, colour in enumerate(flashes(sample)) if colour]
+        colours.update(flashes(sample))
         assert str(len(seen)) == right_option(sample)
         assert all(b - a > 1 for a, b in itertools.pairwise(seen))
+    assert len(colours - {""}) > 1  # the colour says nothing
 
 
 @pytest.mark.parametrize("event_frames", [2, 3])

@@ -1,0 +1,146 @@
+"""The three scripts as users call them: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def call(script: str, *arguments: str, path: str = "") -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
+def test_help_shows_how_to_call(script):
+    shown = call(script, "--help")
+    assert f"python {script}" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("--config.model.vision.nope=3", "nope"),
+        ("--config.train.steps=many", "config.train.steps"),
+        ("--config.train.steps=0", "train.steps=0 must be positive"),
+        ("--config.mesh.tensor=3", "mesh.tensor=3 does not divide"),
+        ("--config.compression.num_frames=65", "no video would fit a row"),
+        ("--config.init_from=nowhere", "nowhere"),
+    ],
+)
+def test_a_wrong_field_is_named_before_anything_is_written(override, problem, tmp_path):
+    refused = call(
+        "train.py", "--config=configs/tiny.py:stage=sft", f"--workdir={tmp_path}/run", override
+    )
+    assert refused.returncode != 0
+    assert problem in refused.stderr
+    assert "Traceback" not in refused.stderr.split(problem)[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_question_about_a_file_is_answered(trained_run, shapes_folder):
+    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    answered = call(
+        "predict.py", f"--workdir={trained_run}", f"--video={video}", "--question=Which came first?"
+    )
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stderr == ""
+    assert answered.stdout.endswith("\n")
+
+
+@pytest.mark.parametrize("content", [None, b"this is no video"], ids=["missing", "broken"])
+def test_a_bad_file_is_one_clear_line(content, trained_run, tmp_path):
+    video = tmp_path / "bad.mp4"
+    if content is not None:
+        video.write_bytes(content)
+    refused = call("predict.py", f"--workdir={trained_run}", f"--video={video}", "--question=What?")
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert re.fullmatch(rf"predict.py: video {video} is .*\n", refused.stderr)
+
+
+def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path):
+    refused = call("predict.py", f"--workdir={tmp_path}", "--video=a.mp4", "--question=What?")
+    assert refused.returncode == 1
+    assert re.fullmatch(rf"predict.py: .*{tmp_path}.* is not a run .*\n", refused.stderr)
+
+
+def test_evaluation_counts_unreadable_media_as_wrong_and_lists_them(
+    trained_run, shapes_folder, tmp_path
+):
+    data = tmp_path / "data"
+    shutil.copytree(shapes_folder, data)
+    records = json.loads((data / "test.json").read_text())
+    broken = next(record for record in records if record["family"] == "order")
+    (data / broken["video"]).write_bytes(b"")
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    done = call(
+        "eval.py",
+        f"--workdir={run}",
+        "--benchmark=shapes",
+        f"--data={data}",
+        "--temporal_pool=4",
+        "--temporal_sample=2",
+        "--batch_size=4",
+        "--require=order",
+    )
+    assert done.returncode == 1
+    assert done.stderr == "eval.py: not 10% above chance: order\n"
+    folder = run / "evals/shapes/step2_frames8_k4_p1_s2"
+    results = json.loads((folder / "results.json").read_text())
+    order = next(group for group in results["groups"] if group["group"] == "order")
+    assert order["total"] == 2
+    assert order["failed"] == 1
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [record["id"] for record in records]
+    failed = [line for line in lines if line["error"]]
+    assert [line["id"] for line in failed] == [broken["id"]]
+    assert not failed[0]["right"]
+    assert str(data / broken["video"]) in failed[0]["error"]
+    assert (folder / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert "order" in done.stdout
+    assert "ceiling" in done.stdout
+
+
+def test_the_projector_of_the_extending_guide_trains_and_answers(shapes_folder, tmp_path):
+    guide = (ROOT / "docs/extending.md").read_text()
+    module, config = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "my_projector.py").write_text(module)
+    (tmp_path / "my_config.py").write_text(config)
+    workdir = tmp_path / "run"
+    trained = call(
+        "train.py",
+        f"--config={tmp_path}/my_config.py:stage=sft",
+        f"--workdir={workdir}",
+        f"--config.data.train={shapes_folder}/train.json",
+        f"--config.data.val={shapes_folder}/val.json",
+        "--config.train.steps=2",
+        "--config.train.batch_size=2",
+        path=str(tmp_path),
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "val_loss" in trained.stdout
+    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    question = ("predict.py", f"--workdir={workdir}", f"--video={video}", "--question=What?")
+    assert call(*question, path=str(tmp_path)).returncode == 0
+    lost = call(*question)
+    assert lost.returncode == 1
+    assert "my_projector" in lost.stderr
+    assert "PYTHONPATH" in lost.stderr
