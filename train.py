@@ -37,7 +37,9 @@ def tokenizer_folder(config: RunConfig) -> pathlib.Path:
     if config.data.tokenizer:
         return pathlib.Path(config.data.tokenizer)
     if config.init_from:
-        return Run(config.init_from).tokenizer_path
+        source = Run(config.init_from)
+        _ = source.config  # an error unless it is a run
+        return source.tokenizer_path
     return pathlib.Path(config.data.train).parent / "tokenizer"
 
 

@@ -62,7 +62,14 @@ class Run:
 
         Raises:
           RunError: when the folder cannot be written or holds another run; nothing is overwritten.
+          ValueError: when `tokenizer_from` holds no tokenizer, or one too large for the model.
         """
+        size, slots = len(load_tokenizer(tokenizer_from)), config.model.decoder.vocab_size
+        if size > slots:
+            raise ValueError(
+                f"the tokenizer in {tokenizer_from} has {size} entries, more than "
+                f"model.decoder.vocab_size={slots}"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / "config.json").exists():

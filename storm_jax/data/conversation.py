@@ -62,6 +62,10 @@ class ConversationEncoder:
     tokenizer: transformers.PreTrainedTokenizerBase
     system: str
 
+    def __post_init__(self) -> None:
+        if PLACEHOLDER.search(self.system):
+            raise ValueError(f"data.system={self.system!r} must not hold <image> or <video>")
+
     def encode(self, sample: Sample, num_tokens: Sequence[int]) -> Encoded:
         """Tokenises a sample whose n-th medium has `num_tokens[n]` visual tokens.
 

@@ -87,10 +87,10 @@ class Dataset:
         return self.shape.compression.num_frames
 
     def fingerprint(self) -> str:
-        """Changes when the samples, their order or their lengths do."""
+        """Changes when the samples, their order, texts or lengths do; media may move."""
         digest = hashlib.sha256(self.lengths.tobytes())
         for sample in self.samples:
-            digest.update(sample.id.encode())
+            digest.update(repr((sample.id, sample.turns)).encode())
         return digest.hexdigest()[:16]
 
     def _measure(self, sample: Sample) -> tuple[int, int]:

@@ -338,7 +338,7 @@ def ceiling(family: str, settings: Settings, temporal_pool: int, temporal_sample
                 labels[g].append(label)
         view = tuple((g, tuple(sorted(found))) for g, found in sorted(labels.items()))
         seen[event.question, view][event.answer] += 1 / share[event.answer] / len(share)
-    return sum(max(answers.values()) for answers in seen.values())
+    return min(1.0, sum(max(answers.values()) for answers in seen.values()))
 
 
 def render(settings: Settings, split: str, index: int) -> Rendered:
@@ -495,6 +495,7 @@ def main() -> None:
     for name, problem in {
         "families": not set(families) <= set(FAMILIES),
         "clips": args.clips < 1,
+        "seed": args.seed < 0,
         "frames": args.frames < 8,
         "size": args.size < 16 or args.size % 2,
         "noise": not 0 <= args.noise <= 255,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ def read_records(path: str | pathlib.Path) -> list[Any]:
         raise ValueError(
             f"{path} is missing: data.train and data.val name LLaVA JSON files"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(records, list) or not records:
@@ -92,24 +95,43 @@ def parse_record(record: Any, media_root: pathlib.Path, index: int) -> Sample:
     if not isinstance(record, Mapping):
         raise SampleError(str(index), "malformed", f"record {index} is not an object")
     sample_id = str(record.get("id", index))
-    media = tuple(
-        Media(kind, media_root / str(name))
-        for kind in ("image", "video")
-        if record.get(kind)
-        for name in ([record[kind]] if isinstance(record[kind], str) else record[kind])
-    )
     turns = _parse_turns(sample_id, record.get("conversations"))
-    placeholders = sum(len(PLACEHOLDER.findall(turn.text)) for turn in turns)
-    if placeholders != len(media):
-        raise SampleError(
-            sample_id,
-            "placeholder",
-            f"{placeholders} <image>/<video> placeholders in the text and {len(media)} media files",
-        )
+    files = {kind: _parse_files(sample_id, kind, record.get(kind)) for kind in ("image", "video")}
+    placeholders = [name.strip("<>") for turn in turns for name in PLACEHOLDER.findall(turn.text)]
+    media = _in_text_order(sample_id, files, placeholders, media_root)
     known = ("id", "image", "video", "conversations")
     return Sample(
         sample_id, turns, media, {key: v for key, v in record.items() if key not in known}
     )
+
+
+def _parse_files(sample_id: str, kind: str, value: Any) -> list[str]:
+    names = ([value] if isinstance(value, str) else value) or []
+    if names == [""]:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise SampleError(
+            sample_id, "malformed", f"{kind}={value!r} must be a file name or a list of them"
+        )
+    return names
+
+
+def _in_text_order(
+    sample_id: str, files: Mapping[str, list[str]], placeholders: list[str], root: pathlib.Path
+) -> tuple[Media, ...]:
+    """One medium per placeholder. With one kind of file, either placeholder may stand for it (some
+    data sets write <image> for videos); with both, each takes the next file of its kind."""
+    present = [kind for kind, names in files.items() if names]
+    kinds = present * len(placeholders) if len(present) == 1 else placeholders
+    if Counter(kinds) != Counter({kind: len(names) for kind, names in files.items() if names}):
+        raise SampleError(
+            sample_id,
+            "placeholder",
+            f"{len(placeholders)} placeholders ({', '.join(placeholders)}) in the text for "
+            f"{len(files['image'])} images and {len(files['video'])} videos",
+        )
+    left = {kind: iter(names) for kind, names in files.items()}
+    return tuple(Media(kind, root / next(left[kind])) for kind in kinds)
 
 
 def _parse_turns(sample_id: str, conversations: Any) -> tuple[Turn, ...]:
@@ -118,14 +140,18 @@ def _parse_turns(sample_id: str, conversations: Any) -> tuple[Turn, ...]:
     turns = []
     for turn in conversations:
         try:
-            turns.append(Turn(_ROLES[turn["from"]], str(turn["value"])))
-        except (KeyError, TypeError):
+            role, text = _ROLES[turn["from"]], turn["value"]
+            text.encode()  # half of a surrogate pair cannot be tokenised
+            turns.append(Turn(role, text))
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
             raise SampleError(
                 sample_id,
                 "malformed",
                 f"turn {turn!r} must be {{'from': 'human' or 'gpt', 'value': text}}",
             ) from None
-    roles = [turn.role for turn in turns if turn.role != "system"]
+    roles = [turn.role for turn in turns]
+    if roles[0] == "system":
+        roles = roles[1:]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise SampleError(
             sample_id, "malformed", f"turns must alternate human and gpt, found {', '.join(roles)}"

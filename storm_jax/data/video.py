@@ -73,6 +73,9 @@ def _open(path: str | pathlib.Path) -> tuple[av.container.InputContainer, av.Vid
         container.close()
         raise VideoError(path, "empty", "it has no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise VideoError(path, "unreadable", "its header is incomplete")
     # Frame threads hide a file that ends early; slice threads raise.
     stream.thread_type = "SLICE"
     if stream.width * stream.height <= _SMALL:
@@ -85,17 +88,30 @@ def _frame_times(path: str | pathlib.Path) -> tuple[np.ndarray, Fraction]:
     container, stream = _open(path)
     with container:
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        times = [packet.pts for packet in packets]
-        if None in times:  # containers that store no presentation times
+        stamps = [packet.pts for packet in packets]
+        if None in stamps:  # containers that store no presentation times
             container.seek(0)
-            times = [frame.pts for frame in container.decode(stream)]
-        declared = stream.frames
-        base = stream.time_base
-    if not times or base is None:
+            stamps = [frame.pts for frame in container.decode(stream)]
+        declared, end, base = stream.frames, _declared_end(stream), stream.time_base
+    times = np.unique(np.array([stamp for stamp in stamps if stamp is not None], np.int64))
+    if not len(times) or base is None:
         raise VideoError(path, "empty", "it has no frames")
-    if declared > len(times) + 1:  # some muxers count one frame more than they write
-        raise VideoError(path, "truncated", f"it has {len(times)} of {declared} frames")
-    return np.unique(np.array(times, np.int64)), base
+    if declared > len(stamps) + 1:  # some muxers count one frame more than they write
+        raise VideoError(path, "truncated", f"it has {len(stamps)} of {declared} frames")
+    seconds = times * float(base)
+    step = (seconds[-1] - seconds[0]) / max(1, len(times) - 1)
+    if end is not None and seconds[-1] + 2 * step + 0.1 < end:
+        raise VideoError(path, "truncated", f"it ends at {seconds[-1]:.2f} of {end:.2f} s")
+    return times, base
+
+
+def _declared_end(stream: av.VideoStream) -> float | None:
+    """When the stream should end, in seconds, as Matroska notes it for each track."""
+    try:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except (KeyError, ValueError):
+        return None
 
 
 def _decode(path: str | pathlib.Path, wanted: set[int], size: int) -> dict[int, np.ndarray]:
