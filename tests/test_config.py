@@ -1,0 +1,98 @@
+"""A wrong configuration is refused whole, with the name of each field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from configs import tiny
+from storm_jax import config as config_lib
+from storm_jax.config import ConfigError, ModelConfig, RunConfig, from_dict, to_dict
+
+
+def fields(**changes) -> dict:
+    made = tiny.get_config("stage=sft").to_dict()
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        node = made
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return made
+
+
+def test_dict_and_json_round_trip(tmp_path):
+    config = from_dict(RunConfig, fields())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    assert config_lib.load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model__vision__colour": "red"}, "model.vision.colour is unknown"),
+        ({"train__steps": "ten"}, "train.steps='ten' must be an integer"),
+        ({"train__steps": True}, "train.steps=True must be an integer"),
+        ({"train__steps": -1}, "train.steps=-1 must be positive"),
+        ({"train__steps": 2.5}, "train.steps=2.5 must be an integer"),
+        ({"optim__learning_rate__vision": -1e-3}, "optim.learning_rate.vision=-0.001"),
+        ({"model": 3}, "model=3 must be a section"),
+        ({"model__decoder__num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
+        ({"model__decoder__head_dim": 7}, "head_dim=7 must be even"),
+        ({"model__vision__num_heads": 5}, "num_heads=5 does not divide width=64"),
+        ({"model__vision__feature_layer": 0}, "feature_layer=0 must be in [-2, -1]"),
+        ({"model__vision__feature_layer": -3}, "feature_layer=-3 must be in [-2, -1]"),
+        ({"model__projector": "mamba"}, "projector='mamba' must be"),
+        ({"model__projector_args": {"a": 1}}, "go to a projector of your own"),
+        ({"model__mamba__direction": "back"}, "direction='back'"),
+        ({"model__dtype": "float16"}, "dtype='float16'"),
+        ({"compression__num_frames": 100}, "exceeds data.row_frames=64"),
+        ({"train__accumulation": 3}, "accumulation=3 does not divide batch_size=16"),
+        ({"optim__warmup_fraction": 1.0}, "warmup_fraction=1.0 must be below 1"),
+        ({"data__max_skip_fraction": 1.5}, "max_skip_fraction=1.5 must be at most 1"),
+        ({"mesh__fsdp": -1}, "data=-1 and fsdp=-1"),
+        ({"mesh__data": 0}, "data=0 and fsdp=1"),
+        ({"mesh__tensor": 3}, "mesh.tensor=3 does not divide"),
+        ({"mesh__context": 3}, "mesh.context=3 does not divide data.row_tokens"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value(changes, problem):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(RunConfig, fields(**changes))
+    assert problem in str(caught.value)
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        from_dict(RunConfig, fields(train__steps=0, model__dtype="x", data__nope=1))
+    for name in ("train.steps", "dtype", "data.nope"):
+        assert name in str(caught.value)
+
+
+def test_a_missing_field_is_named():
+    made = fields()
+    del made["model"]["vision"]["patch_size"]
+    with pytest.raises(ConfigError, match=r"model\.vision\.patch_size is missing"):
+        from_dict(RunConfig, made)
+
+
+def test_rates_that_are_all_zero_train_nothing():
+    rates = {f"optim__learning_rate__{part}": 0.0 for part in ("vision", "projector", "decoder")}
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        from_dict(RunConfig, fields(**rates))
+
+
+def test_differences_name_what_changed():
+    old, new = fields(), fields(train__steps=7, model__projector="mlp")
+    assert config_lib.differences(old, new) == {
+        "model.projector": ("storm", "mlp"),
+        "train.steps": (old["train"]["steps"], 7),
+    }
+
+
+def test_odd_grids_are_padded_by_the_pixel_shuffle():
+    model = from_dict(ModelConfig, fields(model__vision__image_size=40)["model"])
+    assert model.vision.side == 5
+    assert model.side == 3

@@ -1,0 +1,74 @@
+"""One rate and one decay rule for every parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from storm_jax import presets
+from storm_jax.config import LearningRateConfig, OptimConfig
+from storm_jax.run import abstract_model, flatten
+from storm_jax.train.optim import is_trainable, make_optimizer, schedule
+
+CONFIG = OptimConfig(
+    LearningRateConfig(vision=1e-3, projector=2e-3, decoder=4e-3),
+    warmup_fraction=0.0,
+    weight_decay=0.5,
+    clip_norm=1e9,
+)
+
+
+def test_every_parameter_falls_under_one_rule():
+    for preset in ("tiny", "storm_qwen2_7b"):
+        names = flatten(nnx.to_pure_dict(abstract_model(getattr(presets, preset)())[1]))
+        trained = [name for name in names if is_trainable(name, CONFIG)]
+        assert {name.split("/")[0] for name in trained} == {"vision", "projector", "decoder"}
+        assert all("vision/unused" in name for name in set(names) - set(trained))
+
+
+def test_a_parameter_of_no_part_is_an_error():
+    with pytest.raises(ValueError, match="adapter/kernel"):
+        is_trainable("adapter/kernel", CONFIG)
+
+
+def test_parts_step_with_their_rates_and_only_kernels_decay():
+    params = {
+        "vision/a/kernel": jnp.ones(3),
+        "projector/a/kernel": jnp.ones(3),
+        "decoder/a/bias": jnp.ones(3),
+    }
+    grads = {name: jnp.full(3, 0.1) for name in params}
+    optimizer = make_optimizer(CONFIG, steps=10)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    # Adam's first step is the sign of the gradient.
+    np.testing.assert_allclose(updates["vision/a/kernel"], -1e-3 * 1.5, rtol=1e-4)
+    np.testing.assert_allclose(updates["projector/a/kernel"], -2e-3 * 1.5, rtol=1e-4)
+    np.testing.assert_allclose(updates["decoder/a/bias"], -4e-3, rtol=1e-4)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = dataclasses.replace(CONFIG, clip_norm=1.0)
+    params = {"vision/kernel": jnp.zeros(4), "decoder/kernel": jnp.zeros(4)}
+    grads = {name: jnp.full(4, 3.0) for name in params}
+    clipped = optax.clip_by_global_norm(config.clip_norm).update(grads, optax.EmptyState())[0]
+    optimizer = make_optimizer(config, steps=10)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    moments = optax.tree_utils.tree_get(state, "mu")
+    for name in params:
+        np.testing.assert_allclose(moments[name], 0.1 * clipped[name], rtol=1e-5)
+
+
+def test_schedule_warms_up_and_decays_to_zero():
+    rate = schedule(dataclasses.replace(CONFIG, warmup_fraction=0.1), steps=100)
+    values = np.array([rate(step) for step in range(101)])
+    assert values[0] == 0
+    assert values.argmax() == 10
+    assert values[10] == 1
+    assert values[100] == pytest.approx(0, abs=1e-6)
+    assert (np.diff(values[:11]) > 0).all()
+    assert (np.diff(values[10:]) < 0).all()
