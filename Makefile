@@ -6,12 +6,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip install --disable-pip-version-check
-FAMILIES := colour,shape,place,needle,order
+FAMILIES := shape,place,shape,place,colour,needle,order
 
 .PHONY: demo test test-slow lint evidence clean
 
 demo: .venv/runtime
-	$(RUN) -m storm_jax.data.shapes --out=data/shapes --clips=8000 --seed=0 --families=$(FAMILIES)
+	$(RUN) -m storm_jax.data.shapes --out=data/shapes --clips=10000 --seed=0 --families=$(FAMILIES)
 	$(RUN) -m storm_jax.data.tokenizer --data=data/shapes/train.json --out=data/shapes/tokenizer
 	$(RUN) train.py --config=configs/tiny.py:stage=align --workdir=runs/align
 	$(RUN) train.py --config=configs/tiny.py:stage=sft --workdir=runs/sft --config.init_from=runs/align

@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     stage = parse_stage(arg)
     is_align, is_long = stage == "align", stage == "long"
     frames = 64 if is_long else 16
-    steps = {"align": 40, "sft": 600, "long": 200}[stage]
+    steps = {"align": 20, "sft": 200, "long": 200}[stage]
     rate = 2e-3
     return complete(
         {
@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "train": "data/shapes/train.json",
                 "val": "data/shapes/val.json",
                 "system": "",
-                "row_tokens": 256,
+                "row_tokens": 384,
                 "row_frames": 64,
                 "num_threads": 2,
             },

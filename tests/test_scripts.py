@@ -136,6 +136,7 @@ def test_the_projector_of_the_extending_guide_trains_and_answers(shapes_folder, 
         path=str(tmp_path),
     )
     assert trained.returncode == 0, trained.stderr
+    assert trained.stderr == ""
     assert "val_loss" in trained.stdout
     video = next((shapes_folder / "media/test").glob("*.mp4"))
     question = ("predict.py", f"--workdir={workdir}", f"--video={video}", "--question=What?")
@@ -144,3 +145,14 @@ def test_the_projector_of_the_extending_guide_trains_and_answers(shapes_folder, 
     assert lost.returncode == 1
     assert "my_projector" in lost.stderr
     assert "PYTHONPATH" in lost.stderr
+
+
+def test_neither_torch_nor_tensorflow_is_imported_at_run_time(trained_run, shapes_folder):
+    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    code = (
+        "import sys, storm_jax, storm_jax.evals.runner, storm_jax.train.loop\n"
+        f"storm_jax.load({str(trained_run)!r}).answer({str(video)!r}, 'What?')\n"
+        "sys.exit(' '.join(name for name in ('torch', 'tensorflow') if name in sys.modules))\n"
+    )
+    done = call("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -481,7 +481,11 @@ def main() -> None:
         "--clips", type=int, required=True, help="training samples, images included"
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--families", default=every, help=f"comma-separated; default {every}")
+    parser.add_argument(
+        "--families",
+        default=every,
+        help=f"comma-separated, twice for twice as many; default {every}",
+    )
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (8 at least)")
     parser.add_argument("--size", type=int, default=32, help="height and width in pixels (even)")
     parser.add_argument("--noise", type=int, default=16, help="background noise, 0 to 255")

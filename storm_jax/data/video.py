@@ -141,7 +141,13 @@ def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: int) -> None:
             stream = container.add_stream("libx264", rate=fps)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
+            # mbtree makes the bytes of small videos differ from run to run.
+            stream.options = {
+                "crf": "12",
+                "preset": "veryfast",
+                "threads": "1",
+                "x264-params": "mbtree=0",
+            }
             stream.codec_context.flags |= av.codec.context.Flags.bitexact
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))

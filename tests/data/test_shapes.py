@@ -428,3 +428,9 @@ def test_cli_reports_other_settings_without_a_traceback(
         run(monkeypatch, f"--out={folder}", "--clips=9", "--workers=1")
     assert str(folder) in caught.value.code
     assert content(folder) == before
+
+
+def test_a_family_named_twice_comes_twice_as_often():
+    settings = dataclasses.replace(SMALL, families=("colour", "colour", "needle"))
+    made = [shapes.render(settings, "train", index).family for index in range(24)]
+    assert (made.count("colour"), made.count("needle")) == (16, 8)
