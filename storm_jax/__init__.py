@@ -6,11 +6,15 @@ storm.answer("clip.mp4", "Which flash came first?")
 
 from __future__ import annotations
 
+import os
 import pathlib
 import typing
 
 if typing.TYPE_CHECKING:
     from storm_jax.inference.predictor import Predictor
+
+# Only tokenizers are used of transformers; it would advise to install torch for its models.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def load(workdir: str | pathlib.Path, step: int | None = None) -> Predictor:

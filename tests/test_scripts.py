@@ -147,12 +147,13 @@ def test_the_projector_of_the_extending_guide_trains_and_answers(shapes_folder, 
     assert "PYTHONPATH" in lost.stderr
 
 
-def test_neither_torch_nor_tensorflow_is_imported_at_run_time(trained_run, shapes_folder):
+def test_neither_torch_nor_tensorflow_is_needed_at_run_time(trained_run, shapes_folder):
     video = next((shapes_folder / "media/test").glob("*.mp4"))
     code = (
-        "import sys, storm_jax, storm_jax.evals.runner, storm_jax.train.loop\n"
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['tensorflow'] = None  # an import of them fails\n"
+        "import storm_jax, storm_jax.evals.runner, storm_jax.train.loop\n"
         f"storm_jax.load({str(trained_run)!r}).answer({str(video)!r}, 'What?')\n"
-        "sys.exit(' '.join(name for name in ('torch', 'tensorflow') if name in sys.modules))\n"
     )
     done = call("-c", code)
     assert (done.returncode, done.stderr) == (0, "")

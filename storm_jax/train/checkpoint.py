@@ -27,7 +27,8 @@ class Checkpointer:
         root.mkdir(exist_ok=True)
         train = run.config.train
         policies = [managers.LatestN(n=train.keep_last)]
-        if train.keep_best:
+        tracks_best = train.keep_best and train.eval_every and run.config.data.val
+        if tracks_best:
             policies.append(
                 managers.BestN(
                     get_metric_fn=lambda metrics: metrics["val_loss"],
@@ -46,7 +47,7 @@ class Checkpointer:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=managers.AnyPreservationPolicy(policies),
-                best_fn=lambda metrics: metrics["val_loss"],
+                best_fn=(lambda metrics: metrics["val_loss"]) if tracks_best else None,
                 best_mode="min",
             ),
         )

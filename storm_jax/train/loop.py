@@ -241,7 +241,8 @@ def _describe(spec: StateSpec, dataset: Dataset, start: int) -> None:
     print(
         f"{len(dataset.samples):,} samples ({len(dataset.skips)} unusable), rows of "
         f"{shape.tokens} tokens and {shape.frames} frames; parameters: {trained:,} trained, "
-        f"{frozen:,} frozen; mesh {dict(spec.mesh.shape)}; from step {start}",
+        f"{frozen:,} frozen; mesh {dict(spec.mesh.shape)}; from step {start}\n"
+        f"compiling the first step",
         flush=True,
     )
 
