@@ -51,9 +51,9 @@ class Setting:
 _K4 = CompressionConfig(FRAMES, temporal_pool=4)
 _K1, _P2 = CompressionConfig(FRAMES), CompressionConfig(FRAMES, spatial_pool=2)
 SETTINGS = (
-    Setting("1x", _K1, _K1),
     Setting("4x", _K4, _K4),
     Setting("8x", _K4, dataclasses.replace(_K4, temporal_sample=2)),
+    Setting("1x", _K1, _K1),
     Setting("spatial 4x", _P2, _P2),
 )
 

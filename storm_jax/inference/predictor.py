@@ -23,7 +23,7 @@ from storm_jax.data.conversation import ConversationEncoder, Encoded
 from storm_jax.data.image import IMAGE_SUFFIXES, ImageError
 from storm_jax.data.pipeline import decode
 from storm_jax.data.rows import RowSample, RowShape, build_row, empty_row, stack_rows
-from storm_jax.data.sources import Media, Sample, SampleError, Turn
+from storm_jax.data.sources import PLACEHOLDER, Media, Sample, SampleError, Turn
 from storm_jax.data.video import VideoError
 from storm_jax.inference.generate import Sampling, generate
 from storm_jax.models.storm import VisualShape
@@ -111,7 +111,7 @@ class Predictor:
         """
         path = pathlib.Path(media)
         kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
-        turn = Turn("user", f"<{kind}>\n{question}")
+        turn = Turn("user", f"<{kind}>\n{PLACEHOLDER.sub('', question)}")
         sample = Sample(path.name, (turn,), (Media(kind, path),), {})
         _, prediction = next(
             self.predict(

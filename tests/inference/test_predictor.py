@@ -41,6 +41,12 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(storm, tmp_path):
         storm.answer(tmp_path / "nothing.mp4", "What?")
 
 
+def test_a_placeholder_in_the_question_stands_for_nothing_more(storm, shapes_folder):
+    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    plain = storm.answer(video, "What?")
+    assert storm.answer(video, "<video>What?") == storm.answer(video, "<image>What?") == plain
+
+
 def test_no_samples_give_no_answers(storm):
     assert list(storm.predict([])) == []
 
