@@ -16,7 +16,7 @@ demo: .venv/runtime
 	$(RUN) train.py --config=configs/tiny.py:stage=align --workdir=runs/align
 	$(RUN) train.py --config=configs/tiny.py:stage=sft --workdir=runs/sft --config.init_from=runs/align
 	$(RUN) eval.py --workdir=runs/sft --benchmark=shapes --require=$(FAMILIES)
-	$(RUN) predict.py --workdir=runs/sft --video=data/shapes/media/test/000004.mp4 --question="Which flash came first?"
+	$(RUN) predict.py --workdir=runs/sft --video=data/shapes/media/test/000006.mp4 --question="Which flash came first?"
 	@echo 'training curves: runs/sft/curves.png'
 	@echo 'ask about a file of your own:'
 	@echo '    $(RUN) predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"'

@@ -132,6 +132,8 @@ class _Loop:
         config, mesh = self.config, self.spec.mesh
         step_fn = make_train_step(self.spec, _visual_shape(self.dataset.shape))
         stream = self._stream()
+        if self.start < config.steps:
+            print("compiling the first step", flush=True)
         pending: tuple[int, Batch, dict] | None = None
         for step in range(self.start, config.steps + 1):
             last, resumed = step == config.steps, step == self.start
@@ -241,8 +243,7 @@ def _describe(spec: StateSpec, dataset: Dataset, start: int) -> None:
     print(
         f"{len(dataset.samples):,} samples ({len(dataset.skips)} unusable), rows of "
         f"{shape.tokens} tokens and {shape.frames} frames; parameters: {trained:,} trained, "
-        f"{frozen:,} frozen; mesh {dict(spec.mesh.shape)}; from step {start}\n"
-        f"compiling the first step",
+        f"{frozen:,} frozen; mesh {dict(spec.mesh.shape)}; from step {start}",
         flush=True,
     )
 

@@ -1,4 +1,5 @@
-"""The Mamba mixer and its scan against transformers' torch implementation, with equal weights."""
+"""Protects the Mamba mixer and its scan: values and gradients of one and both directions, with and
+without clip boundaries, equal transformers' slow torch path with equal weights."""
 
 from __future__ import annotations
 
@@ -10,17 +11,19 @@ import torch
 from flax import nnx
 from transformers import MambaConfig as TorchMambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer as TorchMixer
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from storm_jax.config import MambaConfig
 from storm_jax.models.mamba import DirectedScan, MambaMixer
 from storm_jax.ops.selective_scan import selective_scan
 
+torch.set_num_threads(1)  # on busy cores, more wait for each other for seconds
 MAX_ERROR = 1e-4
 WIDTH = 20  # dt_rank 2
-LENGTHS = (1, 3, 64, 65, 130)
+LENGTHS = (1, 5, 64, 65, 130)  # one step, less and more than a chunk, three chunks
 
 
-def to_torch(in_proj, scan: dict, out_proj) -> dict[str, np.ndarray]:
+def to_torch(in_proj: dict, scan: dict, out_proj: dict) -> dict[str, np.ndarray]:
     """Our parameters of one direction under the torch mixer's names."""
     return {
         "in_proj.weight": in_proj["kernel"].reshape(WIDTH, -1).T,
@@ -36,12 +39,13 @@ def to_torch(in_proj, scan: dict, out_proj) -> dict[str, np.ndarray]:
 
 
 def torch_mixer(params: dict, direction: str) -> TorchMixer:
+    ours = MambaConfig()
     config = TorchMambaConfig(
         hidden_size=WIDTH,
-        state_size=6,
-        conv_kernel=4,
-        expand=2,
-        time_step_rank=2,
+        state_size=ours.d_state,
+        conv_kernel=ours.d_conv,
+        expand=ours.expand,
+        time_step_rank="auto",
         use_bias=False,
         use_conv_bias=True,
         num_hidden_layers=1,
@@ -54,9 +58,26 @@ def torch_mixer(params: dict, direction: str) -> TorchMixer:
 
 
 def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
-    config = MambaConfig(d_state=6, direction=direction)
-    mixer = randomise(MambaMixer(WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32), scale=0.2)
-    return mixer, jax.device_get(nnx.to_pure_dict(nnx.split(mixer)[1]))
+    config = MambaConfig(direction=direction)
+    mixer = randomise(MambaMixer(WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32), scale=0.4)
+    graphdef, state = nnx.split(mixer)
+    params = jax.device_get(nnx.to_pure_dict(state))
+    for name in {"forward", "backward"} & params.keys():
+        params[name]["dt_bias"] = params[name]["dt_bias"] - 3  # steps of 0.05: states live long
+    return nnx.merge(graphdef, params), params
+
+
+def gradient_of(mixer: MambaMixer, u: np.ndarray, weights: np.ndarray) -> tuple:
+    """The mixer's output and the gradient of its weighted sum with respect to `u`."""
+    graphdef, state = nnx.split(mixer)
+    segment_ids = jnp.ones(u.shape[:2], jnp.int32)
+
+    def weighted(u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = nnx.merge(graphdef, state)(u, segment_ids)
+        return jnp.sum(y * weights), y
+
+    (_, y), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(u)
+    return y, gradient
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -64,54 +85,79 @@ def test_forward_mixer_equals_transformers_with_its_gradient(length, randomise, 
     mixer, params = jax_mixer(randomise, "forward")
     u = rng.standard_normal((2, length, WIDTH)).astype(np.float32)
     weights = rng.standard_normal(u.shape).astype(np.float32)
-    segment_ids = jnp.ones((2, length), jnp.int32)
-    graphdef, state = nnx.split(mixer)
-
-    def weighted(u):
-        y = nnx.merge(graphdef, state)(u, segment_ids)
-        return jnp.sum(y * weights), y
-
-    (_, found), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(u)
+    found, gradient = gradient_of(mixer, u, weights)
     torch_u = torch.from_numpy(u).requires_grad_()
     expected = torch_mixer(params, "forward")(torch_u)
     (expected * torch.from_numpy(weights)).sum().backward()
-    assert np.abs(expected.detach().numpy()).max() > 100 * MAX_ERROR
-    assert np.abs(np.asarray(found) - expected.detach().numpy()).max() <= MAX_ERROR
-    assert np.abs(np.asarray(gradient) - torch_u.grad.numpy()).max() <= MAX_ERROR
+    assert min(expected.abs().max(), torch_u.grad.abs().max()) > 1
+    assert max_error(found, expected) <= MAX_ERROR
+    assert max_error(gradient, torch_u.grad) <= MAX_ERROR
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_both_directions_are_a_torch_mixer_each_way(length, randomise, rng):
-    """in_proj, gate and out_proj are shared and linear in the scans, so outputs add up."""
+def test_both_directions_are_a_torch_mixer_each_way_with_their_gradient(length, randomise, rng):
+    """in_proj and gate are shared and out_proj is linear in the scans, so outputs add up."""
     mixer, params = jax_mixer(randomise, "both")
     u = rng.standard_normal((2, length, WIDTH)).astype(np.float32)
-    found = np.asarray(nnx.jit(lambda m: m(u, jnp.ones((2, length), jnp.int32)))(mixer))
+    weights = rng.standard_normal(u.shape).astype(np.float32)
+    found, gradient = gradient_of(mixer, u, weights)
+    torch_u = torch.from_numpy(u).requires_grad_()
+    forward = torch_mixer(params, "forward")(torch_u)
+    backward = torch_mixer(params, "backward")(torch_u.flip(1)).flip(1)
+    ((forward + backward) * torch.from_numpy(weights)).sum().backward()
+    assert min(forward.abs().max(), backward.abs().max()) > 1
+    assert max_error(found, forward + backward) <= MAX_ERROR
+    assert max_error(gradient, torch_u.grad) <= MAX_ERROR
+
+
+def test_packed_clips_are_torch_mixers_of_their_own(randomise, rng):
+    mixer, params = jax_mixer(randomise, "both")
+    lengths = (1, 40, 2, 57)  # the last crosses a chunk
+    u = rng.standard_normal((1, sum(lengths), WIDTH)).astype(np.float32)
+    segment_ids = np.repeat([1, 2, 3, 4], lengths)[None]
+    found = nnx.jit(lambda m: m(u, segment_ids))(mixer)
     with torch.no_grad():
-        forward = torch_mixer(params, "forward")(torch.from_numpy(u)).numpy()
-        flipped = torch.from_numpy(u[:, ::-1].copy())
-        backward = torch_mixer(params, "backward")(flipped).numpy()[:, ::-1]
-    assert np.abs(backward).max() > 100 * MAX_ERROR
-    assert np.abs(found - (forward + backward)).max() <= MAX_ERROR
+        clips = torch.from_numpy(u).split(lengths, dim=1)
+        forward = torch.cat([torch_mixer(params, "forward")(clip) for clip in clips], dim=1)
+        mirrored = [torch_mixer(params, "backward")(clip.flip(1)).flip(1) for clip in clips]
+    assert max_error(found, forward + torch.cat(mirrored, dim=1)) <= MAX_ERROR
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("implementation", ["sequential", "chunked"])
-def test_scan_equals_the_torch_recurrence(implementation, rng):
-    batch, length, width, state = 2, 130, 5, 4
+def test_scan_equals_the_torch_recurrence(implementation, reverse, length, rng):
+    batch, width, state = 2, 5, 4
     x, dt = rng.standard_normal((2, batch, length, width)).astype(np.float32)
     B, C = rng.standard_normal((2, batch, length, state)).astype(np.float32)
     A = -np.exp(rng.standard_normal((width, state))).astype(np.float32)
     D, bias = rng.standard_normal((2, width)).astype(np.float32)
-    run = jax.jit(lambda *args: selective_scan(*args, dt_bias=bias, implementation=implementation))
-    found, last = run(x, dt, A, B, C, D)
-    step = torch.nn.functional.softplus(torch.from_numpy(dt + bias))[..., None]  # [B, L, E, 1]
-    decay = torch.exp(step * torch.from_numpy(A))
-    inputs = step * torch.from_numpy(B)[:, :, None] * torch.from_numpy(x)[..., None]
-    h = torch.zeros(batch, width, state)
-    for t in range(length):
-        h = decay[:, t] * h + inputs[:, t]
-        y = (h * torch.from_numpy(C)[:, t, None]).sum(-1) + torch.from_numpy(D * x[:, t])
-        assert np.abs(np.asarray(found[:, t]) - y.numpy()).max() <= MAX_ERROR
-    assert np.abs(np.asarray(last) - h.numpy()).max() <= MAX_ERROR
+    bias -= 3
+    found, last = jax.jit(
+        lambda *args: selective_scan(
+            *args, dt_bias=bias, reverse=reverse, implementation=implementation
+        )
+    )(x, dt, A, B, C, D)
+
+    def reading(v: np.ndarray) -> torch.Tensor:  # time last, from where the scan starts
+        v = torch.from_numpy(v).transpose(1, 2)
+        return v.flip(2) if reverse else v
+
+    expected, state_after = mamba_selective_scan(
+        reading(x),
+        reading(dt),
+        torch.from_numpy(A),
+        reading(B),
+        reading(C),
+        D=torch.from_numpy(D),
+        delta_bias=torch.from_numpy(bias),
+        delta_softplus=True,
+        return_last_state=True,
+    )
+    expected = (expected.flip(2) if reverse else expected).transpose(1, 2)
+    assert expected.abs().max() > 1
+    assert max_error(found, expected) <= MAX_ERROR
+    assert max_error(last, state_after) <= MAX_ERROR
 
 
 def test_the_reverse_scan_is_the_flipped_one(randomise, rng):
@@ -127,3 +173,8 @@ def test_the_reverse_scan_is_the_flipped_one(randomise, rng):
     found = np.asarray(call(scan, x, segments))
     expected = np.asarray(call(forward, x[:, ::-1], segments[:, ::-1]))[:, ::-1]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def max_error(found: jax.Array, expected: torch.Tensor) -> float:
+    assert found.shape == tuple(expected.shape)
+    return float(np.abs(np.asarray(found) - expected.detach().numpy()).max())

@@ -1,4 +1,5 @@
-"""SigLIP against transformers' torch tower with equal random weights, layer by layer."""
+"""Protects SigLIP: every layer equals transformers' torch tower with equal random weights, from uint8
+frames on, whether or not patches cover the image and attention is cut into chunks of queries."""
 
 from __future__ import annotations
 
@@ -14,27 +15,35 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from storm_jax.config import VisionConfig
 from storm_jax.models.siglip import SigLIP
+from storm_jax.ops.attention import QUERY_CHUNK
 
+torch.set_num_threads(1)  # on busy cores, more wait for each other for seconds
 MAX_ERROR = 1e-4
-CONFIG = VisionConfig(
-    image_size=45, patch_size=14, width=24, depth=3, num_heads=3, mlp_dim=40, feature_layer=-1
-)  # 3 x 3 patches and a rest that no patch covers
+ODD_GRID = VisionConfig(
+    image_size=42, patch_size=14, width=24, depth=3, num_heads=3, mlp_dim=40, feature_layer=-1
+)  # 3 x 3 patches
+CONFIGS = {
+    "odd grid": ODD_GRID,
+    "rest without a patch": dataclasses.replace(ODD_GRID, image_size=45),
+    "two query chunks": dataclasses.replace(ODD_GRID, image_size=68, patch_size=4),
+}
+assert CONFIGS["two query chunks"].side ** 2 > QUERY_CHUNK
 
 
-def to_torch(params: dict) -> dict[str, np.ndarray]:
+def to_torch(params: dict, config: VisionConfig) -> dict[str, np.ndarray]:
     """Our parameters under the torch tower's names."""
     layers = params["layers"]
     names = {
         "embeddings.patch_embedding.weight": params["patch"]["kernel"]
-        .reshape(CONFIG.patch_size, CONFIG.patch_size, 3, -1)
+        .reshape(config.patch_size, config.patch_size, 3, -1)
         .transpose(3, 2, 0, 1),
         "embeddings.patch_embedding.bias": params["patch"]["bias"],
         "embeddings.position_embedding.weight": params["position"],
         "post_layernorm.weight": params["unused"]["norm"]["scale"],
         "post_layernorm.bias": params["unused"]["norm"]["bias"],
     }
-    width = CONFIG.width
-    for i in range(CONFIG.depth):
+    width = config.width
+    for i in range(config.depth):
         prefix = f"encoder.layers.{i}."
         for ours, theirs in (("attn_norm", "layer_norm1"), ("mlp_norm", "layer_norm2")):
             names[f"{prefix}{theirs}.weight"] = layers[ours]["scale"][i]
@@ -53,50 +62,51 @@ def to_torch(params: dict) -> dict[str, np.ndarray]:
     return names
 
 
-@pytest.fixture
-def towers(randomise):
-    ours = randomise(SigLIP(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False))
+def torch_tower(config: VisionConfig, params: dict) -> torch.nn.Module:
     theirs = SiglipVisionModel(
         SiglipVisionConfig(
-            hidden_size=CONFIG.width,
-            intermediate_size=CONFIG.mlp_dim,
-            num_hidden_layers=CONFIG.depth,
-            num_attention_heads=CONFIG.num_heads,
-            image_size=CONFIG.image_size,
-            patch_size=CONFIG.patch_size,
-            layer_norm_eps=CONFIG.norm_eps,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=config.norm_eps,
             vision_use_head=False,
         )
     ).eval()
-    params = jax.device_get(nnx.to_pure_dict(nnx.split(ours)[1]))
-    weights = {name: torch.from_numpy(np.array(value)) for name, value in to_torch(params).items()}
+    names = to_torch(params, config)
+    weights = {name: torch.from_numpy(np.array(value)) for name, value in names.items()}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     if missing:  # some versions keep the tower under a prefix
         weights = {f"vision_model.{name}": value for name, value in weights.items()}
         missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert [name for name in missing if "position_ids" not in name] == []
     assert unexpected == []
-    return ours, theirs
+    return theirs
 
 
-def test_every_layer_equals_transformers(towers, rng):
-    ours, theirs = towers
-    frames = rng.integers(0, 256, (2, 45, 45, 3)).astype(np.uint8)
+@pytest.mark.parametrize("case", CONFIGS)
+def test_every_layer_equals_transformers(case, randomise, rng):
+    config = CONFIGS[case]
+    ours = randomise(SigLIP(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False))
+    params = jax.device_get(nnx.to_pure_dict(nnx.split(ours)[1]))
+    theirs = torch_tower(config, params)
+    frames = rng.integers(0, 256, (2, config.image_size, config.image_size, 3)).astype(np.uint8)
     pixels = torch.from_numpy((frames / 255.0 - 0.5) / 0.5).float().permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = theirs(pixels, output_hidden_states=True).hidden_states
-    params = nnx.split(ours)[1]
-    for layer in range(-CONFIG.depth, 0):
-        tower = shallow(nnx.to_pure_dict(params), layer)
-        found = np.asarray(nnx.jit(lambda tower: tower(frames))(tower))
-        error = np.abs(found - expected[layer].numpy()).max()
-        assert np.abs(expected[layer].numpy()).max() > 0.5
-        assert error <= MAX_ERROR, (layer, error)
+    assert len(expected) == config.depth + 1
+    for layer in range(-config.depth, 0):
+        tower = shallow(config, params, layer)
+        found = nnx.jit(lambda tower: tower(frames))(tower)
+        assert expected[layer].abs().max() > 0.5
+        assert max_error(found, expected[layer]) <= MAX_ERROR, layer
 
 
-def shallow(params: dict, feature_layer: int) -> SigLIP:
+def shallow(config: VisionConfig, params: dict, feature_layer: int) -> SigLIP:
     """The tower with another feature layer and the same weights."""
-    config = dataclasses.replace(CONFIG, feature_layer=feature_layer)
+    config = dataclasses.replace(config, feature_layer=feature_layer)
     tower = SigLIP(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
     run = config.depth + 1 + feature_layer
     moved = {
@@ -107,3 +117,8 @@ def shallow(params: dict, feature_layer: int) -> SigLIP:
     if run < config.depth:
         moved["unused"]["layers"] = jax.tree.map(lambda x: x[run:], params["layers"])
     return nnx.merge(nnx.split(tower)[0], moved)
+
+
+def max_error(found: jax.Array, expected: torch.Tensor) -> float:
+    assert found.shape == tuple(expected.shape)
+    return float(np.abs(np.asarray(found) - expected.detach().numpy()).max())
