@@ -55,7 +55,7 @@ def test_dict_and_json_round_trip(tmp_path):
         ({"mesh__fsdp": -1}, "data=-1 and fsdp=-1"),
         ({"mesh__data": 0}, "data=0 and fsdp=1"),
         ({"mesh__tensor": 3}, "mesh.tensor=3 does not divide"),
-        ({"mesh__context": 3}, "mesh.context=3 does not divide data.row_tokens"),
+        ({"mesh__context": 5}, "mesh.context=5 does not divide data.row_tokens"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(changes, problem):

@@ -59,7 +59,7 @@ def torch_mixer(params: dict, direction: str) -> TorchMixer:
 
 def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
     config = MambaConfig(direction=direction)
-    mixer = randomise(MambaMixer(WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32), scale=0.4)
+    mixer = randomise(MambaMixer(WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32), scale=0.25)
     graphdef, state = nnx.split(mixer)
     params = jax.device_get(nnx.to_pure_dict(state))
     for name in {"forward", "backward"} & params.keys():
@@ -89,7 +89,7 @@ def test_forward_mixer_equals_transformers_with_its_gradient(length, randomise, 
     torch_u = torch.from_numpy(u).requires_grad_()
     expected = torch_mixer(params, "forward")(torch_u)
     (expected * torch.from_numpy(weights)).sum().backward()
-    assert min(expected.abs().max(), torch_u.grad.abs().max()) > 1
+    assert min(expected.abs().max(), torch_u.grad.abs().max()) > 100 * MAX_ERROR
     assert max_error(found, expected) <= MAX_ERROR
     assert max_error(gradient, torch_u.grad) <= MAX_ERROR
 
@@ -105,7 +105,7 @@ def test_both_directions_are_a_torch_mixer_each_way_with_their_gradient(length, 
     forward = torch_mixer(params, "forward")(torch_u)
     backward = torch_mixer(params, "backward")(torch_u.flip(1)).flip(1)
     ((forward + backward) * torch.from_numpy(weights)).sum().backward()
-    assert min(forward.abs().max(), backward.abs().max()) > 1
+    assert min(forward.abs().max(), backward.abs().max()) > 100 * MAX_ERROR
     assert max_error(found, forward + backward) <= MAX_ERROR
     assert max_error(gradient, torch_u.grad) <= MAX_ERROR
 
@@ -155,7 +155,7 @@ def test_scan_equals_the_torch_recurrence(implementation, reverse, length, rng):
         return_last_state=True,
     )
     expected = (expected.flip(2) if reverse else expected).transpose(1, 2)
-    assert expected.abs().max() > 1
+    assert expected.abs().max() > 100 * MAX_ERROR
     assert max_error(found, expected) <= MAX_ERROR
     assert max_error(last, state_after) <= MAX_ERROR
 
