@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     is_align, is_long = stage == "align", stage == "long"
     frames = 64 if is_long else 16
     steps = {"align": 20, "sft": 200, "long": 200}[stage]
-    rate = 2e-3
+    rate = 1e-3
     return complete(
         {
             "model": to_dict(presets.tiny()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -25,7 +26,8 @@ import pytest
 from flax import nnx
 
 from configs import tiny
-from storm_jax.config import RunConfig, from_dict
+from storm_jax import presets
+from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from storm_jax.data import shapes
 from storm_jax.data.sources import read_records
 from storm_jax.data.tokenizer import train_tokenizer
@@ -61,6 +63,18 @@ def randomise():
 
 
 @pytest.fixture(scope="session")
+def small_model() -> ModelConfig:
+    """The tiny preset with narrower layers."""
+    tiny = presets.tiny()
+    return dataclasses.replace(
+        tiny,
+        vision=dataclasses.replace(tiny.vision, width=16, mlp_dim=32),
+        decoder=dataclasses.replace(tiny.decoder, width=32, head_dim=8, mlp_dim=32),
+        mamba=dataclasses.replace(tiny.mamba, d_state=4),
+    )
+
+
+@pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A small rendering of the built-in task, with a tokenizer."""
     folder = tmp_path_factory.mktemp("shapes") / "data"
@@ -79,18 +93,13 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def small_config(shapes_folder: pathlib.Path):
+def small_config(small_model: ModelConfig, shapes_folder: pathlib.Path):
     """Makes a RunConfig that trains in seconds; keywords are dotted fields: `train__steps=3`."""
 
     def make(**overrides) -> RunConfig:
         config = tiny.get_config("stage=sft")
+        config.model.update(to_dict(small_model))
         fields = {
-            "model__vision__width": 16,
-            "model__vision__mlp_dim": 32,
-            "model__decoder__width": 32,
-            "model__decoder__mlp_dim": 32,
-            "model__decoder__head_dim": 8,
-            "model__mamba__d_state": 4,
             "compression__num_frames": 8,
             "compression__temporal_pool": 2,
             "data__train": str(shapes_folder / "train.json"),

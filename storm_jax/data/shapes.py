@@ -175,7 +175,7 @@ def _at(settings: Settings, start: int, labels: Sequence[Any]) -> tuple[Any, ...
 
 
 def _draw_flashes(frames: np.ndarray, event: Event, rng: np.random.Generator) -> None:
-    _drifting_shape(frames, rng)
+    _paint_distractor(frames, rng)
     colour = rng.choice(list(COLOURS))
     for frame, label in zip(frames, event.labels, strict=True):
         if label is not None:
@@ -219,12 +219,11 @@ def _draw_place(frames: np.ndarray, event: Event, rng: np.random.Generator) -> N
     _paint(frames[0], rng.choice(OUTLINES), centre, 0.2, rgb)
 
 
-def _drifting_shape(frames: np.ndarray, rng: np.random.Generator) -> None:
-    """A grey shape that moves through the clip and says nothing about the answer."""
+def _paint_distractor(frames: np.ndarray, rng: np.random.Generator) -> None:
+    """A grey shape, in each frame anywhere: one that moved smoothly would tell a frame its time."""
     outline, grey = rng.choice(OUTLINES), int(rng.integers(170, 215))
-    path = np.linspace(rng.uniform(0.1, 0.9, 2), rng.uniform(0.1, 0.9, 2), len(frames))
-    for frame, centre in zip(frames, path, strict=True):
-        _paint(frame, outline, centre, 0.13, (grey,) * 3)
+    for frame in frames:
+        _paint(frame, outline, rng.uniform(0.1, 0.9, 2), 0.13, (grey,) * 3)
 
 
 def _paint(

@@ -125,6 +125,20 @@ def test_order_answer_is_the_first_of_two_neighbouring_flashes():
         assert seen[first] == sample.answer != seen[second]
 
 
+def test_the_distractor_tells_a_frame_nothing_of_its_time():
+    """Its place must not follow from the frames beside it, or one frame could be told from the next."""
+    kind, rng = shapes.FAMILIES["order"], np.random.default_rng(0)
+    nothing = shapes.Event((None,) * 16, "red")
+    near, far = [], []
+    for _ in range(100):
+        frames = np.zeros((16, 32, 32, 3), np.uint8)
+        kind.draw(frames, nothing, rng)
+        centre = np.array([np.argwhere(frame.any(-1)).mean(0) for frame in frames])
+        near.append(np.abs(centre[1:] - centre[:-1]).mean())
+        far.append(np.abs(centre[8:] - centre[:-8]).mean())
+    assert np.mean(near) == pytest.approx(np.mean(far), rel=0.05)
+
+
 def test_needle_answer_is_the_colour_of_the_only_flash():
     for sample in samples("needle"):
         assert [colour for colour in flashes(sample) if colour] == [sample.answer]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +15,7 @@ from storm_jax.data.rows import RowSample, RowShape, build_row, stack_rows
 from storm_jax.inference.generate import Sampling, choose, decode_step, generate, prefill
 from storm_jax.models.storm import Storm, VisualShape
 
-MODEL = dataclasses.replace(
-    presets.tiny(),
-    vision=dataclasses.replace(presets.tiny().vision, width=16, mlp_dim=32),
-    decoder=dataclasses.replace(presets.tiny().decoder, width=32, head_dim=8, mlp_dim=32),
-    mamba=dataclasses.replace(presets.tiny().mamba, d_state=4),
-)
-SHAPE = RowShape(48, 8, 32, MODEL.side, CompressionConfig(8, temporal_pool=4))
+SHAPE = RowShape(48, 8, 32, presets.tiny().side, CompressionConfig(8, temporal_pool=4))
 VISUAL = VisualShape(SHAPE.num_groups, 1)
 
 
@@ -45,8 +37,8 @@ def batch() -> dict[str, jax.Array]:
 
 
 @pytest.fixture
-def model(randomise) -> Storm:
-    return randomise(Storm(MODEL, rngs=nnx.Rngs(0)))
+def model(small_model, randomise) -> Storm:
+    return randomise(Storm(small_model, rngs=nnx.Rngs(0)))
 
 
 def full_logits(model: Storm, batch: dict, extra: np.ndarray) -> np.ndarray:

@@ -16,16 +16,10 @@ from storm_jax.data.conversation import Encoded
 from storm_jax.data.rows import RowSample, RowShape, build_row, stack_rows
 from storm_jax.models.storm import Storm, VisualShape
 
-MODEL = dataclasses.replace(
-    presets.tiny(),
-    vision=dataclasses.replace(presets.tiny().vision, width=16, mlp_dim=32),
-    decoder=dataclasses.replace(presets.tiny().decoder, width=32, head_dim=8, mlp_dim=32),
-    mamba=dataclasses.replace(presets.tiny().mamba, d_state=4),
-)
-
 
 def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24) -> RowShape:
-    return RowShape(tokens, frames, MODEL.vision.image_size, MODEL.side, compression)
+    tiny = presets.tiny()
+    return RowShape(tokens, frames, tiny.vision.image_size, tiny.side, compression)
 
 
 def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
@@ -47,8 +41,8 @@ def run(model: Storm, samples_per_row: list[list[RowSample]], shape: RowShape) -
 
 
 @pytest.fixture(params=["storm", "mlp", "forward"])
-def model(request, randomise) -> Storm:
-    config = MODEL
+def model(request, small_model, randomise) -> Storm:
+    config = small_model
     if request.param == "mlp":
         config = dataclasses.replace(config, projector="mlp")
     if request.param == "forward":
@@ -78,26 +72,29 @@ def test_packed_samples_give_what_they_give_alone(model, compression, rng):
         start += size
 
 
-def test_the_projector_mixes_time_before_pooling(randomise, rng):
+def test_the_projector_mixes_time_before_pooling(small_model, randomise, rng):
     """Without its mixer the answer would be another one: what the other tests see is not zero."""
     shape = row_shape(CompressionConfig(8, temporal_pool=4))
     sample = make_sample(rng, shape, 8, 4)
     swapped = dataclasses.replace(sample, clips=[sample.clips[0][[1, 0, 2, 3, 4, 5, 6, 7]]])
     for projector, sees_order in (("storm", True), ("mlp", False)):
-        config = dataclasses.replace(MODEL, projector=projector)
+        config = dataclasses.replace(small_model, projector=projector)
         model = randomise(Storm(config, rngs=nnx.Rngs(0)))
         difference = np.abs(run(model, [[sample]], shape) - run(model, [[swapped]], shape)).max()
         assert (difference > 1e-2) == sees_order, (projector, difference)
 
 
-def test_causal_projector_never_looks_ahead(randomise, rng):
-    mamba = dataclasses.replace(MODEL.mamba, direction="forward")
+def test_causal_projector_never_looks_ahead(small_model, randomise, rng):
+    mamba = dataclasses.replace(small_model.mamba, direction="forward")
     frames = rng.integers(0, 256, (1, 8, 32, 32, 3)).astype(np.uint8)
     changed = frames.copy()
     changed[:, 5:] = 0
     clip = jnp.ones((1, 8), jnp.int32)
     group = jnp.arange(8)[None]
-    for config, expected in ((dataclasses.replace(MODEL, mamba=mamba), True), (MODEL, False)):
+    for config, expected in (
+        (dataclasses.replace(small_model, mamba=mamba), True),
+        (small_model, False),
+    ):
         model = randomise(Storm(config, rngs=nnx.Rngs(0)))
         encode = nnx.jit(lambda m, f: m.encode(f, clip, group, VisualShape(8, 1)))
         before = np.asarray(encode(model, frames)).reshape(8, -1)[:5]
@@ -105,20 +102,20 @@ def test_causal_projector_never_looks_ahead(randomise, rng):
         assert np.allclose(before, after, atol=1e-5) == expected
 
 
-def test_a_fresh_storm_projector_is_the_identity_on_time(rng):
+def test_a_fresh_storm_projector_is_the_identity_on_time(small_model, rng):
     """out_proj starts at zero, so that training begins from independent frames."""
     shape = row_shape(CompressionConfig(8, temporal_pool=4))
     sample = make_sample(rng, shape, 8, 4)
     swapped = dataclasses.replace(sample, clips=[sample.clips[0][[3, 2, 1, 0, 4, 5, 6, 7]]])
-    model = Storm(MODEL, rngs=nnx.Rngs(0))
+    model = Storm(small_model, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(
         run(model, [[sample]], shape), run(model, [[swapped]], shape), atol=1e-5
     )
 
 
-def test_sampled_out_frames_still_reach_the_kept_tokens(randomise, rng):
+def test_sampled_out_frames_still_reach_the_kept_tokens(small_model, randomise, rng):
     """Temporal sampling drops tokens after the scan, not frames before it."""
-    model = randomise(Storm(MODEL, rngs=nnx.Rngs(0)))
+    model = randomise(Storm(small_model, rngs=nnx.Rngs(0)))
     shape = row_shape(CompressionConfig(8, temporal_pool=2, temporal_sample=2))
     sample = make_sample(rng, shape, 8, 4)
     changed = sample.clips[0].copy()
@@ -127,8 +124,8 @@ def test_sampled_out_frames_still_reach_the_kept_tokens(randomise, rng):
     assert np.abs(run(model, [[sample]], shape) - run(model, [[other]], shape)).max() > 1e-2
 
 
-def test_gradients_reach_every_trained_parameter(randomise, rng):
-    model = randomise(Storm(MODEL, rngs=nnx.Rngs(0)))
+def test_gradients_reach_every_trained_parameter(small_model, randomise, rng):
+    model = randomise(Storm(small_model, rngs=nnx.Rngs(0)))
     shape = row_shape(CompressionConfig(8, temporal_pool=4))
     rows = [build_row([make_sample(rng, shape, 8, 6)], 0, shape)]
     batch = {name: jnp.asarray(array) for name, array in stack_rows(rows).items()}

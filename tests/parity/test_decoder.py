@@ -17,7 +17,6 @@ from storm_jax.config import DecoderConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.ops.attention import QUERY_CHUNK
 
-torch.set_num_threads(1)  # on busy cores, more wait for each other for seconds
 MAX_ERROR = 1e-4
 QWEN2 = DecoderConfig(
     vocab_size=97,

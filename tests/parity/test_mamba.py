@@ -17,7 +17,6 @@ from storm_jax.config import MambaConfig
 from storm_jax.models.mamba import DirectedScan, MambaMixer
 from storm_jax.ops.selective_scan import selective_scan
 
-torch.set_num_threads(1)  # on busy cores, more wait for each other for seconds
 MAX_ERROR = 1e-4
 WIDTH = 20  # dt_rank 2
 LENGTHS = (1, 5, 64, 65, 130)  # one step, less and more than a chunk, three chunks

@@ -17,7 +17,6 @@ from storm_jax.config import VisionConfig
 from storm_jax.models.siglip import SigLIP
 from storm_jax.ops.attention import QUERY_CHUNK
 
-torch.set_num_threads(1)  # on busy cores, more wait for each other for seconds
 MAX_ERROR = 1e-4
 ODD_GRID = VisionConfig(
     image_size=42, patch_size=14, width=24, depth=3, num_heads=3, mlp_dim=40, feature_layer=-1
