@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from storm_jax.config import RunConfig, from_dict
+from storm_jax.config import ConfigError, RunConfig, from_dict
 from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.pipeline import Dataset
+from storm_jax.data.sources import DataError
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.train.loop import NonFiniteLossError, make_validation, row_shape, train
@@ -32,8 +33,14 @@ WORKDIR = flags.DEFINE_string(
 flags.mark_flag_as_required("config")
 
 
-def tokenizer_folder(config: RunConfig) -> pathlib.Path:
-    """`data.tokenizer`, else that of `init_from`, else the one beside the training file."""
+# What a user can mend. Other errors, of a projector of their own say, keep their traceback.
+_EXPECTED = (ConfigError, DataError, RunError, NonFiniteLossError, OSError, ImportError)
+
+
+def tokenizer_folder(run: Run, config: RunConfig) -> pathlib.Path:
+    """A begun run's own, `data.tokenizer`, that of `init_from`, or the one beside the training file."""
+    if run.has_checkpoint:
+        return run.tokenizer_path
     if config.data.tokenizer:
         return pathlib.Path(config.data.tokenizer)
     if config.init_from:
@@ -50,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         config = from_dict(RunConfig, CONFIG.value)
         run = Run(WORKDIR.value)
-        run.prepare(config, tokenizer_folder(config))
+        run.prepare(config, tokenizer_folder(run, config))
         mesh = make_mesh(config.mesh)
 
         def evaluators(spec):
@@ -59,11 +66,11 @@ def main(argv: Sequence[str]) -> None:
             encoder = ConversationEncoder(run.tokenizer(), config.data.system)
             shape, limit = row_shape(config), config.data.max_skip_fraction
             dataset = Dataset(config.data.val, config.data.media_root, encoder, shape, limit)
-            return {"validation": make_validation(spec, dataset)}
+            return {"validation": make_validation(run, spec, dataset)}
 
         train(run, mesh, evaluators)
         print(f"training curves: {plot_curves(run.path)}")
-    except (RunError, NonFiniteLossError, ValueError, OSError, ImportError) as error:
+    except _EXPECTED as error:
         sys.exit(f"train.py: {error}")
 
 

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -208,6 +209,10 @@ class OptimConfig:
         for name in ("warmup_fraction", "b1", "b2"):
             if getattr(self, name) >= 1:
                 return [f"{name}={getattr(self, name)} must be below 1"]
+        try:
+            re.compile(self.decay_pattern)
+        except re.error as error:
+            return [f"decay_pattern={self.decay_pattern!r} is no regular expression: {error}"]
         return []
 
 
@@ -356,7 +361,12 @@ def _check(field: dataclasses.Field, hint: Any, value: Any, name: str, problems:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, name + ".", problems)
     if typing.get_origin(hint) is not None:  # Mapping[str, Any]
-        return {key: value[key] for key in value}
+        plain = value.to_dict() if hasattr(value, "to_dict") else value
+        try:
+            return json.loads(json.dumps(plain))  # what a run reads back
+        except TypeError as error:
+            problems.append(f"{name}={plain!r} must be plain JSON: {error}")
+            return {}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -24,7 +24,7 @@ import transformers
 from flax import nnx
 
 from storm_jax import config as config_lib
-from storm_jax.config import ModelConfig, RunConfig
+from storm_jax.config import ConfigError, ModelConfig, RunConfig
 from storm_jax.data.conversation import load_tokenizer
 from storm_jax.models.storm import Storm
 
@@ -32,7 +32,7 @@ from storm_jax.models.storm import Storm
 _MAY_CHANGE = (
     "mesh", "train.steps", "train.accumulation", "train.remat", "train.log_every",
     "train.eval_every", "train.save_every", "train.keep_last", "train.keep_best",
-    "train.tensorboard", "data.num_threads", "data.max_skip_fraction", "init_from",
+    "train.tensorboard", "data.num_threads", "data.max_skip_fraction",
 )  # fmt: skip
 
 
@@ -60,23 +60,26 @@ class Run:
     def prepare(self, config: RunConfig, tokenizer_from: pathlib.Path) -> None:
         """Creates the folder, or checks that the run in it has the same configuration.
 
+        Until there is a checkpoint there is nothing to protect: another configuration replaces it.
+
         Raises:
           RunError: when the folder cannot be written or holds another run; nothing is overwritten.
-          ValueError: when `tokenizer_from` holds no tokenizer, or one too large for the model.
+          ConfigError: when `tokenizer_from` holds no tokenizer, or one too large for the model.
         """
         size, slots = len(load_tokenizer(tokenizer_from)), config.model.decoder.vocab_size
         if size > slots:
-            raise ValueError(
+            raise ConfigError(
                 f"the tokenizer in {tokenizer_from} has {size} entries, more than "
                 f"model.decoder.vocab_size={slots}"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / "config.json").exists():
+            if self.has_checkpoint:
                 self._check_same(config)
-            if not self.tokenizer_path.exists():
+            else:
                 partial = self.path / f"tokenizer.{os.getpid()}.tmp"
                 shutil.copytree(tokenizer_from, partial)
+                shutil.rmtree(self.tokenizer_path, ignore_errors=True)
                 partial.rename(self.tokenizer_path)
             write_atomically(
                 self.path / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n"
@@ -103,18 +106,26 @@ class Run:
     def checkpoints_path(self) -> pathlib.Path:
         return self.path / "checkpoints"
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return bool(self._checkpoint_steps())
+
+    def _checkpoint_steps(self) -> list[int]:
+        if not self.checkpoints_path.is_dir():
+            return []
+        return sorted(ocp.utils.checkpoint_steps(self.checkpoints_path))
+
     def checkpoint_step(self, step: int | None = None) -> int:
         """The step of the last checkpoint, or `step` when there is one.
 
         Raises:
           RunError: when there is none.
         """
-        if not self.checkpoints_path.is_dir():
+        steps = self._checkpoint_steps()
+        if not steps:
             raise RunError(f"{self.path} has no checkpoint: train.py saves them")
-        steps = sorted(ocp.utils.checkpoint_steps(self.checkpoints_path))
-        if not steps or (step is not None and step not in steps):
-            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise RunError(f"{self.path} has {wanted}; steps here: {steps}")
+        if step is not None and step not in steps:
+            raise RunError(f"{self.path} has no checkpoint of step {step}; steps here: {steps}")
         return steps[-1] if step is None else step
 
     def restore_params(self, target: Any, step: int) -> Any:
@@ -142,9 +153,20 @@ class Run:
 
 
 def abstract_model(config: ModelConfig, *, remat: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure and its parameters as shapes; nothing is allocated."""
+    """The model's structure and its parameters as shapes; nothing is allocated.
+
+    Raises:
+      ConfigError: for a projector with other variables than parameters.
+    """
     model = nnx.eval_shape(lambda: Storm(config, rngs=nnx.Rngs(0), remat=remat))
-    graphdef, params = nnx.split(model)
+    graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
+    other = nnx.to_flat_state(rest[0])
+    if other:
+        kinds = ", ".join(f"{'/'.join(map(str, p))} ({type(v).__name__})" for p, v in other)
+        raise ConfigError(
+            f"model.projector={config.projector!r} keeps state that is no nnx.Param: {kinds}. Only "
+            f"parameters are trained and saved"
+        )
     return graphdef, params
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from storm_jax.config import MeshConfig
+from storm_jax.config import ConfigError, MeshConfig
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
@@ -38,14 +38,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The (data, fsdp, context, tensor) mesh over all devices, or the given ones.
 
     Raises:
-      ValueError: when the axes do not multiply to the number of devices.
+      ConfigError: when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     asked = (config.data, config.fsdp, config.context, config.tensor)
     left = len(devices) // math.prod(size for size in asked if size > 0)
     shape = tuple(left if size == -1 else size for size in asked)
     if math.prod(shape) != len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices and "
             f"{len(devices)} are here: set config.mesh so that its axes multiply to that"
         )

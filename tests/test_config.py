@@ -29,6 +29,13 @@ def test_dict_and_json_round_trip(tmp_path):
     assert config_lib.load(path) == config
 
 
+def test_arguments_of_a_projector_read_back_as_they_were():
+    changes = {"model__projector": "m:C", "model__projector_args": {"sizes": (1, 2), "a": {"b": 1}}}
+    config = from_dict(RunConfig, fields(**changes))
+    assert config.model.projector_args == {"sizes": [1, 2], "a": {"b": 1}}
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -51,6 +58,8 @@ def test_dict_and_json_round_trip(tmp_path):
         ({"compression__num_frames": 100}, "exceeds data.row_frames=64"),
         ({"train__accumulation": 3}, "accumulation=3 does not divide batch_size=16"),
         ({"optim__warmup_fraction": 1.0}, "warmup_fraction=1.0 must be below 1"),
+        ({"optim__decay_pattern": "*kernel"}, "decay_pattern='*kernel' is no regular expression"),
+        ({"model__projector": "m:C", "model__projector_args": {"a": {1}}}, "must be plain JSON"),
         ({"data__max_skip_fraction": 1.5}, "max_skip_fraction=1.5 must be at most 1"),
         ({"mesh__fsdp": -1}, "data=-1 and fsdp=-1"),
         ({"mesh__data": 0}, "data=0 and fsdp=1"),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import transformers
 
+from storm_jax.config import ConfigError
 from storm_jax.data.sources import PLACEHOLDER, Sample, SampleError
 
 
@@ -40,18 +41,26 @@ def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
     """A tokenizer with a chat template from a local folder.
 
     Raises:
-      ValueError: naming the folder and what it lacks.
+      ConfigError: naming the folder and what it lacks.
     """
     if not (pathlib.Path(folder) / "tokenizer_config.json").is_file():
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds no tokenizer: set data.tokenizer to a folder with tokenizer.json and "
             f"tokenizer_config.json, or train one (python -m storm_jax.data.tokenizer --help)"
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     if tokenizer.chat_template is None:
-        raise ValueError(f"{folder}: the tokenizer has no chat template")
+        raise ConfigError(f"{folder}: the tokenizer has no chat template")
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer needs a pad token and an end-of-turn token")
+        raise ConfigError(f"{folder}: the tokenizer needs a pad token and an end-of-turn token")
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    if tokenizer.eos_token not in rendered.rpartition("answer")[2]:
+        raise ConfigError(
+            f"{folder}: the chat template does not end an answer with eos_token="
+            f"{tokenizer.eos_token!r}, so no answer would ever stop; set eos_token in "
+            f"tokenizer_config.json to the template's end-of-turn token. It renders {rendered!r}"
+        )
     return tokenizer
 
 
@@ -64,7 +73,7 @@ class ConversationEncoder:
 
     def __post_init__(self) -> None:
         if PLACEHOLDER.search(self.system):
-            raise ValueError(f"data.system={self.system!r} must not hold <image> or <video>")
+            raise ConfigError(f"data.system={self.system!r} must not hold <image> or <video>")
 
     def encode(self, sample: Sample, num_tokens: Sequence[int]) -> Encoded:
         """Tokenises a sample whose n-th medium has `num_tokens[n]` visual tokens.
@@ -90,15 +99,16 @@ class ConversationEncoder:
             through = self._render(messages[: i + 1], opened=False)
             content = message["content"].strip()
             start = through.find(content, len(before)) if through.startswith(before) else -1
-            if start < 0 or not before.startswith(done):
+            marker = self.tokenizer.eos_token
+            end = through.find(marker, start + len(content))
+            if start < 0 or end < 0 or not before.startswith(done):
                 raise SampleError(
                     sample.id,
                     "template",
-                    f"the chat template does not render turn {i} as a continuation of its prompt",
+                    f"the chat template does not render turn {i} as a continuation of its prompt that "
+                    f"ends with {marker!r}",
                 )
-            marker = self.tokenizer.eos_token
-            end = through.find(marker, start + len(content))
-            end = len(through) if end < 0 else end + len(marker)
+            end += len(marker)
             spans += [(before[len(done) :], False), (through[len(before) : end], True)]
             done = through[:end]
         closed = messages[-1]["role"] == "assistant"

@@ -7,7 +7,8 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Of files that are images when nothing else says so; a GIF is taken for a video.
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class ImageError(ValueError):

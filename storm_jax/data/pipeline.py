@@ -23,12 +23,8 @@ import numpy as np
 from storm_jax.data.conversation import ConversationEncoder, Encoded
 from storm_jax.data.image import ImageError, read_image
 from storm_jax.data.rows import RowSample, RowShape, build_row, plan_rows, stack_rows
-from storm_jax.data.sources import Sample, SampleError, parse_record, read_records
+from storm_jax.data.sources import DataError, Sample, SampleError, parse_record, read_records
 from storm_jax.data.video import VideoError, read_video
-
-
-class DataError(ValueError):
-    """A dataset that training cannot go on with."""
 
 
 @dataclasses.dataclass(frozen=True)

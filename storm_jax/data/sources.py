@@ -18,6 +18,10 @@ _ROLES = {
 }  # fmt: skip
 
 
+class DataError(ValueError):
+    """A dataset that cannot be used."""
+
+
 class SampleError(ValueError):
     """A sample that cannot be used; `cause` is the word it is counted under."""
 
@@ -68,21 +72,21 @@ def read_records(path: str | pathlib.Path) -> list[Any]:
     """The records of a LLaVA JSON file.
 
     Raises:
-      ValueError: when the file is missing, is not JSON or is not a list.
+      DataError: when the file is missing, is not JSON or is not a list.
     """
     path = pathlib.Path(path)
     try:
         records = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(
+        raise DataError(
             f"{path} is missing: data.train and data.val name LLaVA JSON files"
         ) from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must be a non-empty list of samples")
+        raise DataError(f"{path} must be a non-empty list of samples")
     return records
 
 

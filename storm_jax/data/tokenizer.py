@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import tokenizers
 import transformers
 
-from storm_jax.data.sources import PLACEHOLDER, read_records
+from storm_jax.data.sources import PLACEHOLDER, SampleError, parse_record, read_records
 
 CHATML = (
     "{% for message in messages %}"
@@ -68,8 +68,20 @@ def main() -> None:
             f"--vocab_size={args.vocab_size}: 256 bytes and 3 special tokens are the least"
         )
     texts = ["system\nuser\nassistant\nYou are a helpful assistant"]
-    for record in read_records(args.data):
-        texts += [PLACEHOLDER.sub("", turn["value"]) for turn in record["conversations"]]
+    try:
+        records = read_records(args.data)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    root, unusable = pathlib.Path(args.data).parent, 0
+    for index, record in enumerate(records):
+        try:
+            turns = parse_record(record, root, index).turns
+        except SampleError:
+            unusable += 1
+            continue
+        texts += [PLACEHOLDER.sub("", turn.text) for turn in turns]
+    if unusable:
+        print(f"{args.data}: {unusable} of {len(records)} samples are malformed and left out")
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(pathlib.Path(args.out))
     print(f"{args.out}: a tokenizer of {len(tokenizer)} entries from {len(texts) - 1} texts")

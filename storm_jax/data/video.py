@@ -38,8 +38,9 @@ class Clip:
 def read_video(path: str | pathlib.Path, num_frames: int, image_size: int) -> Clip:
     """Exactly `num_frames` frames, evenly spaced in time from the first frame to the last.
 
-    The frame nearest to each time is taken, so short videos give duplicates. Frames are resized
-    (bicubic) to `image_size` x `image_size`, whatever their aspect, as SigLIP's preprocessing does.
+    The frame nearest to each time is taken, so short videos give duplicates. Frames are upright and
+    resized (bicubic) to `image_size` x `image_size`, whatever their aspect, as SigLIP's preprocessing
+    does.
 
     Raises:
       VideoError: for a missing, broken, empty or truncated file.
@@ -87,8 +88,10 @@ def _frame_times(path: str | pathlib.Path) -> tuple[np.ndarray, Fraction]:
     """Sorted timestamps of all frames in units of the returned time base, without decoding."""
     container, stream = _open(path)
     with container:
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        stamps = [packet.pts for packet in packets]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        # What was trimmed away without encoding again is still in the file, but not to be shown.
+        stamps = [packet.pts for packet in packets if not packet.is_discard]
+        shown_until = max(((p.pts or 0) + (p.duration or 0) for p in packets), default=0)
         if None in stamps:  # containers that store no presentation times
             container.seek(0)
             stamps = [frame.pts for frame in container.decode(stream)]
@@ -96,12 +99,13 @@ def _frame_times(path: str | pathlib.Path) -> tuple[np.ndarray, Fraction]:
     times = np.unique(np.array([stamp for stamp in stamps if stamp is not None], np.int64))
     if not len(times) or base is None:
         raise VideoError(path, "empty", "it has no frames")
-    if declared > len(stamps) + 1:  # some muxers count one frame more than they write
-        raise VideoError(path, "truncated", f"it has {len(stamps)} of {declared} frames")
+    if declared > len(packets) + 1:  # some muxers count one frame more than they write
+        raise VideoError(path, "truncated", f"it has {len(packets)} of {declared} frames")
     seconds = times * float(base)
     step = (seconds[-1] - seconds[0]) / max(1, len(times) - 1)
-    if end is not None and seconds[-1] + 2 * step + 0.1 < end:
-        raise VideoError(path, "truncated", f"it ends at {seconds[-1]:.2f} of {end:.2f} s")
+    last = max(seconds[-1], float(shown_until * base))
+    if end is not None and last + 2 * step + 0.1 < end:
+        raise VideoError(path, "truncated", f"it ends at {last:.2f} of {end:.2f} s")
     return times, base
 
 
@@ -123,7 +127,7 @@ def _decode(path: str | pathlib.Path, wanted: set[int], size: int) -> dict[int, 
         for frame in container.decode(stream):
             if frame.pts in wanted:
                 image = reformat(frame, size, size, "rgb24", interpolation="BICUBIC")
-                frames[frame.pts] = image.to_ndarray()
+                frames[frame.pts] = np.rot90(image.to_ndarray(), round(frame.rotation / 90))
             if len(frames) == len(wanted):
                 break
     return frames

@@ -47,7 +47,8 @@ def generate(
     """Continues each prompt until it ends.
 
     Args:
-      batch: rows of one sample each (see `storm_jax.data.rows`) and `lengths`, int [B].
+      batch: rows of one sample each (see `storm_jax.data.rows`) and `lengths`, int [B], 0 for an
+        empty row, which is not continued.
       key: of the random draws; unused at temperature 0.
       stop_id: ends an answer, and fills what follows it.
 
@@ -58,7 +59,7 @@ def generate(
     total = batch["tokens"].shape[1] + sampling.max_new_tokens
     logits, cache = prefill(model, batch, shape, total)
     tokens = jnp.full((len(lengths), sampling.max_new_tokens), stop_id, jnp.int32)
-    done = jnp.zeros(lengths.shape, jnp.bool_)
+    done = lengths == 0
 
     def unfinished(carry: tuple) -> jax.Array:
         step, _, _, _, done = carry
@@ -88,7 +89,8 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     cache = model.decoder.empty_cache(x.shape[0], cache_length)
     hidden, filled = model.decode(x, positions, cache=cache)
-    last = jnp.take_along_axis(hidden, batch["lengths"][:, None, None] - 1, axis=1)  # [B, 1, D]
+    end = jnp.maximum(batch["lengths"] - 1, 0)
+    last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)  # [B, 1, D]
     return _logits(model, last), cast(Cache, filled)
 
 

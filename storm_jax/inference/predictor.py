@@ -206,7 +206,7 @@ class Predictor:
         tokenizer = self.encoder.tokenizer
         rows = [build_row([item.row], tokenizer.pad_token_id, shape) for item in items]
         rows += [empty_row(tokenizer.pad_token_id, shape)] * (batch_size - len(rows))
-        lengths = np.ones(batch_size, np.int32)
+        lengths = np.zeros(batch_size, np.int32)
         lengths[: len(items)] = [len(item.row.encoded) for item in items]
         arrays = {**stack_rows(rows), "lengths": lengths}
         arrays = {name: arrays[name] for name in _PROMPT}

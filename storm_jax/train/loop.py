@@ -11,18 +11,17 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from storm_jax import config as config_lib
-from storm_jax.config import RunConfig
+from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.pipeline import (
     Batch,
-    DataError,
     Dataset,
     EvalRows,
     Skip,
@@ -31,11 +30,12 @@ from storm_jax.data.pipeline import (
     check_skips,
 )
 from storm_jax.data.rows import RowShape
+from storm_jax.data.sources import DataError
 from storm_jax.models.storm import VisualShape
-from storm_jax.run import Run, RunError, with_sharding
+from storm_jax.run import Run, RunError, with_sharding, write_atomically
 from storm_jax.sharding import batch_sharding
 from storm_jax.train.checkpoint import Checkpointer
-from storm_jax.train.metrics import MetricsWriter, Progress, duration
+from storm_jax.train.metrics import MetricsWriter, Progress, duration, read_lines
 from storm_jax.train.state import StateSpec, TrainState
 from storm_jax.train.step import make_eval_step, make_train_step
 
@@ -63,10 +63,12 @@ def train(
     """Trains the run's configuration to its last step, from its last checkpoint if it has one.
 
     Raises:
+      ConfigError: when the mesh cannot split the batch.
       DataError: when too many samples are unusable, or the data is not what the run began with.
       NonFiniteLossError: at the first loss that is not finite.
     """
     config = run.config
+    _check_batch(config, mesh)
     spec = StateSpec.make(config, mesh)
     encoder = ConversationEncoder(run.tokenizer(), config.data.system)
     dataset = Dataset(
@@ -86,9 +88,12 @@ def train(
         checkpointer.close()
 
 
-def make_validation(spec: StateSpec, dataset: Dataset) -> Evaluator:
-    """Mean loss and token accuracy over every sample of a dataset."""
+def make_validation(run: Run, spec: StateSpec, dataset: Dataset) -> Evaluator:
+    """Mean loss and token accuracy over every sample of a dataset; it raises DataError when too many
+    are unusable."""
     config, mesh = spec.config, spec.mesh
+    log = _SkipLog(run.path)
+    log.write(dataset.skips)
     shape = _visual_shape(dataset.shape)
     step = make_eval_step(spec, shape)
     rows = EvalRows(dataset)
@@ -97,10 +102,16 @@ def make_validation(spec: StateSpec, dataset: Dataset) -> Evaluator:
 
     def evaluate(state: TrainState) -> dict[str, float]:
         totals = {"loss": 0.0, "weight": 0.0, "right": 0.0}
+        skips: list[Skip] = []
         for batch in batches(dataset, rows, steps, size, **_share(config)):
+            skips += batch.skips
             sums = jax.device_get(step(state, place(batch.arrays, mesh)))
             totals = {name: totals[name] + float(sums[name]) for name in totals}
-        weight = max(totals["weight"], 1.0)
+        log.write(skips)
+        check_skips(skips, len(dataset.samples), config.data.max_skip_fraction, "validation met")
+        weight = totals["weight"]
+        if not weight:
+            raise DataError(f"no sample of data.val={config.data.val} could be read")
         return {"val_loss": totals["loss"] / weight, "val_accuracy": totals["right"] / weight}
 
     return evaluate
@@ -126,7 +137,11 @@ class _Loop:
         self.dataset, self.checkpointer = dataset, checkpointer
         self.metrics = MetricsWriter(run.path, start, config.train.tensorboard)
         self.progress = Progress(start, config.train.steps, config.train.log_every)
-        self.skips = _SkipLog(run.path, dataset, config.data.max_skip_fraction)
+        self.max_skip_fraction = config.data.max_skip_fraction
+        self.skips: list[Skip] = []
+        self.samples_read = 0
+        self.skip_log = _SkipLog(run.path)
+        self.skip_log.write(dataset.skips)
 
     def run(self, state: TrainState, evaluators: Mapping[str, Evaluator]) -> None:
         config, mesh = self.config, self.spec.mesh
@@ -150,12 +165,18 @@ class _Loop:
             if last:
                 break
             batch = next(stream)
-            self.skips.add(batch)
+            self._count(batch)
             with jax.set_mesh(mesh):
                 state, metrics = step_fn(state, place(batch.arrays, mesh))
             self._finish(pending)  # one step late, so that the device is never waited for
             pending = step + 1, batch, metrics
         self.metrics.close()
+
+    def _count(self, batch: Batch) -> None:
+        self.samples_read += len(batch.sample_ids)
+        self.skips += batch.skips
+        self.skip_log.write(batch.skips)
+        check_skips(self.skips, self.samples_read, self.max_skip_fraction, "training met")
 
     def _stream(self) -> Iterator[Batch]:
         plan = TrainRows(self.dataset, self.config.seed)
@@ -199,6 +220,16 @@ class _Loop:
             "row": step * self.config.batch_size,
             "fingerprint": self.dataset.fingerprint(),
         }
+
+
+def _check_batch(config: RunConfig, mesh: Mesh) -> None:
+    rows, devices = config.train.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows // config.train.accumulation % devices:
+        raise ConfigError(
+            f"train.batch_size={rows} in train.accumulation={config.train.accumulation} parts does "
+            f"not split over mesh.data * mesh.fsdp = {devices} devices: every device would compute "
+            f"all rows. Make each part a multiple of {devices}"
+        )
 
 
 def _begin(
@@ -261,29 +292,20 @@ def _share(config: RunConfig) -> dict[str, int]:
 
 
 class _SkipLog:
-    """Writes each unusable sample once to skipped.jsonl and stops a run that has too many."""
+    """Warns of each unusable sample once, and lists it in skipped.jsonl."""
 
-    def __init__(self, workdir: pathlib.Path, dataset: Dataset, max_fraction: float):
-        self._path, self._max_fraction = workdir / "skipped.jsonl", max_fraction
-        self._skips: list[Skip] = []
-        self._read = 0
-        self._logged: set[str] = set()
-        if self._path.exists():
-            lines = self._path.read_text().splitlines()
-            self._logged = {json.loads(line)["sample"] for line in lines}
-        self._log(dataset.skips)
+    def __init__(self, workdir: pathlib.Path):
+        self._path = workdir / "skipped.jsonl"
+        lines = read_lines(self._path) if self._path.exists() else []
+        self._logged = {(line["sample"], line["message"]) for line in lines}
+        if lines:  # a last line that was cut off goes
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def add(self, batch: Batch) -> None:
-        self._read += len(batch.sample_ids)
-        self._skips += batch.skips
-        self._log(batch.skips)
-        check_skips(self._skips, self._read, self._max_fraction, "training met")
-
-    def _log(self, skips: list[Skip]) -> None:
+    def write(self, skips: Sequence[Skip]) -> None:
         for skip in skips:
-            if skip.sample_id in self._logged:
+            if (skip.sample_id, skip.message) in self._logged:
                 continue
-            self._logged.add(skip.sample_id)
+            self._logged.add((skip.sample_id, skip.message))
             logging.warning("skipped (%s): %s", skip.cause, skip.message)
             line = {"sample": skip.sample_id, "cause": skip.cause, "message": skip.message}
             with self._path.open("a") as file:

@@ -21,7 +21,7 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, start_step: int, tensorboard: bool):
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
+            kept = [line for line in read_lines(self.path) if line["step"] <= start_step]
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a")
         self._board: Any = None
@@ -45,8 +45,8 @@ class MetricsWriter:
             self._board.close()
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line cut off by a killed process is left out."""
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last line cut off by a killed process is left out."""
     lines = []
     for line in path.read_text().splitlines():
         try:
@@ -67,7 +67,8 @@ class Progress:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         self._tokens += metrics["tokens"]
         if step == self._start + 1:  # compilation is not speed
-            self._began = time.monotonic()
+            self._began = self._last = time.monotonic()
+            self._tokens = 0.0
         if step % self._every and step != self._steps:
             return
         now = time.monotonic()
@@ -96,7 +97,7 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_metrics(workdir / "metrics.jsonl")
+    lines = read_lines(workdir / "metrics.jsonl")
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     titles = {
         "loss": "loss (nats)",

@@ -29,7 +29,7 @@ def make_train_step(
     """
     config = spec.config
     optimizer = make_optimizer(config.optim, config.train.steps)
-    rate = schedule(config.optim, config.train.steps)
+    factor = schedule(config.optim, config.train.steps)
     sums = _loss_sums(spec.graphdef, shape)
 
     def summed_loss(trained: dict, frozen: dict, batch: dict) -> tuple[jax.Array, Sums]:
@@ -55,7 +55,7 @@ def make_train_step(
             "loss": totals["loss"] / weight,
             "accuracy": totals["right"] / weight,
             "grad_norm": optax.global_norm(grads),
-            "learning_rate": rate(state.step),
+            "rate_factor": factor(state.step),
             "tokens": totals["tokens"],
         }
         return TrainState(trained, state.frozen, opt_state, state.step + 1), metrics

@@ -14,6 +14,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storm_jax.config import ConfigError
 from storm_jax.data.conversation import ConversationEncoder, Encoded, load_tokenizer
 from storm_jax.data.sources import Media, Sample, SampleError, Turn
 from storm_jax.data.tokenizer import train_tokenizer
@@ -222,12 +223,6 @@ def test_template_that_trims_and_has_no_opening_is_followed():
     ]  # fmt: skip
 
 
-def test_template_without_end_marker_learns_to_the_end():
-    made = with_template(INST.replace(" <|im_end|>", "\n"))
-    encoded = ConversationEncoder(made, "").encode(sample_of(("a", "b")), [])
-    assert runs(made, encoded) == [(False, "[INST] a [/INST]"), (True, " b\n")]
-
-
 @pytest.mark.parametrize(
     "template",
     [
@@ -235,6 +230,7 @@ def test_template_without_end_marker_learns_to_the_end():
         "{% for m in messages %}{{ '>' + m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}opening{% endif %}",  # opens what it does not continue
         "{{ messages[-1]['content'] }}{% if add_generation_prompt %}!{% endif %}",  # forgets
+        INST.replace(" <|im_end|>", "\n"),  # never ends an answer
     ],
 )
 def test_template_that_does_not_continue_its_prompt_is_a_sample_error(template: str):
@@ -252,6 +248,14 @@ def test_loaded_tokenizer_encodes_as_the_trained_one(tmp_path: pathlib.Path):
     made.save_pretrained(tmp_path)
     text = "Which way? left <|im_end|>"
     assert load_tokenizer(tmp_path)(text)["input_ids"] == made(text)["input_ids"]
+
+
+def test_tokenizer_whose_end_marker_ends_no_answer_is_refused(tmp_path: pathlib.Path):
+    made = train_tokenizer(["Which way? left"], 280)
+    made.eos_token = "<|endoftext|>"  # what base Qwen2 has
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no answer would ever stop; set eos_token"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.image import read_image
 from storm_jax.data.pipeline import (
     Batch,
-    DataError,
     Dataset,
     EvalRows,
     Skip,
@@ -26,7 +25,7 @@ from storm_jax.data.pipeline import (
     decode,
 )
 from storm_jax.data.rows import RowShape
-from storm_jax.data.sources import read_records
+from storm_jax.data.sources import DataError, read_records
 from storm_jax.data.video import read_video
 
 SHAPE = RowShape(

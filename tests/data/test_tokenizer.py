@@ -147,3 +147,20 @@ def test_cli_rejects_a_vocabulary_below_the_bytes(
         run(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", "--vocab_size=258")
     assert caught.value.code == 2 and "--vocab_size=258" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_cli_leaves_out_malformed_samples(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys
+):
+    turns = [{"from": "human", "value": "Which way?"}, {"from": "gpt", "value": "left"}]
+    data = tmp_path / "a.json"
+    data.write_text(json.dumps([{"conversations": turns}, {"conversations": None}, 3]))
+    run(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}")
+    assert "2 of 3 samples are malformed" in capsys.readouterr().out
+    load_tokenizer(tmp_path / "out")
+
+
+def test_cli_names_a_missing_file(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, f"--data={tmp_path / 'a.json'}", f"--out={tmp_path / 'out'}")
+    assert caught.value.code == 2 and "a.json is missing" in capsys.readouterr().err

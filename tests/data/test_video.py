@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pathlib
+import struct
 
 import av
 import numpy as np
@@ -105,6 +106,49 @@ def test_frames_come_in_display_order_from_every_container(
     distance = np.abs(clip.frames[:, None].astype(int) - frames[None]).mean((2, 3, 4))
     assert distance.argmin(1).tolist() == list(range(COUNT))
     assert clip.times[0] == 0
+
+
+def test_frames_are_turned_upright(tmp_path: pathlib.Path):
+    frames = np.zeros((4, 32, 64, 3), np.uint8)
+    frames[:, :, :32] = 220  # left
+    write_video(tmp_path / "a.mp4", frames, FPS)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # of the track header, version 0
+    unit = 1 << 16
+    clockwise = (0, unit, 0, -unit, 0, 0)
+    data[matrix : matrix + 24] = struct.pack(">6i", *clockwise)
+    (tmp_path / "a.mp4").write_bytes(data)
+    frame = read_video(tmp_path / "a.mp4", 1, 32).frames[0]
+    assert frame[:16].mean() > 200 and frame[16:].mean() < 20  # left has become top
+
+
+def test_video_trimmed_without_encoding_starts_at_the_cut(
+    video: pathlib.Path, tmp_path: pathlib.Path
+):
+    """As phones trim: frames from the last key frame on stay in the file, but are not shown."""
+    with av.open(str(video)) as source, av.open(str(tmp_path / "a.mp4"), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        cut = int(5 / FPS / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, copy
+                target.mux(packet)
+    clip = read_video(tmp_path / "a.mp4", COUNT - 5, 32)
+    assert numbers(clip.frames) == list(range(5, COUNT))
+
+
+def test_video_that_holds_its_last_frame_is_whole(tmp_path: pathlib.Path):
+    path = tmp_path / "slides.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(frame, "rgb24") for frame in numbered()]
+        packets = [packet for frame in [*frames, None] for packet in stream.encode(frame)]
+        max(packets, key=lambda packet: packet.pts).duration = 3 * FPS
+        for packet in packets:
+            container.mux(packet)
+    assert numbers(read_video(path, COUNT, 32).frames) == list(range(COUNT))
 
 
 def test_frames_are_resized_to_a_square(tmp_path: pathlib.Path):

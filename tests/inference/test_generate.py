@@ -107,6 +107,16 @@ def test_generation_ends_each_row_at_its_stop_token(model, batch):
     assert (stopped[0, first:] == stop).all()
 
 
+def test_an_empty_row_is_not_continued(model, batch):
+    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_id"))
+    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=6), "stop_id": 511}
+    whole = np.asarray(run(model, batch, jax.random.key(0), **options))
+    lengths = batch["lengths"].at[1].set(0)
+    tokens = np.asarray(run(model, batch | {"lengths": lengths}, jax.random.key(0), **options))
+    assert (tokens[1] == 511).all() and (whole[1] != 511).any()
+    np.testing.assert_array_equal(tokens[[0, 2]], whole[[0, 2]])
+
+
 def test_top_p_draws_only_from_the_nucleus_and_by_its_probabilities():
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.broadcast_to(jnp.log(probabilities)[None], (4000, 4))

@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 from storm_jax import presets
-from storm_jax.config import CompressionConfig
+from storm_jax.config import CompressionConfig, ConfigError
 from storm_jax.data.conversation import Encoded
 from storm_jax.data.rows import RowSample, RowShape, build_row, stack_rows
 from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.run import abstract_model
 
 
 def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24) -> RowShape:
@@ -143,3 +144,19 @@ def test_gradients_reach_every_trained_parameter(small_model, randomise, rng):
     ]
     # A tower's key bias shifts all logits of a query alike; `unused` is behind the feature layer.
     assert [name for name in silent if "unused" not in name] == []
+
+
+class Normalised(nnx.Module):
+    """A mixer with running statistics."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.norm = nnx.BatchNorm(width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
+        return self.norm(x)
+
+
+def test_a_projector_with_other_state_than_parameters_is_refused(small_model):
+    config = dataclasses.replace(small_model, projector=f"{__name__}:Normalised")
+    with pytest.raises(ConfigError, match=r"projector/mixer/norm/mean \(BatchStat\)"):
+        abstract_model(config)

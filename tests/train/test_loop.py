@@ -15,11 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from storm_jax.data.pipeline import DataError
+from storm_jax.config import ConfigError
+from storm_jax.data.conversation import ConversationEncoder
+from storm_jax.data.pipeline import Dataset
+from storm_jax.data.sources import DataError
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
-from storm_jax.train.metrics import read_metrics
+from storm_jax.train.metrics import read_lines
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,7 +35,7 @@ def start_training(config, workdir, shapes_folder):
 
 
 def losses(workdir) -> dict[int, float]:
-    lines = read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+    lines = read_lines(pathlib.Path(workdir) / "metrics.jsonl")
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
@@ -86,16 +89,38 @@ def test_last_and_best_checkpoints_are_kept(small_config, shapes_folder, tmp_pat
     assert kept == [2, 5]
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model__decoder__width": 64}, "model.decoder.width: 32 there, 64 now"),
+        ({"init_from": "elsewhere"}, "init_from: '' there, 'elsewhere' now"),
+    ],
+)
 def test_another_configuration_is_refused_and_nothing_is_overwritten(
-    small_config, shapes_folder, tmp_path
+    changes, problem, trained_run, small_config, shapes_folder, tmp_path
 ):
-    run = Run(tmp_path)
-    run.prepare(small_config(), shapes_folder / "tokenizer")
-    before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(RunError, match=r"model.decoder.width: 32 there, 64 now"):
-        run.prepare(small_config(model__decoder__width=64), shapes_folder / "tokenizer")
-    assert (tmp_path / "config.json").read_bytes() == before
+    run = Run(tmp_path / "run")
+    shutil.copytree(trained_run, run.path)
+    before = (run.path / "config.json").read_bytes()
+    with pytest.raises(RunError, match=problem):
+        run.prepare(small_config(**changes), shapes_folder / "tokenizer")
+    assert (run.path / "config.json").read_bytes() == before
     run.prepare(small_config(train__steps=20), shapes_folder / "tokenizer")
+
+
+def test_a_start_that_failed_holds_no_configuration(small_config, shapes_folder, tmp_path):
+    run = Run(tmp_path)
+    run.prepare(small_config(data__train="dtaa/train.json"), shapes_folder / "tokenizer")
+    run.prepare(small_config(), shapes_folder / "tokenizer")
+    assert run.config == small_config()
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused(small_config, shapes_folder, tmp_path):
+    config = small_config(train__batch_size=12, mesh__data=8)
+    run = Run(tmp_path)
+    run.prepare(config, shapes_folder / "tokenizer")
+    with pytest.raises(ConfigError, match=r"train.batch_size=12 .* 8 devices"):
+        loop.train(run, make_mesh(config.mesh), lambda spec: {})
 
 
 def test_a_workdir_that_cannot_be_written_is_an_error(small_config, shapes_folder, tmp_path):
@@ -190,6 +215,27 @@ def test_too_many_bad_samples_stop_the_run(small_config, shapes_folder, tmp_path
     )
     with pytest.raises(DataError, match="missing"):
         start_training(config, tmp_path / "run", shapes_folder)
+
+
+def test_validation_without_media_stops_the_run(small_config, shapes_folder, tmp_path):
+    """A loss of zero would make it the best checkpoint for good."""
+    val = tmp_path / "val.json"
+    val.write_text((shapes_folder / "val.json").read_text())  # its media are not beside it
+    config = small_config(data__val=str(val))
+    run = Run(tmp_path / "run")
+    run.prepare(config, shapes_folder / "tokenizer")
+    encoder = ConversationEncoder(run.tokenizer(), "")
+    dataset = Dataset(str(val), "", encoder, loop.row_shape(config), 0.1)
+    spec = loop.StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
+    evaluate = loop.make_validation(run, spec, dataset)
+    with jax.set_mesh(spec.mesh), pytest.raises(DataError, match=r"validation met .* missing"):
+        evaluate(spec.init())
+    lines = (run.path / "skipped.jsonl").read_text().splitlines()
+    assert len(lines) == len(dataset.samples)
+    with (run.path / "skipped.jsonl").open("a") as file:
+        file.write(lines[0][:10])  # as a killed process leaves it
+    loop.make_validation(run, spec, dataset)
+    assert (run.path / "skipped.jsonl").read_text().splitlines() == lines
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from storm_jax.train.metrics import MetricsWriter, Progress, duration, plot_curves, read_metrics
+from storm_jax.train.metrics import MetricsWriter, Progress, duration, plot_curves, read_lines
 
 
 def test_a_continued_run_drops_steps_it_will_run_again(tmp_path):
@@ -17,7 +17,7 @@ def test_a_continued_run_drops_steps_it_will_run_again(tmp_path):
     writer = MetricsWriter(tmp_path, 3, tensorboard=False)
     writer.write(4, {"loss": 40.0})
     writer.close()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_lines(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
