@@ -39,7 +39,7 @@ _EXPECTED = (ConfigError, DataError, RunError, NonFiniteLossError, OSError, Impo
 
 def tokenizer_folder(run: Run, config: RunConfig) -> pathlib.Path:
     """A begun run's own, `data.tokenizer`, that of `init_from`, or the one beside the training file."""
-    if run.has_checkpoint:
+    if run.has_begun:
         return run.tokenizer_path
     if config.data.tokenizer:
         return pathlib.Path(config.data.tokenizer)

@@ -362,6 +362,9 @@ def _check(field: dataclasses.Field, hint: Any, value: Any, name: str, problems:
         return _build(typing.cast(type, hint), value, name + ".", problems)
     if typing.get_origin(hint) is not None:  # Mapping[str, Any]
         plain = value.to_dict() if hasattr(value, "to_dict") else value
+        if not isinstance(plain, Mapping):
+            problems.append(f"{name}={plain!r} must be a section of fields")
+            return {}
         try:
             return json.loads(json.dumps(plain))  # what a run reads back
         except TypeError as error:

@@ -9,12 +9,13 @@ RUN/evals/BENCHMARK/SETTINGS/
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ class Run:
     def prepare(self, config: RunConfig, tokenizer_from: pathlib.Path) -> None:
         """Creates the folder, or checks that the run in it has the same configuration.
 
-        Until there is a checkpoint there is nothing to protect: another configuration replaces it.
+        Until its first step there is nothing to protect: another configuration replaces it.
 
         Raises:
           RunError: when the folder cannot be written or holds another run; nothing is overwritten.
@@ -74,9 +75,10 @@ class Run:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.has_checkpoint:
+            if self.has_begun:
                 self._check_same(config)
             else:
+                (self.path / "skipped.jsonl").unlink(missing_ok=True)
                 partial = self.path / f"tokenizer.{os.getpid()}.tmp"
                 shutil.copytree(tokenizer_from, partial)
                 shutil.rmtree(self.tokenizer_path, ignore_errors=True)
@@ -107,8 +109,10 @@ class Run:
         return self.path / "checkpoints"
 
     @property
-    def has_checkpoint(self) -> bool:
-        return bool(self._checkpoint_steps())
+    def has_begun(self) -> bool:
+        """Whether a step was made: a start that failed before leaves nothing to go on with."""
+        metrics = self.path / "metrics.jsonl"
+        return bool(self._checkpoint_steps()) or (metrics.exists() and metrics.stat().st_size > 0)
 
     def _checkpoint_steps(self) -> list[int]:
         if not self.checkpoints_path.is_dir():
@@ -139,7 +143,8 @@ class Run:
         """
         folder = self.checkpoints_path / str(step) / "params"
         handler = ocp.StandardCheckpointHandler()
-        there, here = flatten(handler.metadata(folder).tree), flatten(target)
+        with self.reading(step):
+            there, here = flatten(handler.metadata(folder).tree), flatten(target)
         problems = [f"{name} is not in the checkpoint" for name in here.keys() - there.keys()]
         problems += [f"{name} is only in the checkpoint" for name in there.keys() - here.keys()]
         problems += [
@@ -149,7 +154,16 @@ class Run:
         ]
         if problems:
             raise RunError(f"checkpoint {step} of {self.path}:\n  " + "\n  ".join(sorted(problems)))
-        return handler.restore(folder, args=ocp.args.StandardRestore(target))
+        with self.reading(step):
+            return handler.restore(folder, args=ocp.args.StandardRestore(target))
+
+    @contextlib.contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Damage to a checkpoint's files, whatever is raised for it, as a RunError."""
+        try:
+            yield
+        except Exception as error:
+            raise RunError(f"checkpoint {step} of {self.path} cannot be read: {error}") from error
 
 
 def abstract_model(config: ModelConfig, *, remat: bool = False) -> tuple[nnx.GraphDef, nnx.State]:

@@ -60,6 +60,7 @@ def test_arguments_of_a_projector_read_back_as_they_were():
         ({"optim__warmup_fraction": 1.0}, "warmup_fraction=1.0 must be below 1"),
         ({"optim__decay_pattern": "*kernel"}, "decay_pattern='*kernel' is no regular expression"),
         ({"model__projector": "m:C", "model__projector_args": {"a": {1}}}, "must be plain JSON"),
+        ({"model__projector": "m:C", "model__projector_args": None}, "must be a section of fields"),
         ({"data__max_skip_fraction": 1.5}, "max_skip_fraction=1.5 must be at most 1"),
         ({"mesh__fsdp": -1}, "data=-1 and fsdp=-1"),
         ({"mesh__data": 0}, "data=0 and fsdp=1"),

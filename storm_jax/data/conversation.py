@@ -48,7 +48,10 @@ def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
             f"{folder} holds no tokenizer: set data.tokenizer to a folder with tokenizer.json and "
             f"tokenizer_config.json, or train one (python -m storm_jax.data.tokenizer --help)"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # of whatever kind: tokenizers raises bare Exceptions
+        raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
         raise ConfigError(f"{folder}: the tokenizer has no chat template")
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:

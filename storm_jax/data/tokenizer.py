@@ -80,6 +80,8 @@ def main() -> None:
             unusable += 1
             continue
         texts += [PLACEHOLDER.sub("", turn.text) for turn in turns]
+    if unusable == len(records):
+        parser.error(f"{args.data}: all {unusable} samples are malformed (docs/data.md)")
     if unusable:
         print(f"{args.data}: {unusable} of {len(records)} samples are malformed and left out")
     tokenizer = train_tokenizer(texts, args.vocab_size)

@@ -11,6 +11,7 @@ import errno
 import os
 import pathlib
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -95,7 +96,9 @@ def _frame_times(path: str | pathlib.Path) -> tuple[np.ndarray, Fraction]:
         if None in stamps:  # containers that store no presentation times
             container.seek(0)
             stamps = [frame.pts for frame in container.decode(stream)]
-        declared, end, base = stream.frames, _declared_end(stream), stream.time_base
+        # An MP4's index leaves out what was trimmed away; its header counts it.
+        declared = len(stream.index_entries) if "mp4" in container.format.name else stream.frames
+        end, base = _declared_end(stream), stream.time_base
     times = np.unique(np.array([stamp for stamp in stamps if stamp is not None], np.int64))
     if not len(times) or base is None:
         raise VideoError(path, "empty", "it has no frames")
@@ -127,10 +130,23 @@ def _decode(path: str | pathlib.Path, wanted: set[int], size: int) -> dict[int, 
         for frame in container.decode(stream):
             if frame.pts in wanted:
                 image = reformat(frame, size, size, "rgb24", interpolation="BICUBIC")
-                frames[frame.pts] = np.rot90(image.to_ndarray(), round(frame.rotation / 90))
+                frames[frame.pts] = _upright(image.to_ndarray(), frame)
             if len(frames) == len(wanted):
                 break
     return frames
+
+
+def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turns and mirrors a square image [S, S, 3] as the frame's display matrix says, by quarters."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist()
+    if abs(b) > abs(a):
+        image, flip_x, flip_y = image.swapaxes(0, 1), c < 0, b < 0
+    else:
+        flip_x, flip_y = a < 0, d < 0
+    return image[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
 
 
 def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: int) -> None:

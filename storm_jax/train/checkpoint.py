@@ -80,14 +80,15 @@ class Checkpointer:
             return None
         shapes = with_sharding(self._spec.shapes, self._spec.shardings)
         flat = flatten(self._run.restore_params(shapes.params(), step))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                opt_state=ocp.args.StandardRestore(shapes.opt_state),
-                data=ocp.args.JsonRestore(),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
+        with self._run.reading(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    opt_state=ocp.args.StandardRestore(shapes.opt_state),
+                    data=ocp.args.JsonRestore(),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
         state = TrainState(
             {name: flat[name] for name in shapes.trained},
             {name: flat[name] for name in shapes.frozen},

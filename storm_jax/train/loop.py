@@ -159,7 +159,11 @@ class _Loop:
                 self._finish(pending)
                 pending = None
                 if evaluates:
-                    results = self._evaluate(step, state, evaluators)
+                    try:
+                        results = self._evaluate(step, state, evaluators)
+                    except DataError:  # its files are gone; what was trained is kept
+                        self.checkpointer.save(step, state, self._data_state(step), {})
+                        raise
                 if saves:
                     self.checkpointer.save(step, state, self._data_state(step), results)
             if last:
@@ -296,9 +300,11 @@ class _SkipLog:
 
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / "skipped.jsonl"
-        lines = read_lines(self._path) if self._path.exists() else []
-        self._logged = {(line["sample"], line["message"]) for line in lines}
-        if lines:  # a last line that was cut off goes
+        self._logged: set[tuple[str, str]] = set()
+        if self._path.exists():
+            lines = read_lines(self._path)
+            self._logged = {(line["sample"], line["message"]) for line in lines}
+            # A last line that was cut off goes.
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, skips: Sequence[Skip]) -> None:

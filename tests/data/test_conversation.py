@@ -250,6 +250,13 @@ def test_loaded_tokenizer_encodes_as_the_trained_one(tmp_path: pathlib.Path):
     assert load_tokenizer(tmp_path)(text)["input_ids"] == made(text)["input_ids"]
 
 
+def test_damaged_tokenizer_is_refused_by_name(tmp_path: pathlib.Path):
+    train_tokenizer(["Which way? left"], 280).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ConfigError, match=f"{tmp_path}: the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
 def test_tokenizer_whose_end_marker_ends_no_answer_is_refused(tmp_path: pathlib.Path):
     made = train_tokenizer(["Which way? left"], 280)
     made.eos_token = "<|endoftext|>"  # what base Qwen2 has

@@ -108,24 +108,41 @@ def test_frames_come_in_display_order_from_every_container(
     assert clip.times[0] == 0
 
 
-def test_frames_are_turned_upright(tmp_path: pathlib.Path):
+@pytest.mark.parametrize(
+    ("matrix", "bright"),
+    [
+        ((1, 0, 0, 1), "top left"),
+        ((0, 1, -1, 0), "top right"),  # a quarter clockwise
+        ((0, -1, 1, 0), "bottom left"),
+        ((-1, 0, 0, -1), "bottom right"),
+        ((-1, 0, 0, 1), "top right"),  # mirrored, as front cameras do
+        ((1, 0, 0, -1), "bottom left"),
+    ],
+)
+def test_frames_are_turned_upright(tmp_path: pathlib.Path, matrix: tuple, bright: str):
     frames = np.zeros((4, 32, 64, 3), np.uint8)
-    frames[:, :, :32] = 220  # left
+    frames[:, :16, :32] = 220  # top left
     write_video(tmp_path / "a.mp4", frames, FPS)
     data = bytearray((tmp_path / "a.mp4").read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 40  # of the track header, version 0
-    unit = 1 << 16
-    clockwise = (0, unit, 0, -unit, 0, 0)
-    data[matrix : matrix + 24] = struct.pack(">6i", *clockwise)
+    start = data.index(b"tkhd") + 4 + 40  # of the track header, version 0
+    a, b, c, d = (entry << 16 for entry in matrix)
+    data[start : start + 24] = struct.pack(">6i", a, b, 0, c, d, 0)
     (tmp_path / "a.mp4").write_bytes(data)
     frame = read_video(tmp_path / "a.mp4", 1, 32).frames[0]
-    assert frame[:16].mean() > 200 and frame[16:].mean() < 20  # left has become top
+    quarters = {
+        f"{row} {column}": frame[rows, columns].mean()
+        for row, rows in (("top", slice(0, 16)), ("bottom", slice(16, 32)))
+        for column, columns in (("left", slice(0, 16)), ("right", slice(16, 32)))
+    }
+    assert [name for name, level in quarters.items() if level > 100] == [bright]
 
 
+@pytest.mark.parametrize("interval", [2, COUNT])
 def test_video_trimmed_without_encoding_starts_at_the_cut(
-    video: pathlib.Path, tmp_path: pathlib.Path
+    encode_video, tmp_path: pathlib.Path, interval: int
 ):
-    """As phones trim: frames from the last key frame on stay in the file, but are not shown."""
+    """As phones trim: frames before the cut stay in the file, but are not shown."""
+    video = encode_video(tmp_path / "whole.mp4", numbered(), g=str(interval), bf="0")
     with av.open(str(video)) as source, av.open(str(tmp_path / "a.mp4"), "w") as target:
         stream = source.streams.video[0]
         copy = target.add_stream_from_template(stream)

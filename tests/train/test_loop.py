@@ -236,6 +236,31 @@ def test_validation_without_media_stops_the_run(small_config, shapes_folder, tmp
         file.write(lines[0][:10])  # as a killed process leaves it
     loop.make_validation(run, spec, dataset)
     assert (run.path / "skipped.jsonl").read_text().splitlines() == lines
+    (run.path / "skipped.jsonl").write_text(lines[0][:10])
+    loop.make_validation(run, spec, dataset)
+    assert (run.path / "skipped.jsonl").read_text() == ""
+
+
+def test_validation_that_fails_loses_no_training(small_config, shapes_folder, tmp_path):
+    def fail(state):
+        raise DataError("the disk is gone")
+
+    run = Run(tmp_path)
+    config = small_config(train__steps=4, train__save_every=4, train__eval_every=2)
+    run.prepare(config, shapes_folder / "tokenizer")
+    with pytest.raises(DataError, match="the disk is gone"):
+        loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {"val": fail})
+    assert run.checkpoint_step() == 2
+
+
+def test_a_damaged_checkpoint_is_named(trained_run, tmp_path):
+    run = Run(tmp_path / "run")
+    shutil.copytree(trained_run, run.path)
+    for data in (run.checkpoints_path / "2/params").rglob("*"):
+        if data.is_file():
+            data.write_bytes(data.read_bytes()[:20])
+    with pytest.raises(RunError, match=r"checkpoint 2 of .* cannot be read"):
+        loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec: {})
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch(
