@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -225,6 +225,22 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(text)
     partial.rename(path)
+
+
+def write_lines(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSONL file, whole or not at all."""
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last line cut off by a killed process is left out."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def with_sharding(tree: Any, shardings: Any) -> Any:

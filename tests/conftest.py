@@ -65,12 +65,12 @@ def randomise():
 @pytest.fixture(scope="session")
 def small_model() -> ModelConfig:
     """The tiny preset with narrower layers."""
-    tiny = presets.tiny()
+    preset = presets.tiny()
     return dataclasses.replace(
-        tiny,
-        vision=dataclasses.replace(tiny.vision, width=16, mlp_dim=32),
-        decoder=dataclasses.replace(tiny.decoder, width=32, head_dim=8, mlp_dim=32),
-        mamba=dataclasses.replace(tiny.mamba, d_state=4),
+        preset,
+        vision=dataclasses.replace(preset.vision, width=16, mlp_dim=32),
+        decoder=dataclasses.replace(preset.decoder, width=32, head_dim=8, mlp_dim=32),
+        mamba=dataclasses.replace(preset.mamba, d_state=4),
     )
 
 

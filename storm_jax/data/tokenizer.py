@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import tokenizers
 import transformers
 
-from storm_jax.data.sources import PLACEHOLDER, SampleError, parse_record, read_records
+from storm_jax.data.sources import PLACEHOLDER, DataError, SampleError, parse_record, read_records
 
 CHATML = (
     "{% for message in messages %}"
@@ -70,7 +70,7 @@ def main() -> None:
     texts = ["system\nuser\nassistant\nYou are a helpful assistant"]
     try:
         records = read_records(args.data)
-    except (OSError, ValueError) as error:
+    except DataError as error:
         parser.error(str(error))
     root, unusable = pathlib.Path(args.data).parent, 0
     for index, record in enumerate(records):

@@ -20,7 +20,7 @@ from storm_jax.evals.benchmark import Benchmark, Question, wilson_interval
 from storm_jax.evals.contact_sheet import Panel, draw_contact_sheet
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Prediction, Predictor
-from storm_jax.run import write_atomically
+from storm_jax.run import write_atomically, write_lines
 
 PANELS_PER_GROUP = 2
 
@@ -153,9 +153,7 @@ def _write(
         }
         for i, question in enumerate(questions)
     ]
-    write_atomically(
-        report.folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
-    )
+    write_lines(report.folder / "predictions.jsonl", lines)
     results = {
         "benchmark": report.benchmark,
         "step": report.step,

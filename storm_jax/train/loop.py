@@ -32,10 +32,10 @@ from storm_jax.data.pipeline import (
 from storm_jax.data.rows import RowShape
 from storm_jax.data.sources import DataError
 from storm_jax.models.storm import VisualShape
-from storm_jax.run import Run, RunError, with_sharding, write_atomically
+from storm_jax.run import Run, RunError, read_lines, with_sharding, write_lines
 from storm_jax.sharding import batch_sharding
 from storm_jax.train.checkpoint import Checkpointer
-from storm_jax.train.metrics import MetricsWriter, Progress, duration, read_lines
+from storm_jax.train.metrics import MetricsWriter, Progress, duration
 from storm_jax.train.state import StateSpec, TrainState
 from storm_jax.train.step import make_eval_step, make_train_step
 
@@ -137,7 +137,6 @@ class _Loop:
         self.dataset, self.checkpointer = dataset, checkpointer
         self.metrics = MetricsWriter(run.path, start, config.train.tensorboard)
         self.progress = Progress(start, config.train.steps, config.train.log_every)
-        self.max_skip_fraction = config.data.max_skip_fraction
         self.skips: list[Skip] = []
         self.samples_read = 0
         self.skip_log = _SkipLog(run.path)
@@ -180,7 +179,8 @@ class _Loop:
         self.samples_read += len(batch.sample_ids)
         self.skips += batch.skips
         self.skip_log.write(batch.skips)
-        check_skips(self.skips, self.samples_read, self.max_skip_fraction, "training met")
+        limit = self.spec.config.data.max_skip_fraction
+        check_skips(self.skips, self.samples_read, limit, "training met")
 
     def _stream(self) -> Iterator[Batch]:
         plan = TrainRows(self.dataset, self.config.seed)
@@ -305,7 +305,7 @@ class _SkipLog:
             lines = read_lines(self._path)
             self._logged = {(line["sample"], line["message"]) for line in lines}
             # A last line that was cut off goes.
-            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_lines(self._path, lines)
 
     def write(self, skips: Sequence[Skip]) -> None:
         for skip in skips:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from storm_jax.run import write_atomically
+from storm_jax.run import read_lines, write_lines
 
 
 class MetricsWriter:
@@ -22,7 +22,7 @@ class MetricsWriter:
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in read_lines(self.path) if line["step"] <= start_step]
-            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_lines(self.path, kept)
         self._file = self.path.open("a")
         self._board: Any = None
         if tensorboard:
@@ -43,17 +43,6 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last line cut off by a killed process is left out."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 class Progress:

@@ -33,7 +33,7 @@ def test_lossless_pixels_are_unchanged(tmp_path: pathlib.Path, pixels: np.ndarra
     np.testing.assert_array_equal(image, pixels)
 
 
-@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+@pytest.mark.parametrize("suffix", [*IMAGE_SUFFIXES, ".gif"])
 def test_every_listed_suffix_is_readable(tmp_path: pathlib.Path, suffix: str):
     image = Image.new("RGB", (40, 24), (200, 40, 60))
     got = read_image(save(image, tmp_path / f"a{suffix}"), SIDE)

@@ -19,10 +19,9 @@ from storm_jax.config import ConfigError
 from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.pipeline import Dataset
 from storm_jax.data.sources import DataError
-from storm_jax.run import Run, RunError
+from storm_jax.run import Run, RunError, read_lines
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
-from storm_jax.train.metrics import read_lines
 
 ROOT = pathlib.Path(__file__).parents[2]
 

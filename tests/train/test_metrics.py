@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from storm_jax.train.metrics import MetricsWriter, Progress, duration, plot_curves, read_lines
+from storm_jax.run import read_lines
+from storm_jax.train.metrics import MetricsWriter, Progress, duration, plot_curves
 
 
 def test_a_continued_run_drops_steps_it_will_run_again(tmp_path):
