@@ -19,7 +19,7 @@ from storm_jax.config import ConfigError, RunConfig, from_dict
 from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.pipeline import Dataset
 from storm_jax.data.sources import DataError
-from storm_jax.run import Run, RunError
+from storm_jax.run import Run, RunError, inherit_model
 from storm_jax.sharding import make_mesh
 from storm_jax.train.loop import NonFiniteLossError, make_validation, row_shape, train
 from storm_jax.train.metrics import plot_curves
@@ -44,10 +44,18 @@ def tokenizer_folder(run: Run, config: RunConfig) -> pathlib.Path:
     if config.data.tokenizer:
         return pathlib.Path(config.data.tokenizer)
     if config.init_from:
-        source = Run(config.init_from)
-        _ = source.config  # an error unless it is a run
-        return source.tokenizer_path
+        return Run(config.init_from).tokenizer_path
     return pathlib.Path(config.data.train).parent / "tokenizer"
+
+
+def with_inherited_model(config: RunConfig, run: Run) -> RunConfig:
+    """The configuration with the tower and decoder that a begun run, or `init_from`, has."""
+    source = run if run.has_begun else Run(config.init_from)
+    explicit = config_flags.get_override_values(flags.FLAGS["config"])
+    config, changes = inherit_model(config, source, explicit)
+    for name, (before, now) in changes.items():
+        print(f"{name}={now!r} of {source.path} replaces {before!r}")
+    return config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,6 +65,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         config = from_dict(RunConfig, CONFIG.value)
         run = Run(WORKDIR.value)
+        if config.init_from:
+            config = with_inherited_model(config, run)
         run.prepare(config, tokenizer_folder(run, config))
         mesh = make_mesh(config.mesh)
 

@@ -27,10 +27,20 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_PROJECTIONS = ("query", "key", "value", "out", "gate_up", "down")
+
 
 def _at_least(minimum: float, default: Any = dataclasses.MISSING) -> Any:
     """A number that may be as small as `minimum`; other numbers must be positive."""
     return dataclasses.field(default=default, metadata={"minimum": minimum})
+
+
+def _pattern_problems(name: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{name}={pattern!r} is no regular expression: {error}"]
+    return []
 
 
 class ConfigError(ValueError):
@@ -84,8 +94,47 @@ class MambaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """Llama 3's scaling of rotary frequencies: wavelengths above `original_positions /
+    low_freq_factor` are stretched by `factor`, those below `original_positions / high_freq_factor`
+    are kept, and between them it is interpolated. A factor of 1 changes nothing."""
+
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+    def problems(self) -> list[str]:
+        if self.low_freq_factor >= self.high_freq_factor:
+            return [
+                f"low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            ]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the decoder's projections whose name matches `targets` (query, key,
+    value, out, gate_up, down). A rank of 0 adds none; else only the adapters of the decoder are
+    trained, with its learning rate."""
+
+    rank: int = _at_least(0, 0)
+    alpha: float = 16.0
+    targets: str = "query|key|value|out|gate_up|down"
+
+    def problems(self) -> list[str]:
+        if found := _pattern_problems("targets", self.targets):
+            return found
+        if self.rank and not any(re.fullmatch(self.targets, name) for name in _PROJECTIONS):
+            return [f"targets={self.targets!r} matches none of {', '.join(_PROJECTIONS)}"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Qwen2- or Llama-style decoder-only language model."""
+    """A decoder-only language model of the Qwen2, Qwen3 and Llama families. `max_positions` is how
+    far its positions were trained; longer rows are warned of."""
 
     vocab_size: int
     width: int
@@ -97,7 +146,11 @@ class DecoderConfig:
     rope_theta: float
     qkv_bias: bool
     tie_embeddings: bool
+    qk_norm: bool = False
     norm_eps: float = 1e-6
+    max_positions: int = 32_768
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    lora: LoraConfig = LoraConfig()
 
     def problems(self) -> list[str]:
         found = []
@@ -209,11 +262,7 @@ class OptimConfig:
         for name in ("warmup_fraction", "b1", "b2"):
             if getattr(self, name) >= 1:
                 return [f"{name}={getattr(self, name)} must be below 1"]
-        try:
-            re.compile(self.decay_pattern)
-        except re.error as error:
-            return [f"decay_pattern={self.decay_pattern!r} is no regular expression: {error}"]
-        return []
+        return _pattern_problems("decay_pattern", self.decay_pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +330,11 @@ class RunConfig:
             found.append(
                 f"compression.num_frames={self.compression.num_frames} exceeds "
                 f"data.row_frames={self.data.row_frames}: no video would fit a row"
+            )
+        if self.model.decoder.lora.rank and not self.optim.learning_rate.decoder:
+            found.append(
+                f"model.decoder.lora.rank={self.model.decoder.lora.rank} with "
+                f"optim.learning_rate.decoder=0: the adapters would not be trained"
             )
         for name in ("row_tokens", "row_frames"):
             if getattr(self.data, name) % self.mesh.context:

@@ -49,6 +49,7 @@ def storm_qwen2_7b() -> ModelConfig:
             rope_theta=1_000_000.0,
             qkv_bias=True,
             tie_embeddings=False,
+            max_positions=131_072,
         ),
     )
 
@@ -68,6 +69,7 @@ def storm_qwen2_1_5b() -> ModelConfig:
             rope_theta=1_000_000.0,
             qkv_bias=True,
             tie_embeddings=True,
+            max_positions=131_072,
         ),
     )
 
@@ -88,6 +90,7 @@ def storm_llama3_8b() -> ModelConfig:
             qkv_bias=False,
             tie_embeddings=False,
             norm_eps=1e-5,
+            max_positions=8192,
         ),
     )
 

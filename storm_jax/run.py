@@ -10,12 +10,14 @@ RUN/evals/BENCHMARK/SETTINGS/
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import transformers
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from storm_jax import config as config_lib
 from storm_jax.config import ConfigError, ModelConfig, RunConfig
@@ -35,6 +38,7 @@ _MAY_CHANGE = (
     "train.eval_every", "train.save_every", "train.keep_last", "train.keep_best",
     "train.tensorboard", "data.num_threads", "data.max_skip_fraction",
 )  # fmt: skip
+_PIECE = 2**25  # bytes; larger ones are held, compressed and copied whole on their way to the disk
 
 
 class RunError(RuntimeError):
@@ -157,6 +161,36 @@ class Run:
         with self.reading(step):
             return handler.restore(folder, args=ocp.args.StandardRestore(target))
 
+    def save_params(self, params: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Writes a checkpoint of parameters alone, at step 0.
+
+        Beside the arrays themselves, host memory holds no more than a copy of the largest one and
+        some hundred megabytes of pieces on their way to the disk.
+
+        Args:
+          params: nested dict of arrays.
+          meta: plain JSON, kept beside them.
+        """
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+        handler = ocp.PyTreeCheckpointHandler(
+            save_device_host_concurrent_gb=math.ceil(largest / 1e9) + 1
+        )
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), params)
+        with ocp.CheckpointManager(
+            self.checkpoints_path,
+            item_handlers={"params": handler, "meta": ocp.JsonCheckpointHandler()},
+        ) as manager:
+            manager.save(
+                0,
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(
+                        params, save_args=pieces, ocdbt_target_data_file_size=_PIECE
+                    ),
+                    meta=ocp.args.JsonSave({"step": 0, **meta}),
+                ),
+            )
+            manager.wait_until_finished()
+
     @contextlib.contextmanager
     def reading(self, step: int) -> Iterator[None]:
         """Damage to a checkpoint's files, whatever is raised for it, as a RunError."""
@@ -184,14 +218,66 @@ def abstract_model(config: ModelConfig, *, remat: bool = False) -> tuple[nnx.Gra
     return graphdef, params
 
 
-_MATRICES = ("/kernel", "/embedding", "/lm_head", "/position")
+def random_params(
+    config: ModelConfig, seed: int, shardings: Mapping[str, NamedSharding]
+) -> dict[str, jax.Array]:
+    """The parameters with these paths as a fresh model has them, in fp32; no others are made."""
+
+    def make() -> dict[str, jax.Array]:
+        model = Storm(config, rngs=nnx.Rngs(seed))
+        flat = flatten(nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
+        return {name: flat[name] for name in shardings}
+
+    return jax.jit(make, out_shardings=dict(shardings))()
+
+
+def inherit_model(
+    config: RunConfig, source: Run, explicit: Collection[str]
+) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
+    """`config` with the vision tower and the decoder of the run whose weights it starts from.
+
+    The projector stays as configured, and so do the adapters of the decoder.
+
+    Args:
+      explicit: dotted names of the fields that were set by hand.
+
+    Returns:
+      The configuration, and {field: (before, now)} of what it changed.
+
+    Raises:
+      ConfigError: when a field that was set by hand is not what the weights need.
+    """
+    theirs = source.config.model
+    decoder = dataclasses.replace(theirs.decoder, lora=config.model.decoder.lora)
+    return replace_model(
+        config,
+        dataclasses.replace(config.model, vision=theirs.vision, decoder=decoder),
+        explicit,
+        str(source.path),
+    )
+
+
+def replace_model(
+    config: RunConfig, model: ModelConfig, explicit: Collection[str], source: str
+) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
+    """`config` with another model, as `inherit_model`; `source` names it in errors."""
+    fields = config_lib.to_dict(config) | {"model": config_lib.to_dict(model)}
+    changes = config_lib.differences(config_lib.to_dict(config), fields)
+    wrong = [f"{k}={changes[k][0]!r}, not {changes[k][1]!r}" for k in changes if k in explicit]
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise ConfigError(f"the weights of {source} need another value of\n  {listed}")
+    return config_lib.from_dict(RunConfig, fields), changes
+
+
+_MATRICES = ("/kernel", "/embedding", "/lm_head", "/position", "/lora/a", "/lora/b")
 
 
 def compute_dtypes(tree: Any, model: ModelConfig) -> Any:
     """Shapes of parameters as the forward pass reads them: matrices in the compute dtype."""
 
     def leaf_dtype(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        is_matrix = f"/{path[-1].key}".endswith(_MATRICES)
+        is_matrix = "/".join(str(key.key) for key in path).endswith(_MATRICES)
         return jax.ShapeDtypeStruct(leaf.shape, model.dtype if is_matrix else jnp.float32)
 
     return jax.tree.map_with_path(leaf_dtype, tree)

@@ -28,7 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "inner": ("tensor",),
-    "vocab": ("tensor", "fsdp"),  # one dimension only: two make XLA rematerialise the table
+    "vocab": ("tensor", "fsdp"),  # one dimension of a table: two make XLA rematerialise it
 }
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -59,13 +59,24 @@ def param_specs(params: nnx.State, mesh: Mesh) -> dict[str, PartitionSpec]:
     for path, variable in nnx.to_flat_state(params):
         name = "/".join(map(str, path))
         shape, axes = variable.shape, variable.get_metadata().get("logical_axes") or ()
-        names = [None] * (len(shape) - len(axes)) + list(axes)
+        names = _splittable([None] * (len(shape) - len(axes)) + list(axes), shape, mesh)
         specs[name] = PartitionSpec(
             *(_mesh_axes(axis, size, mesh) for axis, size in zip(names, shape, strict=True))
         )
         if mesh.size > 1 and not any(specs[name]) and math.prod(shape) > 2**24:
             logging.warning("parameter %s %s is replicated on every device", name, shape)
     return specs
+
+
+def _splittable(
+    names: list[str | None], shape: Sequence[int], mesh: Mesh
+) -> Sequence[str | None]:
+    """The axes of a table whose vocabulary the mesh divides; else the table is split along its
+    width instead. No table is ever padded, in memory, on disk or in an export."""
+    if "vocab" not in names:
+        return names
+    devices = math.prod(mesh.shape[axis] for axis in RULES["vocab"])
+    return names if shape[names.index("vocab")] % devices == 0 else names[::-1]
 
 
 def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:

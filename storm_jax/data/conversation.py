@@ -9,6 +9,8 @@ are cut out, and `num_tokens` slots stand in their place.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -16,7 +18,7 @@ import numpy as np
 import transformers
 
 from storm_jax.config import ConfigError
-from storm_jax.data.sources import PLACEHOLDER, Sample, SampleError
+from storm_jax.data.sources import PLACEHOLDER, Sample, SampleError, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +56,54 @@ def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
         raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
         raise ConfigError(f"{folder}: the tokenizer has no chat template")
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise ConfigError(f"{folder}: the tokenizer needs a pad token and an end-of-turn token")
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    if tokenizer.eos_token not in rendered.rpartition("answer")[2]:
-        raise ConfigError(
-            f"{folder}: the chat template does not end an answer with eos_token="
-            f"{tokenizer.eos_token!r}, so no answer would ever stop; set eos_token in "
-            f"tokenizer_config.json to the template's end-of-turn token. It renders {rendered!r}"
-        )
+    try:
+        check_template(tokenizer)
+    except Exception as error:  # whatever the template's own code raises
+        raise ConfigError(f"{folder}: {error}") from error
+    if tokenizer.pad_token_id is None:  # any will do: padding is neither seen nor learned
+        tokenizer.pad_token = end_of_turn(tokenizer)
     return tokenizer
+
+
+def check_template(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Raises an error unless answers can be told apart in what the chat template renders.
+
+    Raises:
+      ValueError: when nothing ends an answer, or earlier answers are rendered differently.
+    """
+    if end_of_turn(tokenizer) is None:
+        raise ValueError(
+            "the chat template ends an answer with no special token, so no answer would ever stop; "
+            "it must put an end-of-turn token behind each"
+        )
+    turns = tuple(Turn(role, text) for text in "ab" for role, text in _exchange(text))
+    ConversationEncoder(tokenizer, "").encode(Sample("two exchanges", turns, (), {}), [])
+
+
+def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
+    """The special token that the chat template puts behind an answer; it need not be eos_token,
+    which in base models ends a document."""
+    messages = [{"role": role, "content": text} for role, text in _exchange("text")]
+    behind = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("text")[2]
+    found = [token for token in tokenizer.get_added_vocab() if token in behind]
+    return min(found, key=behind.find, default=None)
+
+
+def _exchange(text: str) -> list[tuple[str, str]]:
+    return [("user", f"question {text}"), ("assistant", f"answer {text}")]
+
+
+def stop_ids(
+    folder: str | pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Ids that end an answer: the template's end of turn, eos_token, and those that a
+    generation_config.json in the tokenizer's folder lists."""
+    ids = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)), tokenizer.eos_token_id]
+    path = pathlib.Path(folder) / "generation_config.json"
+    if path.exists():
+        listed = json.loads(path.read_text()).get("eos_token_id")
+        ids += listed if isinstance(listed, list) else [listed]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +116,10 @@ class ConversationEncoder:
     def __post_init__(self) -> None:
         if PLACEHOLDER.search(self.system):
             raise ConfigError(f"data.system={self.system!r} must not hold <image> or <video>")
+
+    @functools.cached_property
+    def end_of_turn(self) -> str | None:
+        return end_of_turn(self.tokenizer)
 
     def encode(self, sample: Sample, num_tokens: Sequence[int]) -> Encoded:
         """Tokenises a sample whose n-th medium has `num_tokens[n]` visual tokens.
@@ -102,8 +145,8 @@ class ConversationEncoder:
             through = self._render(messages[: i + 1], opened=False)
             content = message["content"].strip()
             start = through.find(content, len(before)) if through.startswith(before) else -1
-            marker = self.tokenizer.eos_token
-            end = through.find(marker, start + len(content))
+            marker = self.end_of_turn or ""
+            end = through.find(marker, start + len(content)) if marker else -1
             if start < 0 or end < 0 or not before.startswith(done):
                 raise SampleError(
                     sample.id,

@@ -42,7 +42,7 @@ def generate(
     *,
     shape: VisualShape,
     sampling: Sampling,
-    stop_id: int,
+    stop_ids: tuple[int, ...],
 ) -> jax.Array:
     """Continues each prompt until it ends.
 
@@ -50,7 +50,7 @@ def generate(
       batch: rows of one sample each (see `storm_jax.data.rows`) and `lengths`, int [B], 0 for an
         empty row, which is not continued.
       key: of the random draws; unused at temperature 0.
-      stop_id: ends an answer, and fills what follows it.
+      stop_ids: each ends an answer; the first fills what follows.
 
     Returns:
       int32 [B, max_new_tokens].
@@ -58,7 +58,8 @@ def generate(
     lengths = batch["lengths"]
     total = batch["tokens"].shape[1] + sampling.max_new_tokens
     logits, cache = prefill(model, batch, shape, total)
-    tokens = jnp.full((len(lengths), sampling.max_new_tokens), stop_id, jnp.int32)
+    stops = jnp.array(stop_ids, jnp.int32)
+    tokens = jnp.full((len(lengths), sampling.max_new_tokens), stops[0])
     done = lengths == 0
 
     def unfinished(carry: tuple) -> jax.Array:
@@ -68,8 +69,8 @@ def generate(
     def extend(carry: tuple) -> tuple:
         step, tokens, logits, cache, done = carry
         chosen = choose(logits, jax.random.fold_in(key, step), sampling)
-        chosen = jnp.where(done, stop_id, chosen).astype(jnp.int32)
-        done |= chosen == stop_id
+        chosen = jnp.where(done, stops[0], chosen).astype(jnp.int32)
+        done |= (chosen[:, None] == stops[None]).any(axis=1)
         logits, cache = decode_step(model, chosen, lengths + step, cache)
         return step + 1, tokens.at[:, step].set(chosen), logits, cache, done
 

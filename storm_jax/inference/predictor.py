@@ -9,6 +9,7 @@ Samples that need the same shapes are answered together; files are decoded ahead
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from storm_jax.config import CompressionConfig, MeshConfig
-from storm_jax.data.conversation import ConversationEncoder, Encoded
+from storm_jax.data.conversation import ConversationEncoder, Encoded, stop_ids
 from storm_jax.data.image import IMAGE_SUFFIXES, ImageError
 from storm_jax.data.pipeline import decode
 from storm_jax.data.rows import RowSample, RowShape, build_row, empty_row, stack_rows
@@ -80,6 +81,7 @@ class Predictor:
         run = Run(workdir)
         self.config = run.config
         self.encoder = ConversationEncoder(run.tokenizer(), self.config.data.system)
+        self._stop_ids = stop_ids(run.tokenizer_path, self.encoder.tokenizer)
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
         self._graphdef, abstract = abstract_model(self.config.model)
         target = with_sharding(
@@ -217,8 +219,10 @@ class Predictor:
         visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
         with jax.set_mesh(self.mesh):
             tokens = self._run_batch(self._params, batch, key, shape=visual, sampling=sampling)
-        stop = tokenizer.eos_token_id
-        answers = [row[: row.index(stop)] if stop in row else row for row in tokens.tolist()]
+        answers = [
+            list(itertools.takewhile(lambda token: token not in self._stop_ids, row))
+            for row in tokens.tolist()
+        ]
         return [
             str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
             for answer in answers[: len(items)]
@@ -228,8 +232,9 @@ class Predictor:
         self, params: dict, batch: dict, key: jax.Array, *, shape: VisualShape, sampling: Sampling
     ) -> jax.Array:
         model = nnx.merge(self._graphdef, params)
-        stop_id = self.encoder.tokenizer.eos_token_id
-        return generate(model, batch, key, shape=shape, sampling=sampling, stop_id=stop_id)
+        return generate(
+            model, batch, key, shape=shape, sampling=sampling, stop_ids=self._stop_ids
+        )
 
     def _row_shape(self, tokens: int, frames: int, compression: CompressionConfig) -> RowShape:
         model = self.config.model

@@ -1,13 +1,16 @@
-"""A decoder-only language model of the Qwen2 and Llama families.
+"""A decoder-only language model of the Qwen2, Qwen3 and Llama families.
 
     x -> depth x (x + Attn(RMSNorm(x)); x + SwiGLU(RMSNorm(x))) -> RMSNorm -> hidden states
 
-Grouped-query attention with rotary positions. Input are embeddings, not ids, since visual tokens
+Grouped-query attention with rotary positions; the families differ in bias, query and key norms and
+rotary scaling, which are fields of the configuration. Input are embeddings, not ids, since visual tokens
 take their places among them; `head()` gives the vocabulary matrix to the loss and to sampling.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -70,7 +73,7 @@ class Decoder(nnx.Module):
         Returns:
           Normalised hidden states [B, S, D] and the updated cache (None without one).
         """
-        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rope_angles(positions, self.config)
 
         def body(x: jax.Array, args: tuple) -> tuple[jax.Array, tuple | None]:
             layer, cache = args
@@ -94,44 +97,42 @@ class DecoderLayer(nnx.Module):
     """Attention and SwiGLU, both pre-norm and residual."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        width, head_dim = config.width, config.head_dim
+        width, head_dim, heads = config.width, config.head_dim, config.num_heads
 
-        def norm() -> nnx.RMSNorm:
-            return nnx.RMSNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        def norm(size: int) -> nnx.RMSNorm:
+            return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
-        def project(heads: int, axis: str) -> Einsum:
+        def linear(name: str, equation: str, shape: tuple, axes: tuple, bias=False) -> Einsum:
+            lora = config.lora if re.fullmatch(config.lora.targets, name) else None
             return Einsum(
-                "bsd,dhk->bshk",
-                (width, heads, head_dim),
-                ("embed", axis, None),
-                bias=config.qkv_bias,
+                equation,
+                shape,
+                axes,
+                bias=bias,
+                lora=lora if lora and lora.rank else None,
                 rngs=rngs,
                 dtype=dtype,
             )
 
-        self.attn_norm, self.mlp_norm = norm(), norm()
-        self.query = project(config.num_heads, "heads")
-        self.key = project(config.num_kv_heads, "kv_heads")
-        self.value = project(config.num_kv_heads, "kv_heads")
-        self.out = Einsum(
-            "bshk,hkd->bsd",
-            (config.num_heads, head_dim, width),
-            ("heads", None, "embed"),
-            rngs=rngs,
-            dtype=dtype,
+        def project(name: str, heads: int, axis: str) -> Einsum:
+            shape, axes = (width, heads, head_dim), ("embed", axis, None)
+            return linear(name, "bsd,dhk->bshk", shape, axes, bias=config.qkv_bias)
+
+        self.attn_norm, self.mlp_norm = norm(width), norm(width)
+        self.query = project("query", heads, "heads")
+        self.key = project("key", config.num_kv_heads, "kv_heads")
+        self.value = project("value", config.num_kv_heads, "kv_heads")
+        self.query_norm = norm(head_dim) if config.qk_norm else None
+        self.key_norm = norm(head_dim) if config.qk_norm else None
+        self.out = linear(
+            "out", "bshk,hkd->bsd", (heads, head_dim, width), ("heads", None, "embed")
         )
         # Gate and up projection side by side on an axis of their own: splitting M needs no
         # communication.
-        self.gate_up = Einsum(
-            "bsd,djm->bsjm",
-            (width, 2, config.mlp_dim),
-            ("embed", None, "mlp"),
-            rngs=rngs,
-            dtype=dtype,
+        self.gate_up = linear(
+            "gate_up", "bsd,djm->bsjm", (width, 2, config.mlp_dim), ("embed", None, "mlp")
         )
-        self.down = Einsum(
-            "bsm,md->bsd", (config.mlp_dim, width), ("mlp", "embed"), rngs=rngs, dtype=dtype
-        )
+        self.down = linear("down", "bsm,md->bsd", (config.mlp_dim, width), ("mlp", "embed"))
 
     def __call__(
         self,
@@ -142,8 +143,10 @@ class DecoderLayer(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         y = self.attn_norm(x)
-        q, k = rotate(self.query(y), angles), rotate(self.key(y), angles)  # [B, S, H, K]
-        v = self.value(y)
+        q, k, v = self.query(y), self.key(y), self.value(y)  # [B, S, H, K]
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, angles), rotate(k, angles)
         kv_positions = positions
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
@@ -165,9 +168,15 @@ class DecoderLayer(nnx.Module):
         return x + self.down(jax.nn.silu(gate) * up), cache
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> jax.Array:
-    """fp32 angles [B, S, K / 2] (Su et al., arXiv 2104.09864)."""
-    rates = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rope_angles(positions: jax.Array, config: DecoderConfig) -> jax.Array:
+    """fp32 angles [B, S, K / 2] (Su et al., arXiv 2104.09864), slowed down as Llama 3.1 does."""
+    size, scaling = config.head_dim, config.rope_scaling
+    rates = config.rope_theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if scaling.factor != 1:
+        turns = scaling.original_positions * rates / (2 * math.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+        rates = kept * rates + (1 - kept) * rates / scaling.factor
     return positions[..., None].astype(jnp.float32) * rates[None, None]
 
 

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 
+from storm_jax.config import LoraConfig
+from storm_jax.models.lora import Lora
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 
@@ -21,6 +24,7 @@ class Einsum(nnx.Module):
       shape: of the kernel.
       axes: logical axis of each kernel dimension (see `storm_jax.sharding`), None for unsplit.
       bias: adds a bias over the kernel's letters that remain in the output.
+      lora: adds a low-rank adapter.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Einsum(nnx.Module):
         dtype: jnp.dtype,
         bias: bool = False,
         kernel_init: Initializer | None = None,
+        lora: LoraConfig | None = None,
     ):
         inputs, kernel = equation.split("->")[0].split(",")
         self.equation, self.dtype = equation, dtype
@@ -52,13 +57,14 @@ class Einsum(nnx.Module):
             if bias
             else None
         )
+        self.lora = Lora(equation, shape, axes, lora, rngs=rngs, dtype=dtype) if lora else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.einsum(self.equation, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         if self.bias is not None:
             bias = self.bias[...].astype(self.dtype)
             y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return y
+        return y if self.lora is None else y + self.lora(x)
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:

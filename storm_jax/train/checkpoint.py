@@ -78,6 +78,11 @@ class Checkpointer:
         step = self._manager.latest_step()
         if step is None:
             return None
+        if not (self._run.checkpoints_path / str(step) / "opt_state").exists():
+            raise RunError(
+                f"{self._run.path} holds imported weights: they are the start of other runs. Train "
+                f"in another --workdir with --config.init_from={self._run.path}"
+            )
         shapes = with_sharding(self._spec.shapes, self._spec.shardings)
         flat = flatten(self._run.restore_params(shapes.params(), step))
         with self._run.reading(step):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from storm_jax import config as config_lib
@@ -31,9 +32,20 @@ from storm_jax.data.pipeline import (
 )
 from storm_jax.data.rows import RowShape
 from storm_jax.data.sources import DataError
+from storm_jax.models.lora import is_adapter, merge
 from storm_jax.models.storm import VisualShape
-from storm_jax.run import Run, RunError, read_lines, with_sharding, write_lines
-from storm_jax.sharding import batch_sharding
+from storm_jax.run import (
+    Run,
+    RunError,
+    abstract_model,
+    flatten,
+    random_params,
+    read_lines,
+    unflatten,
+    with_sharding,
+    write_lines,
+)
+from storm_jax.sharding import batch_sharding, param_shardings
 from storm_jax.train.checkpoint import Checkpointer
 from storm_jax.train.metrics import MetricsWriter, Progress, duration
 from storm_jax.train.state import StateSpec, TrainState
@@ -258,23 +270,53 @@ def _begin(
 def load_params(source: Run, spec: StateSpec) -> dict:
     """Another run's parameters on this mesh.
 
+    Adapters go on when they are the same in both; else those of the source are merged into its
+    decoder, and new ones begin.
+
     Raises:
       RunError: when its model is another one.
     """
+    theirs, ours = source.config.model.decoder, spec.config.model.decoder
     changed = config_lib.differences(
         config_lib.to_dict(source.config.model), config_lib.to_dict(spec.config.model)
     )
+    changed = {name: v for name, v in changed.items() if not name.startswith("decoder.lora.")}
     if changed:
         listed = "\n  ".join(f"model.{k}: {a!r} there, {b!r} here" for k, (a, b) in changed.items())
         raise RunError(f"init_from={source.path} has another model:\n  {listed}")
-    target = with_sharding(spec.shapes, spec.shardings).params()
-    return source.restore_params(target, source.checkpoint_step())
+    step = source.checkpoint_step()
+    target = flatten(with_sharding(spec.shapes, spec.shardings).params())
+    if theirs.lora == ours.lora:
+        return source.restore_params(unflatten(target), step)
+    fresh = {name: leaf.sharding for name, leaf in target.items() if is_adapter(name)}
+    wanted = {name: leaf for name, leaf in target.items() if name not in fresh}
+    _, abstract = abstract_model(source.config.model)
+    places = flatten(param_shardings(abstract, spec.mesh))
+    adapters = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        for name, leaf in flatten(nnx.to_pure_dict(abstract)).items()
+        if is_adapter(name)
+    }
+    restored = flatten(source.restore_params(unflatten(wanted | adapters), step))
+    with jax.set_mesh(spec.mesh):
+        merged = jax.jit(
+            lambda params: merge(params, theirs.lora),
+            out_shardings={name: leaf.sharding for name, leaf in wanted.items()},
+            donate_argnums=0,
+        )(restored)
+        new = random_params(spec.config.model, spec.config.train.seed, fresh)
+    return unflatten(merged | new)
 
 
 def _describe(spec: StateSpec, dataset: Dataset, start: int) -> None:
     trained = sum(leaf.size for leaf in spec.shapes.trained.values())
     frozen = sum(leaf.size for leaf in spec.shapes.frozen.values())
-    shape = dataset.shape
+    shape, decoder = dataset.shape, spec.config.model.decoder
+    if shape.tokens > decoder.max_positions:
+        logging.warning(
+            "data.row_tokens=%d: a sample may be longer than the %d positions that the decoder was "
+            "trained for (model.decoder.max_positions)", shape.tokens, decoder.max_positions
+        )  # fmt: skip
     print(
         f"{len(dataset.samples):,} samples ({len(dataset.skips)} unusable), rows of "
         f"{shape.tokens} tokens and {shape.frames} frames; parameters: {trained:,} trained, "

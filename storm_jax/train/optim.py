@@ -2,7 +2,8 @@
 
 Every parameter belongs to the part that its path begins with (vision, projector, decoder). A part
 with rate 0 is frozen: it has no gradient and no optimizer memory. So is `vision/unused`, the layers
-behind the feature layer, which no output depends on.
+behind the feature layer, which no output depends on, and, with LoRA, all of the decoder but its
+adapters.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ from collections.abc import Mapping
 import jax
 import optax
 
-from storm_jax.config import OptimConfig
+from storm_jax.config import OptimConfig, RunConfig
+from storm_jax.models.lora import is_adapter
 
 NEVER_TRAINED = "vision/unused/"
 
 
-def is_trainable(name: str, config: OptimConfig) -> bool:
+def is_trainable(name: str, config: RunConfig) -> bool:
     """Whether the parameter of this path is trained.
 
     Raises:
       ValueError: for a path that begins with no part that has a learning rate.
     """
-    rates = dataclasses.asdict(config.learning_rate)
+    rates = dataclasses.asdict(config.optim.learning_rate)
     part = part_of(name)
     if part not in rates:
         raise ValueError(f"parameter {name}: optim.learning_rate has no field {part!r}")
+    if part == "decoder" and config.model.decoder.lora.rank and not is_adapter(name):
+        return False
     return rates[part] > 0 and not name.startswith(NEVER_TRAINED)
 
 

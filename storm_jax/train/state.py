@@ -84,7 +84,7 @@ def _split(flat: dict[str, jax.Array], config: RunConfig) -> TrainState:
     trained, frozen = {}, {}
     dtypes = compute_dtypes(flat, config.model)
     for name, value in flat.items():
-        if is_trainable(name, config.optim):
+        if is_trainable(name, config):
             trained[name] = value.astype(jnp.float32)
         else:
             frozen[name] = value.astype(dtypes[name].dtype)

@@ -4,6 +4,7 @@ is what training saw before the answer, and visual tokens stand where their plac
 from __future__ import annotations
 
 import itertools
+import json
 import pathlib
 import re
 import unicodedata
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storm_jax.config import ConfigError
-from storm_jax.data.conversation import ConversationEncoder, Encoded, load_tokenizer
+from storm_jax.data.conversation import ConversationEncoder, Encoded, load_tokenizer, stop_ids
 from storm_jax.data.sources import Media, Sample, SampleError, Turn
 from storm_jax.data.tokenizer import train_tokenizer
 
@@ -257,30 +258,61 @@ def test_damaged_tokenizer_is_refused_by_name(tmp_path: pathlib.Path):
         load_tokenizer(tmp_path)
 
 
-def test_tokenizer_whose_end_marker_ends_no_answer_is_refused(tmp_path: pathlib.Path):
+@pytest.mark.parametrize("eos", ["<|endoftext|>", None])
+def test_the_template_says_what_ends_an_answer(tmp_path: pathlib.Path, eos: str | None):
+    """Base Qwen2 has <|endoftext|> as eos_token, and ChatML."""
     made = train_tokenizer(["Which way? left"], 280)
-    made.eos_token = "<|endoftext|>"  # what base Qwen2 has
+    made.eos_token = eos
     made.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no answer would ever stop; set eos_token"):
-        load_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    encoded = ConversationEncoder(loaded, "").encode(sample_of(("Why?", "So.")), [])
+    assert runs(loaded, encoded) == chatml(("Why?", "So."))
+    turn, document = loaded.convert_tokens_to_ids([EOS, "<|endoftext|>"])
+    assert stop_ids(tmp_path, loaded) == ((turn, document) if eos else (turn,))
+    for listed, expected in ((document, {turn, document}), ([7, turn], {turn, 7})):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        found = stop_ids(tmp_path, loaded)
+        assert set(found) == expected | ({document} if eos else set())
+        assert found[0] == turn
+
+
+def test_any_token_pads_where_none_is_named(tmp_path: pathlib.Path):
+    """Llama 3 has no pad token."""
+    made = train_tokenizer(["Which way? left"], 280)
+    made.pad_token = None
+    made.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == EOS
+
+
+THINKING = (  # as Qwen3: an empty thought in front of the last answer, which earlier ones lose
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
-    ("lacking", "message"),
+    ("template", "message"),
     [
-        ("files", "no tokenizer"),
-        ("chat_template", "chat template"),
-        ("pad_token", "pad token"),
-        ("eos_token", "end-of-turn"),
+        (None, "has no chat template"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no answer would ever stop"),
+        (THINKING, "as a continuation of its prompt"),
+        ("{{ raise_exception('not like this') }}", "not like this"),
+        ("{% for m in messages %}", "unexpected|Unexpected"),
     ],
 )
-def test_unusable_tokenizer_is_a_value_error_that_names_it(
-    tmp_path: pathlib.Path, lacking: str, message: str
+def test_unusable_template_is_refused_by_name(
+    tmp_path: pathlib.Path, template: str | None, message: str
 ):
-    if lacking != "files":
-        made = train_tokenizer(["a"], 259)
-        setattr(made, lacking, None)
-        made.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message) as caught:
+    made = train_tokenizer(["a"], 259)
+    made.chat_template = template
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: pathlib.Path):
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds no tokenizer"):
+        load_tokenizer(tmp_path)

@@ -75,9 +75,9 @@ def test_cached_logits_equal_uncached_ones(model, batch):
 
 def test_greedy_generation_is_the_argmax_of_uncached_logits(model, batch):
     sampling = Sampling(max_new_tokens=4)
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_id"))
+    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
     tokens = np.asarray(
-        run(model, batch, jax.random.key(0), shape=VISUAL, sampling=sampling, stop_id=511)
+        run(model, batch, jax.random.key(0), shape=VISUAL, sampling=sampling, stop_ids=(511,))
     )
     expected = full_logits(model, batch, tokens)
     lengths = np.asarray(batch["lengths"])
@@ -87,8 +87,8 @@ def test_greedy_generation_is_the_argmax_of_uncached_logits(model, batch):
 
 
 def test_prompts_of_a_batch_do_not_change_each_other(model, batch):
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_id"))
-    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=4), "stop_id": 511}
+    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
+    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=4), "stop_ids": (511,)}
     together = run(model, batch, jax.random.key(0), **options)
     for row in range(3):
         alone = {name: array[row : row + 1] for name, array in batch.items()}
@@ -97,19 +97,20 @@ def test_prompts_of_a_batch_do_not_change_each_other(model, batch):
 
 
 def test_generation_ends_each_row_at_its_stop_token(model, batch):
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_id"))
+    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
     options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=6)}
-    free = np.asarray(run(model, batch, jax.random.key(0), stop_id=511, **options))
+    free = np.asarray(run(model, batch, jax.random.key(0), stop_ids=(511,), **options))
     stop = int(free[0, 2])
-    stopped = np.asarray(run(model, batch, jax.random.key(0), stop_id=stop, **options))
+    stopped = np.asarray(run(model, batch, jax.random.key(0), stop_ids=(511, stop), **options))
     first = list(free[0]).index(stop)
     np.testing.assert_array_equal(stopped[0, :first], free[0, :first])
-    assert (stopped[0, first:] == stop).all()
+    assert stopped[0, first] == stop
+    assert (stopped[0, first + 1 :] == 511).all()  # the first stop token fills
 
 
 def test_an_empty_row_is_not_continued(model, batch):
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_id"))
-    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=6), "stop_id": 511}
+    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
+    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=6), "stop_ids": (511,)}
     whole = np.asarray(run(model, batch, jax.random.key(0), **options))
     lengths = batch["lengths"].at[1].set(0)
     tokens = np.asarray(run(model, batch | {"lengths": lengths}, jax.random.key(0), **options))

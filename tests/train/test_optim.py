@@ -10,8 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
+from configs import tiny
 from storm_jax import presets
-from storm_jax.config import LearningRateConfig, OptimConfig
+from storm_jax.config import LearningRateConfig, OptimConfig, RunConfig, from_dict
 from storm_jax.run import abstract_model, flatten
 from storm_jax.train.optim import is_trainable, make_optimizer, schedule
 
@@ -23,17 +24,34 @@ CONFIG = OptimConfig(
 )
 
 
+def run_config(**changes) -> RunConfig:
+    config = tiny.get_config("stage=sft")
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+    )
+    return from_dict(RunConfig, config)
+
+
 def test_every_parameter_falls_under_one_rule():
+    config = run_config()
     for preset in ("tiny", "storm_qwen2_7b"):
         names = flatten(nnx.to_pure_dict(abstract_model(getattr(presets, preset)())[1]))
-        trained = [name for name in names if is_trainable(name, CONFIG)]
+        trained = [name for name in names if is_trainable(name, config)]
         assert {name.split("/")[0] for name in trained} == {"vision", "projector", "decoder"}
         assert all("vision/unused" in name for name in set(names) - set(trained))
 
 
+def test_with_adapters_nothing_else_of_the_decoder_is_trained():
+    config = run_config(model__decoder__lora__rank=4, model__decoder__lora__targets="query|down")
+    names = flatten(nnx.to_pure_dict(abstract_model(config.model)[1]))
+    decoder = {name for name in names if name.startswith("decoder/") and is_trainable(name, config)}
+    assert decoder == {f"decoder/layers/{n}/lora/{m}" for n in ("query", "down") for m in "ab"}
+    assert is_trainable("projector/linear/kernel", config)
+
+
 def test_a_parameter_of_no_part_is_an_error():
     with pytest.raises(ValueError, match="adapter/kernel"):
-        is_trainable("adapter/kernel", CONFIG)
+        is_trainable("adapter/kernel", run_config())
 
 
 def test_parts_step_with_their_rates_and_only_kernels_decay():
