@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import transformers
 from flax import nnx
@@ -146,20 +147,42 @@ class Run:
           RunError: when the parameters have other names or shapes.
         """
         folder = self.checkpoints_path / str(step) / "params"
-        handler = ocp.StandardCheckpointHandler()
-        with self.reading(step):
-            there, here = flatten(handler.metadata(folder).tree), flatten(target)
+        there, here = self.stored_params(step), flatten(target)
         problems = [f"{name} is not in the checkpoint" for name in here.keys() - there.keys()]
         problems += [f"{name} is only in the checkpoint" for name in there.keys() - here.keys()]
         problems += [
-            f"{name} is {tuple(there[name].shape)} in the checkpoint and {here[name].shape} here"
+            f"{name} is {there[name].shape} in the checkpoint and {here[name].shape} here"
             for name in here.keys() & there.keys()
-            if tuple(there[name].shape) != tuple(here[name].shape)
+            if there[name].shape != here[name].shape
         ]
         if problems:
             raise RunError(f"checkpoint {step} of {self.path}:\n  " + "\n  ".join(sorted(problems)))
         with self.reading(step):
+            handler = ocp.StandardCheckpointHandler()
             return handler.restore(folder, args=ocp.args.StandardRestore(target))
+
+    def stored_params(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter of a checkpoint, by path."""
+        with self.reading(step):
+            handler = ocp.PyTreeCheckpointHandler()
+            tree = handler.metadata(self.checkpoints_path / str(step) / "params").tree
+            return {
+                path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+                for path, leaf in flatten(tree).items()
+            }
+
+    def read_param(self, step: int, path: str, dtype: Any = None) -> np.ndarray:
+        """One parameter in host memory, in its own or another dtype; no other is read."""
+        folder = self.checkpoints_path / str(step) / "params"
+        how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+        with self.reading(step):
+            restored = ocp.PyTreeCheckpointHandler().restore(
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    unflatten({path: 0}), unflatten({path: how}), partial_restore=True
+                ),
+            )
+        return flatten(restored)[path]
 
     def save_params(self, params: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Writes a checkpoint of parameters alone, at step 0.

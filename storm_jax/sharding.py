@@ -68,9 +68,7 @@ def param_specs(params: nnx.State, mesh: Mesh) -> dict[str, PartitionSpec]:
     return specs
 
 
-def _splittable(
-    names: list[str | None], shape: Sequence[int], mesh: Mesh
-) -> Sequence[str | None]:
+def _splittable(names: list[str | None], shape: Sequence[int], mesh: Mesh) -> Sequence[str | None]:
     """The axes of a table whose vocabulary the mesh divides; else the table is split along its
     width instead. No table is ever padded, in memory, on disk or in an export."""
     if "vocab" not in names:

@@ -98,7 +98,7 @@ def stop_ids(
 ) -> tuple[int, ...]:
     """Ids that end an answer: the template's end of turn, eos_token, and those that a
     generation_config.json in the tokenizer's folder lists."""
-    ids = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)), tokenizer.eos_token_id]
+    ids = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer) or ""), tokenizer.eos_token_id]
     path = pathlib.Path(folder) / "generation_config.json"
     if path.exists():
         listed = json.loads(path.read_text()).get("eos_token_id")

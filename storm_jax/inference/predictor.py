@@ -232,9 +232,7 @@ class Predictor:
         self, params: dict, batch: dict, key: jax.Array, *, shape: VisualShape, sampling: Sampling
     ) -> jax.Array:
         model = nnx.merge(self._graphdef, params)
-        return generate(
-            model, batch, key, shape=shape, sampling=sampling, stop_ids=self._stop_ids
-        )
+        return generate(model, batch, key, shape=shape, sampling=sampling, stop_ids=self._stop_ids)
 
     def _row_shape(self, tokens: int, frames: int, compression: CompressionConfig) -> RowShape:
         model = self.config.model

@@ -1,0 +1,21 @@
+"""Pretrained weights in and out: Hugging Face safetensors <-> runs.
+
+    mapping        which tensor is which parameter, in which layout; one table for both ways
+    architecture   config.json <-> VisionConfig, DecoderConfig
+    tensors        folders of safetensors: read lazily, written in shards
+    importer       a tower, a decoder and perhaps a projector -> a run at step 0
+    exporter       a run -> three folders
+
+`python -m storm_jax.weights --help`
+"""
+
+
+class WeightsError(ValueError):
+    """Weights that are not what they should be; every problem found is in the message."""
+
+    def __init__(self, subject: str, problems: list[str]):
+        shown = (
+            problems if len(problems) <= 20 else [*problems[:20], f"and {len(problems) - 20} more"]
+        )
+        super().__init__(subject + "".join(f"\n  {problem}" for problem in shown))
+        self.problems = problems

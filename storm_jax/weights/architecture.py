@@ -1,0 +1,288 @@
+"""Hugging Face's config.json to our configuration, and back.
+
+What a model is comes from the fields of config.json alone. A field that asks for something we do
+not have is an error that names it; fields without influence on the forward pass are not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+
+from storm_jax.config import (
+    DecoderConfig,
+    ModelConfig,
+    RopeScalingConfig,
+    VisionConfig,
+    from_dict,
+    to_dict,
+)
+from storm_jax.weights import WeightsError
+
+VISION_TYPES = ("siglip_vision_model",)
+# What follows from the family alone: has q, k and v a bias, are q and k normalised.
+DECODER_TYPES: Mapping[str, Mapping[str, Any]] = {
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen2_vl_text": {"qkv_bias": True, "qk_norm": False},
+    "qwen2_5_vl_text": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+    "llama": {"qkv_bias": False, "qk_norm": False},
+}
+_NEUTRAL_DECODER = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+}
+_NEUTRAL_VISION = {
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "num_channels": (3,),
+    "quantization_config": (None,),
+}
+
+_PROJECTOR_FIELDS = ("projector", "projector_args", "downsample", "mamba")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a config.json describes.
+
+    Attributes:
+      config: the same as a configuration of ours.
+      notes: what a user should know of how it was read.
+    """
+
+    config: Any
+    notes: tuple[str, ...] = ()
+
+
+def read_vision(folder: pathlib.Path, feature_layer: int) -> Architecture:
+    """The tower that a folder's config.json describes, alone or inside of a larger model.
+
+    Args:
+      feature_layer: of ours; config.json does not know it.
+
+    Raises:
+      WeightsError: naming each field that is not supported.
+    """
+    whole = _read(folder)
+    config = getattr(whole, "vision_config", whole)
+    _refuse(folder, config, VISION_TYPES, _NEUTRAL_VISION)
+    sizes = {name: getattr(config, name) for name in ("image_size", "patch_size")}
+    if wrong := [f"{k}={v!r} must be a number" for k, v in sizes.items() if not isinstance(v, int)]:
+        raise WeightsError(f"{folder}/config.json:", wrong)
+    return Architecture(
+        VisionConfig(
+            **sizes,
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_dim=config.intermediate_size,
+            feature_layer=feature_layer,
+            norm_eps=config.layer_norm_eps,
+        )
+    )
+
+
+def read_decoder(folder: pathlib.Path) -> Architecture:
+    """The decoder that a folder's config.json describes, alone or inside of a larger model.
+
+    Raises:
+      WeightsError: naming each field that is not supported.
+    """
+    whole = _read(folder)
+    config = whole.get_text_config(decoder=True)
+    _refuse(folder, config, DECODER_TYPES, _NEUTRAL_DECODER)
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    scaling, problems, notes = _rope_scaling(config)
+    if layers:
+        problems.append(f"layer_types has {', '.join(sorted(layers))}: only full_attention is here")
+    if problems:
+        raise WeightsError(f"{folder}/config.json:", problems)
+    heads = config.num_attention_heads
+    return Architecture(
+        DecoderConfig(
+            vocab_size=config.vocab_size,
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=config.num_key_value_heads or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            mlp_dim=config.intermediate_size,
+            rope_theta=float(config.rope_parameters["rope_theta"]),
+            tie_embeddings=bool(whole.tie_word_embeddings),
+            norm_eps=config.rms_norm_eps,
+            max_positions=config.max_position_embeddings,
+            rope_scaling=scaling,
+            **DECODER_TYPES[config.model_type],
+        ),
+        tuple(notes),
+    )
+
+
+def read_projector(folder: pathlib.Path, model: ModelConfig) -> Architecture:
+    """`model` with the projector that a folder's config.json, written by an export, describes.
+
+    Raises:
+      WeightsError: when it is none.
+    """
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text())
+        fields = {name: found[name] for name in _PROJECTOR_FIELDS}
+        return Architecture(from_dict(ModelConfig, to_dict(model) | fields))
+    except FileNotFoundError:
+        raise WeightsError(f"{folder} has no config.json", []) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{path} is not the config.json of a projector that `export` wrote: {error!r}", []
+        ) from error
+
+
+def projector_json(model: ModelConfig) -> dict[str, Any]:
+    """The config.json of a projector: our own fields, and the widths it stands between."""
+    fields = to_dict(model)
+    return {
+        "model_type": "storm_projector",
+        **{name: fields[name] for name in _PROJECTOR_FIELDS},
+        "vision_width": model.vision.width,
+        "decoder_width": model.decoder.width,
+    }
+
+
+def _read(folder: pathlib.Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{folder} has no config.json", [])
+    try:
+        return transformers.AutoConfig.from_pretrained(str(folder))
+    except Exception as error:  # a bad file raises whatever a configuration class raises
+        raise WeightsError(f"{path} cannot be read: {error}", []) from error
+
+
+def _refuse(
+    folder: pathlib.Path, config: Any, types: Any, neutral: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raises WeightsError for another kind of model or fields that are not neutral."""
+    if config.model_type not in types:
+        raise WeightsError(
+            f"{folder}/config.json: model_type={config.model_type!r} is not supported; known are "
+            f"{', '.join(types)}",
+            [],
+        )
+    values = {name: getattr(config, name, allowed[0]) for name, allowed in neutral.items()}
+    wrong = [
+        f"{name}={value!r} is not supported, only {neutral[name][0]!r}"
+        for name, value in values.items()
+        if value not in neutral[name]
+    ]
+    if wrong:
+        raise WeightsError(f"{folder}/config.json:", wrong)
+
+
+def _rope_scaling(config: Any) -> tuple[RopeScalingConfig, list[str], list[str]]:
+    """The scaling of rotary frequencies, what is wrong with it and what to say of it."""
+    rope, notes, problems = config.rope_parameters, [], []
+    if rope.get("mrope_section"):
+        notes.append("mrope is read as plain RoPE: visual tokens are one-dimensional here")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported")
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        scaling = RopeScalingConfig(
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(original),
+        )
+        return scaling, problems, notes
+    if kind != "default" and not (kind == "mrope" and notes):
+        problems.append(f"rope_type={kind!r} is not supported, only 'default' and 'llama3'")
+    return RopeScalingConfig(), problems, notes
+
+
+def vision_json(config: VisionConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a tower, for transformers' SiglipVisionModel."""
+    return transformers.SiglipVisionConfig(
+        architectures=["SiglipVisionModel"],
+        dtype=dtype,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        layer_norm_eps=config.norm_eps,
+        vision_use_head=False,
+    ).to_diff_dict()
+
+
+def preprocessor_json(config: VisionConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of a tower: what frames go through here."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[str, Any]:
+    """The config.json of a decoder, for transformers' Qwen2, Qwen3 or Llama.
+
+    Args:
+      token_ids: bos_token_id, eos_token_id and pad_token_id.
+
+    Raises:
+      WeightsError: when transformers has no such decoder.
+    """
+    families = {
+        (True, False): (transformers.Qwen2Config, "Qwen2ForCausalLM"),
+        (False, True): (transformers.Qwen3Config, "Qwen3ForCausalLM"),
+        (False, False): (transformers.LlamaConfig, "LlamaForCausalLM"),
+    }
+    try:
+        make, name = families[config.qkv_bias, config.qk_norm]
+    except KeyError:
+        raise WeightsError(
+            f"no model of transformers has qkv_bias={config.qkv_bias} and qk_norm={config.qk_norm}",
+            [],
+        ) from None
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = config.rope_scaling
+    if scaling.factor != 1:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_positions,
+        }
+    return make(
+        architectures=[name],
+        dtype=dtype,
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings,
+        max_position_embeddings=config.max_positions,
+        rope_parameters=rope,
+        **token_ids,
+    ).to_diff_dict()

@@ -1,0 +1,307 @@
+"""Public weights to a run at step 0, which training starts from and `predict.py` can ask.
+
+Everything is checked on the files' headers before a value is read. Then one parameter after another
+is read into place, the largest first, and the run appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import transformers
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from storm_jax.config import RunConfig
+from storm_jax.data.conversation import check_template, load_tokenizer
+from storm_jax.data.tokenizer import CHATML
+from storm_jax.run import Run, abstract_model, flatten, random_params, replace_model, unflatten
+from storm_jax.sharding import make_mesh, param_shardings
+from storm_jax.weights import WeightsError
+from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
+from storm_jax.weights.hub import local_folder
+from storm_jax.weights.mapping import Row, Table, coverage_problems, tables
+from storm_jax.weights.positions import resample
+from storm_jax.weights.tensors import DTYPES, Match, Tensor, list_tensors, match, summary
+
+_POSITION = "vision/position"
+_ALIGNMENT = 64  # bytes; the CPU device takes such arrays over without a copy
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Folders or hub ids; without a projector's, the projector starts at random."""
+
+    vision: str
+    decoder: str
+    projector: str = ""
+
+    def folders(self) -> dict[str, pathlib.Path]:
+        named = {name: spec for name, spec in dataclasses.asdict(self).items() if spec}
+        return {name: local_folder(spec) for name, spec in named.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What fills each parameter: (row, tensor) pairs."""
+
+    pieces: Mapping[str, Sequence[tuple[Row, Tensor]]]
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    shardings: Mapping[str, NamedSharding]
+
+    def dtype(self, path: str) -> np.dtype:
+        """The files' own; fp32 where they differ within a stack."""
+        dtypes = {DTYPES[tensor.dtype] for _, tensor in self.pieces[path]}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def nbytes(self, path: str) -> int:
+        return self.shapes[path].size * self.dtype(path).itemsize
+
+
+def import_run(
+    config: RunConfig, sources: Sources, out: pathlib.Path, explicit: Collection[str] = ()
+) -> RunConfig:
+    """Writes a run at step 0 with imported weights, and returns its configuration.
+
+    The tower's and the decoder's fields come from their config.json. `model.vision.image_size`
+    stays: position embeddings are resampled to it.
+
+    Args:
+      explicit: dotted names of the fields of `config` that were set by hand.
+
+    Raises:
+      WeightsError, ConfigError: when anything does not fit; `out` is not touched.
+    """
+    began = time.monotonic()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WeightsError(f"--out={out} exists; nothing is overwritten", [])
+    folders = sources.folders()
+    config = _with_architecture(config, folders, explicit)
+    mesh = make_mesh(config.mesh)
+    with tempfile.TemporaryDirectory() as staged:
+        tokenizer = pathlib.Path(staged)
+        _write_tokenizer(folders["decoder"], tokenizer)
+        plan = _make_plan(config, mesh, folders)
+        _check_space(out, sum(plan.nbytes(path) for path in plan.pieces))
+        params = _read(plan)
+        fresh = {n: s for n, s in plan.shardings.items() if n not in plan.pieces}
+        with jax.set_mesh(mesh):
+            params |= random_params(config.model, config.train.seed, fresh)
+        _write(out, config, tokenizer, params, sources)
+    size = sum(leaf.nbytes for leaf in params.values())
+    count = sum(leaf.size for leaf in params.values())
+    print(
+        f"{out}: {count:,} parameters, {size / 1e9:.1f} GB, in {time.monotonic() - began:.0f} s. "
+        f"Train with --config.init_from={out}"
+    )
+    return config
+
+
+def _with_architecture(
+    config: RunConfig, folders: Mapping[str, pathlib.Path], explicit: Collection[str]
+) -> RunConfig:
+    here = config.model
+    vision = read_vision(folders["vision"], here.vision.feature_layer)
+    decoder = read_decoder(folders["decoder"])
+    model = dataclasses.replace(
+        here,
+        vision=dataclasses.replace(vision.config, image_size=here.vision.image_size),
+        decoder=dataclasses.replace(decoder.config, lora=here.decoder.lora),
+    )
+    if "projector" in folders:
+        model = read_projector(folders["projector"], model).config
+    for note in (*vision.notes, *decoder.notes):
+        print(f"note: {note}")
+    whole, changes = replace_model(config, model, explicit, ", ".join(map(str, folders.values())))
+    for name, (before, now) in changes.items():
+        print(f"{name}={now!r} of config.json replaces {before!r}")
+    if vision.config.side != model.vision.side:
+        print(
+            f"position embeddings are resampled from {vision.config.side} x {vision.config.side} to "
+            f"{model.vision.side} x {model.vision.side} patches (model.vision.image_size="
+            f"{model.vision.image_size})"
+        )
+    return whole
+
+
+def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Saves the decoder's tokenizer as it is, without a token more. Where its template cannot train
+    several turns, and it has ChatML's markers, it gets ChatML."""
+    if not (source / "tokenizer_config.json").is_file():
+        raise WeightsError(f"{source} has no tokenizer (tokenizer_config.json)", [])
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:  # of whatever kind
+        raise WeightsError(f"{source}: the tokenizer cannot be loaded: {error}", []) from error
+    try:
+        check_template(tokenizer)
+    except Exception as error:  # also what a template's own code raises
+        if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_added_vocab().keys():
+            raise WeightsError(
+                f"{source}: the chat template cannot be used: {error}", []
+            ) from error
+        tokenizer.chat_template = CHATML
+        print("note: the chat template is ChatML; the tokenizer's own cannot train several turns")
+    tokenizer.save_pretrained(folder)
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", folder)
+    load_tokenizer(folder)
+
+
+def _make_plan(config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path]) -> _Plan:
+    """Finds a tensor for every row of every component's table, and checks its shape and dtype."""
+    _, abstract = abstract_model(config.model)
+    shapes = flatten(nnx.to_pure_dict(abstract))
+    pieces: dict[str, list[tuple[Row, Tensor]]] = {}
+    problems: list[str] = []
+    for component, table in tables(config.model, shapes).items():
+        if component not in folders:
+            continue
+        found, missing = match(table, list_tensors(folders[component]))
+        wrong = missing + _wrong_tensors(table, found, shapes)
+        part = {name: leaf for name, leaf in shapes.items() if name.startswith(f"{component}/")}
+        wrong += coverage_problems(table.rows, part)
+        problems += [f"{folders[component]}: {problem}" for problem in wrong]
+        for row in table.rows:
+            if row.tensor in found.tensors:
+                pieces.setdefault(row.path, []).append((row, found.tensors[row.tensor]))
+        _describe(component, folders[component], found)
+    if problems:
+        raise WeightsError("the weights do not fit the model:", problems)
+    return _Plan(pieces, shapes, flatten(param_shardings(abstract, mesh)))
+
+
+def _wrong_tensors(table: Table, found: Match, shapes: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for row in table.rows:
+        tensor = found.tensors.get(row.tensor)
+        if tensor is None:
+            continue
+        expected = row.tensor_shape(shapes[row.path].shape)
+        square = row.path == _POSITION and round(tensor.shape[0] ** 0.5) ** 2 == tensor.shape[0]
+        same = tensor.shape[1:] == expected[1:] if square else tensor.shape == expected
+        if not same:
+            problems.append(f"{tensor.name} is {tensor.shape}, not {expected}")
+        if tensor.dtype not in DTYPES:
+            problems.append(f"{tensor.name} is {tensor.dtype}, not one of {', '.join(DTYPES)}")
+    return problems
+
+
+def _describe(component: str, folder: pathlib.Path, found: Match) -> None:
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in found.tensors.values()}))
+    line = f"{component}: {len(found.tensors)} tensors ({dtypes}) of {folder}"
+    if found.ignored:
+        line += f"; not needed: {summary(found.ignored)}"
+    if found.outside:
+        line += f"; of other parts: {summary(found.outside)}"
+    print(line)
+
+
+def _check_space(out: pathlib.Path, needed: int) -> None:
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise WeightsError(
+            f"{parent} has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f}", []
+        )
+
+
+def _read(plan: _Plan) -> dict[str, jax.Array]:
+    """Places every parameter that has tensors, the largest first: what is still to come is then
+    smaller than what was needed on top."""
+    total, done, shown = sum(map(plan.nbytes, plan.pieces)), 0, time.monotonic()
+    params = {}
+    for path in sorted(plan.pieces, key=plan.nbytes, reverse=True):
+        params[path] = _place(
+            plan.shapes[path].shape, plan.dtype(path), plan.shardings[path], plan.pieces[path]
+        )
+        done += plan.nbytes(path)
+        if time.monotonic() - shown > 5:
+            print(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB", flush=True)
+            shown = time.monotonic()
+    return params
+
+
+def _place(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: NamedSharding,
+    pieces: Sequence[tuple[Row, Tensor]],
+) -> jax.Array:
+    """One parameter on its devices: each tensor is read once and copied into every shard's buffer."""
+    spans = {
+        device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+    buffers = {str(span): (span, _aligned(_size(span), dtype)) for span in spans.values()}
+    for row, tensor in pieces:
+        value = tensor.read()
+        if row.path == _POSITION:
+            value = resample(value, round(shape[0] ** 0.5))
+        value = row.to_ours(value)
+        for span, buffer in buffers.values():
+            _copy(value, row.index, span, buffer)
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding, [jax.device_put(buffers[str(s)][1], d) for d, s in spans.items()]
+    )
+
+
+def _size(span: Sequence[slice]) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in span)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(
+    value: np.ndarray, place: Sequence[int | slice], span: Sequence[slice], buffer: np.ndarray
+) -> None:
+    """Writes what `buffer`, the part `span` of a parameter, holds of a value at `parameter[place]`."""
+    target: list[int | slice] = []
+    source: list[slice] = []
+    for axis, part in enumerate(span):
+        fixed = place[axis] if axis < len(place) else slice(None)
+        if isinstance(fixed, slice):
+            target.append(slice(None))
+            source.append(part)
+        elif part.start <= fixed < part.stop:
+            target.append(fixed - part.start)
+        else:
+            return
+    wanted, into = value[tuple(source)], buffer[tuple(target)]
+    if wanted.dtype == into.dtype:  # as plain integers: NumPy copies bfloat16 one by one
+        plain = f"u{into.dtype.itemsize}"
+        wanted, into = wanted.view(plain), into.view(plain)
+    into[...] = wanted
+
+
+def _write(
+    out: pathlib.Path,
+    config: RunConfig,
+    tokenizer: pathlib.Path,
+    params: Mapping[str, jax.Array],
+    sources: Sources,
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        run = Run(partial)
+        run.prepare(config, tokenizer)
+        run.save_params(unflatten(params), {"imported": dataclasses.asdict(sources)})
+        partial.chmod(0o755)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

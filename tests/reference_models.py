@@ -1,0 +1,172 @@
+"""Small random models of transformers, saved as the Hub has them: with tokenizer and templates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+import transformers
+from flax import nnx
+
+from configs import tiny
+from storm_jax.config import RunConfig, from_dict
+from storm_jax.data.tokenizer import train_tokenizer
+from storm_jax.models.storm import Storm
+from storm_jax.run import Run, abstract_model, with_sharding
+from storm_jax.sharding import make_mesh, param_shardings
+
+torch.set_num_threads(1)  # on busy cores, more wait for each other for seconds
+
+TEXTS = ["What colour was the flash? red, green or blue.", "You are a helpful assistant"]
+# As Qwen2's: a system turn of its own where there is none.
+QWEN = (
+    "{% for m in messages %}"
+    "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe Qwen.<|im_end|>\n{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim "
+    "+ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+BASE = {
+    "vocab_size": 307,
+    "hidden_size": 56,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,  # short waves, so that 60 tokens reach every branch
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Every decoder that can be imported: class, fields of its configuration.
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {"rope_parameters": PLAIN_ROPE}),
+    "qwen2_tied": ("Qwen2", {"rope_parameters": PLAIN_ROPE, "tie_word_embeddings": True}),
+    "qwen2.5": ("Qwen2", {"num_key_value_heads": 7, "rms_norm_eps": 1e-5}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA_ROPE, "rms_norm_eps": 1e-5}),
+    "qwen3": ("Qwen3", {"rope_parameters": PLAIN_ROPE, "head_dim": 10}),
+    "qwen2_vl": ("Qwen2VL", {}),
+}
+
+
+def make_tokenizer(family: str) -> transformers.PreTrainedTokenizerBase:
+    """A small tokenizer with the special tokens and the kind of template of a family."""
+    made = train_tokenizer(TEXTS, 290)
+    if family != "llama3":
+        made.eos_token, made.chat_template = "<|endoftext|>", QWEN  # as base Qwen2
+        return made
+    made.add_special_tokens(
+        {
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|eot_id|>",
+            "extra_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"],
+        }
+    )
+    made.pad_token, made.chat_template = None, LLAMA
+    return made
+
+
+def make_decoder(family: str, **changes: Any) -> torch.nn.Module:
+    """A random model whose logits spread: every parameter is drawn, norms around one."""
+    name, fields = DECODERS[family]
+    fields = {**BASE, **fields, **changes}
+    if name == "Qwen2VL":
+        tie = fields.pop("tie_word_embeddings")
+        rope = {**PLAIN_ROPE, "mrope_section": [1, 1, 2]}
+        config = transformers.Qwen2VLConfig(
+            text_config={**fields, "rope_parameters": rope},
+            vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 56, "num_heads": 2},
+            tie_word_embeddings=tie,
+        )
+        return randomised(transformers.Qwen2VLForConditionalGeneration(config))
+    config = getattr(transformers, f"{name}Config")(**fields)
+    return randomised(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+def make_tower(**changes: Any) -> transformers.SiglipVisionModel:
+    fields = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    return randomised(
+        transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**fields | changes))
+    )
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(noise + 1 if "norm" in name and "weight" in name else noise)
+    return model.eval()
+
+
+def save(
+    model: torch.nn.Module, folder: pathlib.Path, tokenizer: str = "", shard: str = "5GB"
+) -> pathlib.Path:
+    """Saves a model, and the tokenizer of a family beside it."""
+    model.save_pretrained(folder, max_shard_size=shard)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if tokenizer:
+        make_tokenizer(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def config_for(**changes: Any) -> RunConfig:
+    """A configuration of other sizes than any model here; keywords are dotted fields."""
+    config = tiny.get_config("stage=align")
+    fields = {"model__vision__image_size": 56, "model__mamba__depth": 1, "mesh__data": 1, **changes}
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return from_dict(RunConfig, config)
+
+
+def load_model(path: pathlib.Path, devices: int = 1) -> Storm:
+    """The model of a run, from its last checkpoint, in fp32."""
+    run = Run(path)
+    config = dataclasses.replace(run.config.mesh, data=1, fsdp=devices)
+    graphdef, abstract = abstract_model(run.config.model)
+    mesh = make_mesh(config, jax.devices()[:devices])
+    target = with_sharding(nnx.to_pure_dict(abstract), param_shardings(abstract, mesh))
+    return nnx.merge(graphdef, run.restore_params(target, run.checkpoint_step()))
+
+
+def logits_of(model: Storm, tokens: Any) -> jax.Array:
+    """fp32 logits [B, S, V] of text alone."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+
+    @nnx.jit
+    def run(model: Storm) -> jax.Array:
+        hidden, _ = model.decode(model.decoder.embed(jnp.asarray(tokens)), positions)
+        return hidden @ model.decoder.head()
+
+    return run(model)
+
+
+def edit_json(path: pathlib.Path, change: Callable[[dict], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
