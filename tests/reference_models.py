@@ -139,7 +139,12 @@ def save(
 def config_for(**changes: Any) -> RunConfig:
     """A configuration of other sizes than any model here; keywords are dotted fields."""
     config = tiny.get_config("stage=align")
-    fields = {"model__vision__image_size": 56, "model__mamba__depth": 1, "mesh__data": 1, **changes}
+    fields = {
+        "model__vision__image_size": 56,
+        "model__vision__feature_layer": -2,
+        "model__mamba__depth": 1,
+        **changes,
+    }
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return from_dict(RunConfig, config)
 
@@ -170,3 +175,14 @@ def edit_json(path: pathlib.Path, change: Callable[[dict], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+class Mixer(nnx.Module):
+    """A projector of a user's own, with parameters in several layouts."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.linear = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones((2, 3, width)))
+
+    def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
+        return x + self.linear(x) * self.scale[...].sum((0, 1))

@@ -169,13 +169,14 @@ def _make_plan(config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path
         wrong = missing + _wrong_tensors(table, found, shapes)
         part = {name: leaf for name, leaf in shapes.items() if name.startswith(f"{component}/")}
         wrong += coverage_problems(table.rows, part)
-        problems += [f"{folders[component]}: {problem}" for problem in wrong]
+        problems += [f"{component}: {problem}" for problem in wrong]
         for row in table.rows:
             if row.tensor in found.tensors:
                 pieces.setdefault(row.path, []).append((row, found.tensors[row.tensor]))
         _describe(component, folders[component], found)
     if problems:
-        raise WeightsError("the weights do not fit the model:", problems)
+        named = ", ".join(f"{name} {folder}" for name, folder in folders.items())
+        raise WeightsError(f"the weights ({named}) do not fit the model:", problems)
     return _Plan(pieces, shapes, flatten(param_shardings(abstract, mesh)))
 
 
