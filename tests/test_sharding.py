@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from storm_jax import presets
-from storm_jax.config import MeshConfig
+from storm_jax.config import LoraConfig, MeshConfig
+from storm_jax.models.decoder import Decoder
+from storm_jax.ops.cross_entropy import cross_entropy
 from storm_jax.run import abstract_model
-from storm_jax.sharding import batch_sharding, make_mesh, param_specs
+from storm_jax.sharding import AXES, batch_sharding, make_mesh, param_shardings, param_specs
 from storm_jax.train.optim import NEVER_TRAINED
 
 
@@ -45,6 +50,58 @@ def test_rules_put_heads_on_tensor_and_rows_on_data():
     assert any(name.startswith(NEVER_TRAINED) for name in specs)
     rows = batch_sharding(mesh, np.zeros((8, 16), np.int32))
     assert rows.spec == PartitionSpec(("data", "fsdp"), None)
+
+
+def test_adapters_are_split_as_the_kernels_that_they_adapt():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    tiny = presets.tiny()
+    decoder = dataclasses.replace(tiny.decoder, lora=LoraConfig(rank=4))
+    specs = param_specs(abstract_model(dataclasses.replace(tiny, decoder=decoder))[1], mesh)
+    layers = "decoder/layers"
+    assert specs[f"{layers}/query/lora/a"] == PartitionSpec(None, ("fsdp",), None)
+    assert specs[f"{layers}/query/lora/b"] == PartitionSpec(None, None, ("tensor",), None)
+    assert specs[f"{layers}/out/lora/a"] == PartitionSpec(None, ("tensor",), None, None)
+
+
+def test_tables_of_a_vocabulary_that_does_not_divide_are_split_along_width():
+    """No padding, and no copy on every device: 151,936 is 2**7 * 1187."""
+    mesh = jax.sharding.AbstractMesh((1, 256, 1, 2), AXES)
+    qwen = presets.storm_qwen2_7b()
+    for size, split in ((151_936, "width"), (152_064, "vocab"), (128_257, "width")):
+        decoder = dataclasses.replace(qwen.decoder, vocab_size=size)
+        specs = param_specs(abstract_model(dataclasses.replace(qwen, decoder=decoder))[1], mesh)
+        first = split == "vocab"
+        whole = ("tensor", "fsdp")
+        table = (whole, None) if first else (None, whole)
+        assert specs["decoder/embedding"] == PartitionSpec(*table)
+        assert specs["decoder/lm_head"] == PartitionSpec(*table[::-1])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_odd_vocabulary_on_a_mesh_gives_what_one_device_gives(tied, capfd, rng):
+    """Loss and the gradients of both tables, with the shardings that they are stored in."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    config = dataclasses.replace(presets.tiny().decoder, vocab_size=307, tie_embeddings=tied)
+    decoder = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
+    graphdef, params = nnx.split(decoder)
+    tokens = rng.integers(0, 307, (8, 16)).astype(np.int32)
+    positions = jnp.broadcast_to(jnp.arange(16)[None], tokens.shape)
+
+    def loss(params, tokens):
+        model = nnx.merge(graphdef, params)
+        hidden, _ = model(model.embed(tokens), positions)
+        return cross_entropy(hidden, model.head(), tokens, jnp.ones(tokens.shape))[0]
+
+    pure = nnx.to_pure_dict(params)
+    expected = jax.jit(jax.value_and_grad(loss))(pure, tokens)
+    shardings = param_shardings(params, mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
+        rows = jax.device_put(tokens, batch_sharding(mesh, tokens))
+        found = step(jax.device_put(pure, shardings), rows)
+    for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, one, rtol=1e-4, atol=1e-4)
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():

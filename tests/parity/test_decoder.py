@@ -1,5 +1,5 @@
-"""Protects the decoder: every layer and the logits equal transformers' Qwen2 and Llama with equal
-random weights, with tied and untied embeddings, also where attention is cut into query chunks."""
+"""Protects the decoder: every layer and the logits equal transformers' Qwen2, Llama and Qwen3 with
+equal random weights, with tied and untied embeddings, also where attention is cut into query chunks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from storm_jax.config import DecoderConfig
+from storm_jax.config import DecoderConfig, RopeScalingConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.ops.attention import QUERY_CHUNK
+from storm_jax.run import flatten
+from storm_jax.weights.architecture import decoder_json
+from storm_jax.weights.mapping import decoder_table
 
 MAX_ERROR = 1e-4
 QWEN2 = DecoderConfig(
@@ -35,56 +38,28 @@ FAMILIES = {
     "qwen2": QWEN2,
     "qwen2_tied": dataclasses.replace(QWEN2, tie_embeddings=True),
     "llama": dataclasses.replace(QWEN2, qkv_bias=False, rope_theta=5e5, norm_eps=1e-5),
+    "llama_3.1": dataclasses.replace(
+        QWEN2,
+        qkv_bias=False,
+        rope_theta=100.0,
+        rope_scaling=RopeScalingConfig(8.0, 1.0, 4.0, original_positions=64),
+    ),  # its 4 rates are kept, interpolated and stretched
+    "qwen3": dataclasses.replace(QWEN2, qkv_bias=False, qk_norm=True),
 }
 
 
-def to_torch(params: dict, config: DecoderConfig) -> dict[str, np.ndarray]:
-    """Our parameters under transformers' names."""
-    layers, width = params["layers"], config.width
-    names = {
-        "model.embed_tokens.weight": params["embedding"],
-        "model.norm.weight": params["norm"]["scale"],
-        "lm_head.weight": params["embedding"] if config.tie_embeddings else params["lm_head"].T,
-    }
-    for i in range(config.depth):
-        prefix = f"model.layers.{i}."
-        names[f"{prefix}input_layernorm.weight"] = layers["attn_norm"]["scale"][i]
-        names[f"{prefix}post_attention_layernorm.weight"] = layers["mlp_norm"]["scale"][i]
-        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-            kernel = layers[ours]["kernel"][i].reshape(width, -1).T
-            names[f"{prefix}self_attn.{theirs}.weight"] = kernel
-            if config.qkv_bias:
-                names[f"{prefix}self_attn.{theirs}.bias"] = layers[ours]["bias"][i].reshape(-1)
-        names[f"{prefix}self_attn.o_proj.weight"] = layers["out"]["kernel"][i].reshape(-1, width).T
-        names[f"{prefix}mlp.gate_proj.weight"] = layers["gate_up"]["kernel"][i][:, 0].T
-        names[f"{prefix}mlp.up_proj.weight"] = layers["gate_up"]["kernel"][i][:, 1].T
-        names[f"{prefix}mlp.down_proj.weight"] = layers["down"]["kernel"][i].T
-    return names
-
-
 def torch_decoder(config: DecoderConfig, params: dict) -> torch.nn.Module:
-    fields = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": 512,
+    """Transformers' model of the same family with the same weights."""
+    fields = decoder_json(config, "float32")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
+    flat = flatten({"decoder": params})
+    weights = {
+        row.tensor: torch.from_numpy(np.array(row.to_theirs(flat[row.path])))
+        for row in decoder_table(config).rows
     }
-    if config.qkv_bias:
-        model = Qwen2ForCausalLM(Qwen2Config(**fields))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**fields, attention_bias=False))
-    weights = to_torch(params, config)
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == ([], [])
-    return model.eval()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"] if config.tie_embeddings else [], [])
+    return model
 
 
 @pytest.mark.parametrize("length", [1, 37, LONG], ids=["one", "short", "two query chunks"])

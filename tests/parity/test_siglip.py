@@ -4,18 +4,25 @@ frames on, whether or not patches cover the image and attention is cut into chun
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
+import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from PIL import Image
+from transformers import AutoConfig, SiglipImageProcessorPil, SiglipVisionModel
 
 from storm_jax.config import VisionConfig
+from storm_jax.data.image import read_image
 from storm_jax.models.siglip import SigLIP
 from storm_jax.ops.attention import QUERY_CHUNK
+from storm_jax.run import flatten
+from storm_jax.weights.architecture import preprocessor_json, vision_json
+from storm_jax.weights.mapping import vision_table
 
 MAX_ERROR = 1e-4
 ODD_GRID = VisionConfig(
@@ -29,57 +36,17 @@ CONFIGS = {
 assert CONFIGS["two query chunks"].side ** 2 > QUERY_CHUNK
 
 
-def to_torch(params: dict, config: VisionConfig) -> dict[str, np.ndarray]:
-    """Our parameters under the torch tower's names."""
-    layers = params["layers"]
-    names = {
-        "embeddings.patch_embedding.weight": params["patch"]["kernel"]
-        .reshape(config.patch_size, config.patch_size, 3, -1)
-        .transpose(3, 2, 0, 1),
-        "embeddings.patch_embedding.bias": params["patch"]["bias"],
-        "embeddings.position_embedding.weight": params["position"],
-        "post_layernorm.weight": params["unused"]["norm"]["scale"],
-        "post_layernorm.bias": params["unused"]["norm"]["bias"],
-    }
-    width = config.width
-    for i in range(config.depth):
-        prefix = f"encoder.layers.{i}."
-        for ours, theirs in (("attn_norm", "layer_norm1"), ("mlp_norm", "layer_norm2")):
-            names[f"{prefix}{theirs}.weight"] = layers[ours]["scale"][i]
-            names[f"{prefix}{theirs}.bias"] = layers[ours]["bias"][i]
-        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-            names[f"{prefix}self_attn.{theirs}.weight"] = (
-                layers[ours]["kernel"][i].reshape(width, -1).T
-            )
-            names[f"{prefix}self_attn.{theirs}.bias"] = layers[ours]["bias"][i].reshape(-1)
-        out = layers["out"]["kernel"][i].reshape(-1, width).T
-        names[f"{prefix}self_attn.out_proj.weight"] = out
-        names[f"{prefix}self_attn.out_proj.bias"] = layers["out"]["bias"][i]
-        for ours, theirs in (("up", "fc1"), ("down", "fc2")):
-            names[f"{prefix}mlp.{theirs}.weight"] = layers[ours]["kernel"][i].T
-            names[f"{prefix}mlp.{theirs}.bias"] = layers[ours]["bias"][i]
-    return names
-
-
 def torch_tower(config: VisionConfig, params: dict) -> torch.nn.Module:
-    theirs = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=config.width,
-            intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            layer_norm_eps=config.norm_eps,
-            vision_use_head=False,
-        )
-    ).eval()
-    names = to_torch(params, config)
-    weights = {name: torch.from_numpy(np.array(value)) for name, value in names.items()}
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    if missing:  # some versions keep the tower under a prefix
+    """Transformers' tower with the same weights."""
+    theirs = SiglipVisionModel(AutoConfig.for_model(**vision_json(config, "float32"))).eval()
+    flat = flatten({"vision": params})
+    weights = {
+        row.tensor: torch.from_numpy(np.array(row.to_theirs(flat[row.path])))
+        for row in vision_table(config).rows
+    }
+    if any(name.startswith("vision_model.") for name in theirs.state_dict()):  # before 5.8
         weights = {f"vision_model.{name}": value for name, value in weights.items()}
-        missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert [name for name in missing if "position_ids" not in name] == []
     assert unexpected == []
     return theirs
@@ -101,6 +68,38 @@ def test_every_layer_equals_transformers(case, randomise, rng):
         found = nnx.jit(lambda tower: tower(frames))(tower)
         assert expected[layer].abs().max() > 0.5
         assert max_error(found, expected[layer]) <= MAX_ERROR, layer
+
+
+def images() -> dict[str, Image.Image]:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (131, 77, 3)).astype(np.uint8)
+    return {
+        "photograph": Image.open(
+            matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+        ),
+        "portrait of odd sides": Image.fromarray(noise),
+        "one pixel": Image.fromarray(noise[:1, :1]),
+        "one line": Image.fromarray(noise[:1]),
+        "enlarged": Image.fromarray(noise).resize((30, 20)),
+        "grey": Image.fromarray(noise[..., 0]),
+    }
+
+
+@pytest.mark.parametrize("size", [384, 448])
+@pytest.mark.parametrize("kind", images())
+def test_pixels_equal_those_of_transformers(kind, size, tmp_path):
+    """Within 1/255 of the range, as the tower sees them."""
+    image = images()[kind]
+    image.save(tmp_path / "image.png")
+    ours = read_image(tmp_path / "image.png", size).astype(np.float32) / 127.5 - 1
+    config = dataclasses.replace(ODD_GRID, image_size=size)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor_json(config)))
+    processor = SiglipImageProcessorPil.from_pretrained(tmp_path)
+    theirs = processor(image.convert("RGB"))["pixel_values"][0].transpose(1, 2, 0)
+    assert np.abs(ours - theirs).max() <= 1 / 255
+    plain = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.NEAREST))
+    if kind == "photograph":
+        assert np.abs(plain / 127.5 - 1 - theirs).max() > 0.1  # another filter is another picture
 
 
 def shallow(config: VisionConfig, params: dict, feature_layer: int) -> SigLIP:

@@ -12,6 +12,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from storm_jax.config import ConfigError
 from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.pipeline import Dataset
 from storm_jax.data.sources import DataError
-from storm_jax.run import Run, RunError, read_lines
+from storm_jax.run import Run, RunError, inherit_model, read_lines, unflatten
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
 
@@ -155,6 +156,37 @@ def test_init_from_takes_the_parameters_and_refuses_another_model(
     spec = loop.StateSpec.make(other, make_mesh(config.mesh, jax.devices()[:1]))
     with pytest.raises(RunError, match=r"model.decoder.width: 32 there, 64 here"):
         loop.load_params(align, spec)
+
+
+def test_imported_weights_are_the_start_of_other_runs(small_config, shapes_folder, tmp_path):
+    run = start_training(small_config(train__steps=1), tmp_path / "run", shapes_folder)
+    params = {path: run.read_param(1, path) for path in run.stored_params(1)}
+    imported = Run(tmp_path / "imported")
+    imported.prepare(small_config(), shapes_folder / "tokenizer")
+    imported.save_params(unflatten({k: jnp.asarray(v) for k, v in params.items()}), {})
+    with pytest.raises(RunError, match="holds imported weights"):
+        start_training(small_config(), imported.path, shapes_folder)
+    config = small_config(train__steps=1, init_from=str(imported.path))
+    start_training(config, tmp_path / "other", shapes_folder)
+
+
+def test_tower_and_decoder_come_with_the_weights(trained_run, small_config):
+    other = small_config(model__decoder__mlp_dim=64, model__vision__depth=3)
+    inherited, changes = inherit_model(other, Run(trained_run), explicit=["train.steps"])
+    assert inherited == small_config()
+    assert changes == {"model.decoder.mlp_dim": (64, 32), "model.vision.depth": (3, 2)}
+    with pytest.raises(ConfigError, match=r"another value of\n  model.decoder.mlp_dim=64, not 32"):
+        inherit_model(other, Run(trained_run), explicit=["model.decoder.mlp_dim"])
+    adapted = small_config(model__decoder__lora__rank=2, model__mamba__depth=1)
+    assert inherit_model(adapted, Run(trained_run), explicit=[])[0] == adapted
+
+
+def test_rows_longer_than_the_decoder_was_trained_for_are_warned_of(
+    small_config, shapes_folder, tmp_path, caplog
+):
+    config = small_config(model__decoder__max_positions=100, train__steps=1, train__eval_every=0)
+    start_training(config, tmp_path, shapes_folder)
+    assert "longer than the 100 positions" in caplog.text
 
 
 def test_changed_data_is_not_continued(small_config, shapes_folder, tmp_path):

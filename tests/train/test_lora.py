@@ -1,0 +1,138 @@
+"""Adapters: a fresh one changes nothing, training moves nothing else of the decoder, and merging
+gives the same model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from reference_models import load_model, logits_of
+
+from storm_jax.config import ConfigError, LoraConfig
+from storm_jax.models.decoder import Decoder
+from storm_jax.models.lora import is_adapter, merge
+from storm_jax.run import Run, flatten, unflatten
+from storm_jax.sharding import make_mesh
+from storm_jax.train import loop
+from storm_jax.train.state import StateSpec
+from storm_jax.weights.exporter import export_run
+
+TOKENS = np.random.default_rng(0).integers(0, 300, (2, 24))
+LORA = {
+    "model__decoder__lora__rank": 4,
+    "model__decoder__lora__alpha": 8.0,
+    "train__eval_every": 0,
+    "optim__warmup_fraction": 0.0,
+    "optim__learning_rate__decoder": 1e-2,
+}
+
+
+def hidden_of(model: Decoder) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1])[None], TOKENS.shape)
+    return nnx.jit(lambda m: m(m.embed(jnp.asarray(TOKENS)), positions)[0])(model)
+
+
+@pytest.mark.parametrize("targets", ["query|value", "key|out", "gate_up|down", ".*"])
+def test_a_fresh_adapter_changes_nothing_and_a_merged_one_what_it_did(
+    targets, small_model, randomise
+):
+    plain = small_model.decoder
+    config = dataclasses.replace(plain, lora=LoraConfig(rank=3, alpha=7.0, targets=targets))
+
+    def make(config) -> tuple[nnx.GraphDef, dict]:
+        model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
+        graphdef, params = nnx.split(model)
+        return graphdef, flatten(nnx.to_pure_dict(params))
+
+    (base_def, base), (graphdef, adapted) = make(plain), make(config)
+    names = {name for name in adapted if is_adapter(name)}
+    matched = 6 if targets == ".*" else 2
+    assert len(names) == 2 * matched and adapted.keys() - names == base.keys()
+    fresh = {**base, **{name: adapted[name] for name in names}}
+    before = hidden_of(nnx.merge(base_def, unflatten(base)))
+    np.testing.assert_array_equal(hidden_of(nnx.merge(graphdef, unflatten(fresh))), before)
+
+    rng = np.random.default_rng(0)
+    moved = fresh | {
+        name: jnp.asarray(rng.standard_normal(fresh[name].shape) * 0.3, jnp.float32)
+        for name in names
+    }
+    after = hidden_of(nnx.merge(graphdef, unflatten(moved)))
+    assert jnp.abs(after - before).max() > 0.05
+    merged = merge(moved, config.lora)
+    assert merged.keys() == base.keys()
+    found = hidden_of(nnx.merge(base_def, unflatten(merged)))
+    assert jnp.abs(found - after).max() < 1e-5
+
+
+def values(run: Run) -> dict[str, np.ndarray]:
+    step = run.checkpoint_step()
+    return {path: run.read_param(step, path) for path in run.stored_params(step)}
+
+
+@pytest.fixture(scope="module")
+def tuned(trained_run, small_config, shapes_folder, tmp_path_factory) -> Run:
+    config = small_config(**LORA, train__steps=4, init_from=str(trained_run))
+    run = Run(tmp_path_factory.mktemp("runs") / "tuned")
+    run.prepare(config, shapes_folder / "tokenizer")
+    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {})
+    return run
+
+
+def test_only_adapters_of_the_decoder_are_trained(tuned, trained_run):
+    before, after = values(Run(trained_run)), values(tuned)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved and all(path.startswith(("vision/", "projector/")) for path in moved)
+    assert all(after[path].any() for path in after if is_adapter(path))
+    spec = StateSpec.make(tuned.config, make_mesh(tuned.config.mesh, jax.devices()[:1]))
+    assert {path for path in spec.shapes.trained if path.startswith("decoder/")} == {
+        path for path in after if is_adapter(path)
+    }
+
+
+def test_merging_on_export_equals_the_unmerged_model_after_training(tuned, tmp_path):
+    ours = np.asarray(logits_of(load_model(tuned.path), TOKENS))
+    export_run(tuned, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/decoder")
+    with torch.no_grad():
+        merged = model(torch.from_numpy(TOKENS)).logits.numpy()
+    assert np.abs(merged - ours).max() < 1e-5
+
+
+def test_another_run_goes_on_with_equal_adapters_and_merges_others(tuned, small_config):
+    def start(**changes) -> dict[str, np.ndarray]:
+        config = small_config(**{**LORA, **changes}, init_from=str(tuned.path))
+        spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
+        return jax.device_get(flatten(loop.load_params(tuned, spec)))
+
+    old = values(tuned)
+    same = start()
+    assert all(np.array_equal(same[path], old[path]) for path in old)
+    for changes in ({"model__decoder__lora__rank": 2}, {"model__decoder__lora__rank": 0}):
+        new = start(**changes)
+        merged = merge(old, tuned.config.model.decoder.lora)
+        for path, value in merged.items():
+            np.testing.assert_allclose(new[path], value, atol=1e-6)
+        adapters = {path for path in new if is_adapter(path)}
+        assert len(adapters) == (12 if changes["model__decoder__lora__rank"] else 0)
+        assert not any(new[path].any() for path in adapters if path.endswith("/b"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim__learning_rate__decoder": 0.0}, r"lora.rank=4 with optim.learning_rate.decoder=0"),
+        ({"model__decoder__lora__targets": "nothing"}, r"targets='nothing' matches none of query"),
+        ({"model__decoder__lora__targets": "("}, r"targets='\(' is no regular expression"),
+        ({"model__decoder__lora__rank": -1}, r"rank=-1 must be at least 0"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(changes, message, small_config):
+    with pytest.raises(ConfigError, match=message):
+        small_config(**{**LORA, **changes})
