@@ -18,7 +18,7 @@ def local_folder(spec: str) -> pathlib.Path:
     Raises:
       WeightsError: when there is no such folder and the hub cannot be reached or does not have it.
     """
-    folder = pathlib.Path(spec)
+    folder = pathlib.Path(spec).expanduser()
     if folder.is_dir():
         return folder
     owner, _, rest = spec.partition("/")

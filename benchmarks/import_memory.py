@@ -1,0 +1,124 @@
+"""How much memory an import needs, on a random bfloat16 checkpoint of a preset's full size.
+
+    python -m benchmarks.import_memory --preset=storm_qwen2_1_5b --out=runs/import_memory
+
+Writes the checkpoint as the Hub has it (bfloat16 shards of 2 GB), imports it in a process of its own
+and watches that process. The bound is what is placed on the devices, which are host memory here, plus
+1.3 times the largest stacked parameter. Needs disk space of twice the checkpoint, which it frees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from storm_jax import presets
+from storm_jax.data.tokenizer import train_tokenizer
+from storm_jax.run import Run, abstract_model, flatten
+from storm_jax.weights.architecture import decoder_json, vision_json
+from storm_jax.weights.mapping import tables
+from storm_jax.weights.tensors import ShardWriter
+
+BOUND = 1.3  # of the largest stacked parameter, on top of what is placed
+# An import of nothing: what Python and the libraries hold before the first tensor.
+IDLE = "import storm_jax.weights.__main__, jax; jax.devices()"
+
+
+def write_checkpoint(preset: str, folder: pathlib.Path) -> None:
+    """A tower and a decoder of a preset's sizes; norms are one, the rest is small and random."""
+    model = getattr(presets, preset)()
+    shapes = flatten(nnx.to_pure_dict(abstract_model(model)[1]))
+    block = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(ml_dtypes.bfloat16)
+    configs = {
+        "vision": vision_json(model.vision, "bfloat16"),
+        "decoder": decoder_json(model.decoder, "bfloat16"),
+    }
+    for part, config in configs.items():
+        path = folder / part
+        path.mkdir(parents=True)
+        writer = ShardWriter(path)
+        for row in tables(model, shapes)[part].rows:
+            shape = row.tensor_shape(shapes[row.path].shape)
+            noise = np.resize(block, shape)
+            writer.add(row.tensor, noise + 1 if "norm" in row.tensor else noise)
+        writer.close()
+        (path / "config.json").write_text(json.dumps(config))
+    train_tokenizer(["a small tokenizer"], 300).save_pretrained(folder / "decoder")
+
+
+def watch(command: list[str]) -> tuple[float, dict[str, float]]:
+    """Runs a command; its seconds and the peaks of its memory in GB: anonymous pages, and all that
+    is resident, which counts pages of open files that the kernel may drop."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    peak = {"RssAnon": 0.0, "VmRSS": 0.0}
+    while process.poll() is None:
+        try:
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        for line in status.splitlines():
+            name, _, value = line.partition(":")
+            if name in peak:
+                peak[name] = max(peak[name], int(value.split()[0]) * 1024 / 1e9)
+        time.sleep(0.01)
+    if process.wait():
+        sys.exit(f"{' '.join(command)}: exit status {process.returncode}")
+    return time.monotonic() - began, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.import_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", default="storm_qwen2_1_5b", help="one of configs/")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the files")
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    hub, run = args.out / "hub", args.out / "run"
+    write_checkpoint(args.preset, hub)
+    size = sum(path.stat().st_size for path in hub.rglob("*.safetensors"))
+    print(f"checkpoint: {size / 1e9:.2f} GB of bfloat16", flush=True)
+    _, idle = watch([sys.executable, "-c", IDLE])
+    seconds, peak = watch(
+        [
+            sys.executable, "-m", "storm_jax.weights", "import",
+            f"--vision={hub}/vision", f"--decoder={hub}/decoder",
+            f"--config=configs/{args.preset}.py:stage=align", f"--out={run}",
+        ]
+    )  # fmt: skip
+    sizes = [leaf.size * leaf.dtype.itemsize / 1e9 for leaf in Run(run).stored_params(0).values()]
+    placed, largest = sum(sizes), max(sizes)
+    result = {
+        "preset": args.preset,
+        "seconds": round(seconds),
+        "placed_gb": round(placed, 2),
+        "largest_parameter_gb": round(largest, 2),
+        "idle_anonymous_gb": round(idle["RssAnon"], 2),
+        "peak_anonymous_gb": round(peak["RssAnon"], 2),
+        "peak_resident_gb": round(peak["VmRSS"], 2),
+        "bound_gb": round(placed + BOUND * largest, 2),
+        "above_placed_in_largest": round((peak["RssAnon"] - placed) / largest, 2),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+    }
+    shutil.rmtree(hub)
+    shutil.rmtree(run)
+    (args.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
