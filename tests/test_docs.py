@@ -34,8 +34,11 @@ def test_links_and_files_exist(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_name_scripts_and_flags_that_exist(document):
     config = tiny.get_config("stage=sft")
-    sources = {name: (ROOT / name).read_text() for name in ("train.py", "eval.py", "predict.py")}
-    for script, arguments in re.findall(r"python (\w+\.py)(.*)", document.read_text()):
+    files = {f"{name}.py": f"{name}.py" for name in ("train", "eval", "predict")}
+    files["-m storm_jax.weights"] = "storm_jax/weights/__main__.py"
+    sources = {name: (ROOT / path).read_text() for name, path in files.items()}
+    commands = re.findall(r"python (\w+\.py|-m storm_jax\.weights)(.*)", document.read_text())
+    for script, arguments in commands:
         for flag in re.findall(r"--(\w[\w.]*)", arguments):
             if flag.startswith("config."):
                 node = config

@@ -1,10 +1,11 @@
-"""How much memory an import needs, on a random bfloat16 checkpoint of a preset's full size.
+"""How much memory import and export need, on a random bfloat16 checkpoint of a preset's full size.
 
-    python -m benchmarks.import_memory --preset=storm_qwen2_1_5b --out=runs/import_memory
+    python -m benchmarks.weights_memory --preset=storm_qwen2_1_5b --out=runs/weights_memory
 
-Writes the checkpoint as the Hub has it (bfloat16 shards of 2 GB), imports it in a process of its own
-and watches that process. The bound is what is placed on the devices, which are host memory here, plus
-1.3 times the largest stacked parameter. Needs disk space of twice the checkpoint, which it frees.
+Writes the checkpoint as the Hub has it (bfloat16 shards of 2 GB), imports it and exports the run,
+each in a process of its own that is watched. The bound of an import is what is placed on the devices,
+which are host memory here, plus 1.3 times the largest stacked parameter. Needs disk space of twice
+the checkpoint, which it frees.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from storm_jax.weights.mapping import tables
 from storm_jax.weights.tensors import ShardWriter
 
 BOUND = 1.3  # of the largest stacked parameter, on top of what is placed
-# An import of nothing: what Python and the libraries hold before the first tensor.
+# What Python and the libraries hold before the first tensor.
 IDLE = "import storm_jax.weights.__main__, jax; jax.devices()"
 
 
@@ -80,7 +81,7 @@ def watch(command: list[str]) -> tuple[float, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.import_memory",
+        prog="python -m benchmarks.weights_memory",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -100,22 +101,31 @@ def main() -> None:
             f"--config=configs/{args.preset}.py:stage=align", f"--out={run}",
         ]
     )  # fmt: skip
+    shutil.rmtree(hub)
     sizes = [leaf.size * leaf.dtype.itemsize / 1e9 for leaf in Run(run).stored_params(0).values()]
     placed, largest = sum(sizes), max(sizes)
+    export_seconds, export_peak = watch(
+        [
+            sys.executable, "-m", "storm_jax.weights", "export",
+            f"--workdir={run}", f"--out={args.out}/exported",
+        ]
+    )  # fmt: skip
     result = {
         "preset": args.preset,
-        "seconds": round(seconds),
         "placed_gb": round(placed, 2),
         "largest_parameter_gb": round(largest, 2),
         "idle_anonymous_gb": round(idle["RssAnon"], 2),
-        "peak_anonymous_gb": round(peak["RssAnon"], 2),
-        "peak_resident_gb": round(peak["VmRSS"], 2),
-        "bound_gb": round(placed + BOUND * largest, 2),
-        "above_placed_in_largest": round((peak["RssAnon"] - placed) / largest, 2),
+        "import_seconds": round(seconds),
+        "import_peak_anonymous_gb": round(peak["RssAnon"], 2),
+        "import_peak_resident_gb": round(peak["VmRSS"], 2),
+        "import_bound_gb": round(placed + BOUND * largest, 2),
+        "export_seconds": round(export_seconds),
+        "export_peak_anonymous_gb": round(export_peak["RssAnon"], 2),
+        "export_peak_resident_gb": round(export_peak["VmRSS"], 2),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
     }
-    shutil.rmtree(hub)
     shutil.rmtree(run)
+    shutil.rmtree(args.out / "exported")
     (args.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
