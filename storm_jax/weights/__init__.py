@@ -9,13 +9,12 @@
 `python -m storm_jax.weights --help`
 """
 
+from collections.abc import Sequence
+
 
 class WeightsError(ValueError):
     """Weights that are not what they should be; every problem found is in the message."""
 
-    def __init__(self, subject: str, problems: list[str]):
-        shown = (
-            problems if len(problems) <= 20 else [*problems[:20], f"and {len(problems) - 20} more"]
-        )
-        super().__init__(subject + "".join(f"\n  {problem}" for problem in shown))
-        self.problems = problems
+    def __init__(self, subject: str, problems: Sequence[str] = ()):
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        super().__init__("\n  ".join([subject, *problems[:20], *more]))

@@ -6,7 +6,6 @@ not have is an error that names it; fields without influence on the forward pass
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -49,20 +48,7 @@ _NEUTRAL_VISION = {
 _PROJECTOR_FIELDS = ("projector", "projector_args", "downsample", "mamba")
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What a config.json describes.
-
-    Attributes:
-      config: the same as a configuration of ours.
-      notes: what a user should know of how it was read.
-    """
-
-    config: Any
-    notes: tuple[str, ...] = ()
-
-
-def read_vision(folder: pathlib.Path, feature_layer: int) -> Architecture:
+def read_vision(folder: pathlib.Path, feature_layer: int) -> VisionConfig:
     """The tower that a folder's config.json describes, alone or inside of a larger model.
 
     Args:
@@ -77,21 +63,20 @@ def read_vision(folder: pathlib.Path, feature_layer: int) -> Architecture:
     sizes = {name: getattr(config, name) for name in ("image_size", "patch_size")}
     if wrong := [f"{k}={v!r} must be a number" for k, v in sizes.items() if not isinstance(v, int)]:
         raise WeightsError(f"{folder}/config.json:", wrong)
-    return Architecture(
-        VisionConfig(
-            **sizes,
-            width=config.hidden_size,
-            depth=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            mlp_dim=config.intermediate_size,
-            feature_layer=feature_layer,
-            norm_eps=config.layer_norm_eps,
-        )
+    return VisionConfig(
+        **sizes,
+        width=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_dim=config.intermediate_size,
+        feature_layer=feature_layer,
+        norm_eps=config.layer_norm_eps,
     )
 
 
-def read_decoder(folder: pathlib.Path) -> Architecture:
-    """The decoder that a folder's config.json describes, alone or inside of a larger model.
+def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
+    """The decoder that a folder's config.json describes, alone or inside of a larger model, and notes
+    on how it was read.
 
     Raises:
       WeightsError: naming each field that is not supported.
@@ -106,7 +91,7 @@ def read_decoder(folder: pathlib.Path) -> Architecture:
     if problems:
         raise WeightsError(f"{folder}/config.json:", problems)
     heads = config.num_attention_heads
-    return Architecture(
+    return (
         DecoderConfig(
             vocab_size=config.vocab_size,
             width=config.hidden_size,
@@ -122,11 +107,11 @@ def read_decoder(folder: pathlib.Path) -> Architecture:
             rope_scaling=scaling,
             **DECODER_TYPES[config.model_type],
         ),
-        tuple(notes),
+        notes,
     )
 
 
-def read_projector(folder: pathlib.Path, model: ModelConfig) -> Architecture:
+def read_projector(folder: pathlib.Path, model: ModelConfig) -> ModelConfig:
     """`model` with the projector that a folder's config.json, written by an export, describes.
 
     Raises:
@@ -136,12 +121,12 @@ def read_projector(folder: pathlib.Path, model: ModelConfig) -> Architecture:
     try:
         found = json.loads(path.read_text())
         fields = {name: found[name] for name in _PROJECTOR_FIELDS}
-        return Architecture(from_dict(ModelConfig, to_dict(model) | fields))
+        return from_dict(ModelConfig, to_dict(model) | fields)
     except FileNotFoundError:
-        raise WeightsError(f"{folder} has no config.json", []) from None
+        raise WeightsError(f"{folder} has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"{path} is not the config.json of a projector that `export` wrote: {error!r}", []
+            f"{path} is not the config.json of a projector that `export` wrote: {error!r}",
         ) from error
 
 
@@ -159,11 +144,11 @@ def projector_json(model: ModelConfig) -> dict[str, Any]:
 def _read(folder: pathlib.Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
-        raise WeightsError(f"{folder} has no config.json", [])
+        raise WeightsError(f"{folder} has no config.json")
     try:
         return transformers.AutoConfig.from_pretrained(str(folder))
     except Exception as error:  # a bad file raises whatever a configuration class raises
-        raise WeightsError(f"{path} cannot be read: {error}", []) from error
+        raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
 def _refuse(
@@ -174,7 +159,6 @@ def _refuse(
         raise WeightsError(
             f"{folder}/config.json: model_type={config.model_type!r} is not supported; known are "
             f"{', '.join(types)}",
-            [],
         )
     values = {name: getattr(config, name, allowed[0]) for name, allowed in neutral.items()}
     wrong = [
@@ -258,7 +242,6 @@ def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[st
     except KeyError:
         raise WeightsError(
             f"no model of transformers has qkv_bias={config.qkv_bias} and qk_norm={config.qk_norm}",
-            [],
         ) from None
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling

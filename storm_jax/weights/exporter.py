@@ -46,7 +46,7 @@ def export_run(run: Run, out: pathlib.Path, *, step: int | None = None, dtype: s
       RunError, WeightsError: when the run is not whole; `out` is not touched.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WeightsError(f"--out={out} exists; nothing is overwritten", [])
+        raise WeightsError(f"--out={out} exists; nothing is overwritten")
     model, step = run.config.model, run.checkpoint_step(step)
     dtype = dtype or model.dtype
     stored = run.stored_params(step)

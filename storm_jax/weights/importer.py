@@ -82,7 +82,7 @@ def import_run(
     """
     began = time.monotonic()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WeightsError(f"--out={out} exists; nothing is overwritten", [])
+        raise WeightsError(f"--out={out} exists; nothing is overwritten")
     folders = sources.folders()
     config = _with_architecture(config, folders, explicit)
     mesh = make_mesh(config.mesh)
@@ -110,22 +110,22 @@ def _with_architecture(
 ) -> RunConfig:
     here = config.model
     vision = read_vision(folders["vision"], here.vision.feature_layer)
-    decoder = read_decoder(folders["decoder"])
+    decoder, notes = read_decoder(folders["decoder"])
     model = dataclasses.replace(
         here,
-        vision=dataclasses.replace(vision.config, image_size=here.vision.image_size),
-        decoder=dataclasses.replace(decoder.config, lora=here.decoder.lora),
+        vision=dataclasses.replace(vision, image_size=here.vision.image_size),
+        decoder=dataclasses.replace(decoder, lora=here.decoder.lora),
     )
     if "projector" in folders:
-        model = read_projector(folders["projector"], model).config
-    for note in (*vision.notes, *decoder.notes):
+        model = read_projector(folders["projector"], model)
+    for note in notes:
         print(f"note: {note}")
     whole, changes = replace_model(config, model, explicit, ", ".join(map(str, folders.values())))
     for name, (before, now) in changes.items():
         print(f"{name}={now!r} of config.json replaces {before!r}")
-    if vision.config.side != model.vision.side:
+    if vision.side != model.vision.side:
         print(
-            f"position embeddings are resampled from {vision.config.side} x {vision.config.side} to "
+            f"position embeddings are resampled from {vision.side} x {vision.side} to "
             f"{model.vision.side} x {model.vision.side} patches (model.vision.image_size="
             f"{model.vision.image_size})"
         )
@@ -136,17 +136,17 @@ def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Saves the decoder's tokenizer as it is, without a token more. Where its template cannot train
     several turns, and it has ChatML's markers, it gets ChatML."""
     if not (source / "tokenizer_config.json").is_file():
-        raise WeightsError(f"{source} has no tokenizer (tokenizer_config.json)", [])
+        raise WeightsError(f"{source} has no tokenizer (tokenizer_config.json)")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
     except Exception as error:  # of whatever kind
-        raise WeightsError(f"{source}: the tokenizer cannot be loaded: {error}", []) from error
+        raise WeightsError(f"{source}: the tokenizer cannot be loaded: {error}") from error
     try:
         check_template(tokenizer)
     except Exception as error:  # also what a template's own code raises
         if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_added_vocab().keys():
             raise WeightsError(
-                f"{source}: the chat template cannot be used: {error}", []
+                f"{source}: the chat template cannot be used: {error}",
             ) from error
         tokenizer.chat_template = CHATML
         print("note: the chat template is ChatML; the tokenizer's own cannot train several turns")
@@ -211,7 +211,7 @@ def _check_space(out: pathlib.Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise WeightsError(
-            f"{parent} has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f}", []
+            f"{parent} has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f}",
         )
 
 

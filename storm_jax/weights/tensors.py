@@ -59,7 +59,7 @@ def list_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
         listed = json.loads(index.read_text())["weight_map"]
         files = [folder / name for name in sorted(set(listed.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} is damaged: {error!r}", []) from error
+        raise WeightsError(f"{index} is damaged: {error!r}") from error
     tensors = _list_files(folder, files)
     problems = [
         f"{name} is not in {file}, where {INDEX} lists it"
@@ -81,7 +81,6 @@ def _only_file(folder: pathlib.Path) -> pathlib.Path:
     raise WeightsError(
         f"{folder} has {found}: it must be a folder that transformers' save_pretrained writes (load "
         f"and save older .bin files with it once)",
-        [],
     )
 
 
