@@ -27,7 +27,8 @@ from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, ModelConfig
 from storm_jax.data import shapes
 from storm_jax.evals.runner import settings_name
-from storm_jax.run import Run, abstract_model, flatten, write_atomically
+from storm_jax.params import abstract_model, flatten
+from storm_jax.run import Run, write_atomically
 
 # Images of places teach the tower where things are.
 FAMILIES = ("order", "motion", "needle", "place")

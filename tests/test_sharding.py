@@ -16,7 +16,7 @@ from storm_jax import presets
 from storm_jax.config import LoraConfig, MeshConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.ops.cross_entropy import cross_entropy
-from storm_jax.run import abstract_model
+from storm_jax.params import abstract_model
 from storm_jax.sharding import AXES, batch_sharding, make_mesh, param_shardings, param_specs
 from storm_jax.train.optim import NEVER_TRAINED
 

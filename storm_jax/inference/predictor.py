@@ -28,7 +28,8 @@ from storm_jax.data.sources import PLACEHOLDER, Media, Sample, SampleError, Turn
 from storm_jax.data.video import VideoError
 from storm_jax.inference.generate import Sampling, generate
 from storm_jax.models.storm import VisualShape
-from storm_jax.run import Run, abstract_model, compute_dtypes, with_sharding
+from storm_jax.params import abstract_model, compute_dtypes, with_sharding
+from storm_jax.run import Run
 from storm_jax.sharding import batch_sharding, make_mesh, param_shardings
 
 _SMALLEST_PROMPT = 32

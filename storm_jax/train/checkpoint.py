@@ -11,7 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from storm_jax.run import Run, RunError, flatten, with_sharding
+from storm_jax.params import flatten, with_sharding
+from storm_jax.run import Run, RunError
 from storm_jax.train.state import StateSpec, TrainState
 
 

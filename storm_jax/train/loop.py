@@ -34,17 +34,8 @@ from storm_jax.data.rows import RowShape
 from storm_jax.data.sources import DataError
 from storm_jax.models.lora import is_adapter, merge
 from storm_jax.models.storm import VisualShape
-from storm_jax.run import (
-    Run,
-    RunError,
-    abstract_model,
-    flatten,
-    random_params,
-    read_lines,
-    unflatten,
-    with_sharding,
-    write_lines,
-)
+from storm_jax.params import abstract_model, flatten, random_params, unflatten, with_sharding
+from storm_jax.run import Run, RunError, read_lines, write_lines
 from storm_jax.sharding import batch_sharding, param_shardings
 from storm_jax.train.checkpoint import Checkpointer
 from storm_jax.train.metrics import MetricsWriter, Progress, duration
@@ -300,10 +291,10 @@ def load_params(source: Run, spec: StateSpec) -> dict:
     restored = flatten(source.restore_params(unflatten(wanted | adapters), step))
     with jax.set_mesh(spec.mesh):
         merged = jax.jit(
-            lambda params: merge(params, theirs.lora),
+            lambda base, adapters: merge(base | adapters, theirs.lora),
             out_shardings={name: leaf.sharding for name, leaf in wanted.items()},
             donate_argnums=0,
-        )(restored)
+        )({n: restored[n] for n in wanted}, {n: restored[n] for n in adapters})
         new = random_params(spec.config.model, spec.config.train.seed, fresh)
     return unflatten(merged | new)
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from storm_jax.config import RunConfig
 from storm_jax.models.storm import Storm
-from storm_jax.run import abstract_model, compute_dtypes, flatten, unflatten
+from storm_jax.params import abstract_model, compute_dtypes, flatten, unflatten
 from storm_jax.sharding import param_shardings
 from storm_jax.train.optim import is_trainable, make_optimizer
 

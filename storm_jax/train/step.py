@@ -12,7 +12,7 @@ from flax import nnx
 
 from storm_jax.models.storm import VisualShape
 from storm_jax.ops.cross_entropy import cross_entropy
-from storm_jax.run import unflatten
+from storm_jax.params import unflatten
 from storm_jax.train.optim import make_optimizer, schedule
 from storm_jax.train.state import StateSpec, TrainState
 

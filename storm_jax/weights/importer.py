@@ -23,7 +23,8 @@ from jax.sharding import Mesh, NamedSharding
 from storm_jax.config import RunConfig
 from storm_jax.data.conversation import check_template, load_tokenizer
 from storm_jax.data.tokenizer import CHATML
-from storm_jax.run import Run, abstract_model, flatten, random_params, replace_model, unflatten
+from storm_jax.params import abstract_model, flatten, random_params, unflatten
+from storm_jax.run import Run, replace_model
 from storm_jax.sharding import make_mesh, param_shardings
 from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision

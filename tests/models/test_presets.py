@@ -21,7 +21,7 @@ from transformers import (
 
 from storm_jax import presets
 from storm_jax.config import RunConfig, from_dict
-from storm_jax.run import abstract_model, flatten
+from storm_jax.params import abstract_model, flatten
 
 # The published config.json of Qwen/Qwen2-7B, Qwen/Qwen2-1.5B and meta-llama/Meta-Llama-3-8B.
 DECODERS = {

@@ -15,7 +15,7 @@ from storm_jax.config import CompressionConfig, ConfigError
 from storm_jax.data.conversation import Encoded
 from storm_jax.data.rows import RowSample, RowShape, build_row, stack_rows
 from storm_jax.models.storm import Storm, VisualShape
-from storm_jax.run import abstract_model
+from storm_jax.params import abstract_model
 
 
 def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24) -> RowShape:

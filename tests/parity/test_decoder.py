@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from storm_jax.config import DecoderConfig, RopeScalingConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.ops.attention import QUERY_CHUNK
-from storm_jax.run import flatten
+from storm_jax.params import flatten
 from storm_jax.weights.architecture import decoder_json
 from storm_jax.weights.mapping import decoder_table
 

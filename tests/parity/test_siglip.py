@@ -20,7 +20,7 @@ from storm_jax.config import VisionConfig
 from storm_jax.data.image import read_image
 from storm_jax.models.siglip import SigLIP
 from storm_jax.ops.attention import QUERY_CHUNK
-from storm_jax.run import flatten
+from storm_jax.params import flatten
 from storm_jax.weights.architecture import preprocessor_json, vision_json
 from storm_jax.weights.mapping import vision_table
 

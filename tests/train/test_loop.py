@@ -20,7 +20,8 @@ from storm_jax.config import ConfigError
 from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.pipeline import Dataset
 from storm_jax.data.sources import DataError
-from storm_jax.run import Run, RunError, inherit_model, read_lines, unflatten
+from storm_jax.params import unflatten
+from storm_jax.run import Run, RunError, inherit_model, read_lines
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
 

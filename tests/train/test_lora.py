@@ -17,7 +17,8 @@ from reference_models import load_model, logits_of
 from storm_jax.config import ConfigError, LoraConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.lora import is_adapter, merge
-from storm_jax.run import Run, flatten, unflatten
+from storm_jax.params import flatten, unflatten
+from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
 from storm_jax.train.state import StateSpec

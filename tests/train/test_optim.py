@@ -13,7 +13,7 @@ from flax import nnx
 from configs import tiny
 from storm_jax import presets
 from storm_jax.config import LearningRateConfig, OptimConfig, RunConfig, from_dict
-from storm_jax.run import abstract_model, flatten
+from storm_jax.params import abstract_model, flatten
 from storm_jax.train.optim import is_trainable, make_optimizer, schedule
 
 CONFIG = OptimConfig(

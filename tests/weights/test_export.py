@@ -25,7 +25,8 @@ from reference_models import (
 from safetensors.torch import load_file
 
 from storm_jax.models.lora import is_adapter
-from storm_jax.run import Run, RunError, abstract_model, flatten, unflatten
+from storm_jax.params import abstract_model, flatten, unflatten
+from storm_jax.run import Run, RunError
 from storm_jax.weights import WeightsError, exporter, tensors
 from storm_jax.weights.exporter import export_run
 from storm_jax.weights.importer import Sources, import_run

@@ -11,7 +11,7 @@ from flax import nnx
 
 from storm_jax import presets
 from storm_jax.config import LoraConfig
-from storm_jax.run import abstract_model, flatten
+from storm_jax.params import abstract_model, flatten
 from storm_jax.weights.mapping import Row, coverage_problems, tables
 
 TINY = presets.tiny()
