@@ -97,12 +97,19 @@ def stop_ids(
     folder: str | pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
     """Ids that end an answer: the template's end of turn, eos_token, and those that a
-    generation_config.json in the tokenizer's folder lists."""
+    generation_config.json in the tokenizer's folder lists.
+
+    Raises:
+      ConfigError: when that file lists none as it should.
+    """
     ids = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer) or ""), tokenizer.eos_token_id]
     path = pathlib.Path(folder) / "generation_config.json"
     if path.exists():
-        listed = json.loads(path.read_text()).get("eos_token_id")
-        ids += listed if isinstance(listed, list) else [listed]
+        try:
+            listed = json.loads(path.read_text()).get("eos_token_id")
+            ids += [int(i) for i in listed] if isinstance(listed, list) else [listed]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is damaged: {error}") from error
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from storm_jax.config import RunConfig
-from storm_jax.data.conversation import check_template, load_tokenizer
+from storm_jax.data.conversation import check_template, load_tokenizer, stop_ids
 from storm_jax.data.tokenizer import CHATML
 from storm_jax.params import abstract_model, flatten, random_params, unflatten
 from storm_jax.run import Run, replace_model
@@ -154,7 +154,7 @@ def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
     tokenizer.save_pretrained(folder)
     if (source / "generation_config.json").exists():
         shutil.copy(source / "generation_config.json", folder)
-    load_tokenizer(folder)
+    stop_ids(folder, load_tokenizer(folder))
 
 
 def _make_plan(config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path]) -> _Plan:

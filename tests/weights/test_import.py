@@ -280,6 +280,15 @@ def test_several_end_tokens_and_the_tokenizer_come_along(tower, tmp_path):
     }
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": ["a"]}'])
+def test_a_damaged_generation_config_is_named(content, tower, tmp_path):
+    folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"generation_config.json is damaged"):
+        import_of(tmp_path / "run", tower, folder)
+    assert not (tmp_path / "run").exists()
+
+
 def test_adapters_begin_with_an_import(tower, decoder, tmp_path):
     run = import_of(
         tmp_path / "run",
