@@ -175,6 +175,29 @@ def test_gradients_equal_the_recurrence(rng, length, options, reverse, implement
 
 @each_implementation
 @each_direction
+def test_a_single_row_gives_what_it_gives_in_a_batch(rng, reverse, implementation):
+    """One row is solved without a batch axis."""
+    inputs = make_inputs(rng, 150, ALL, reverse)
+    cotangents = make_cotangents(rng, 150)
+    run = functools.partial(outputs_and_gradients, reverse=reverse, implementation=implementation)
+    shared = ("A", "D", "dt_bias")
+    rows, summed = [], dict.fromkeys(shared, 0.0)
+    for b in range(BATCH):
+        one = {name: v if name in shared else v[b : b + 1] for name, v in inputs.items()}
+        outputs, grads = run(one, *(v[b : b + 1] for v in cotangents))
+        rows.append((outputs, {name: g for name, g in grads.items() if name not in shared}))
+        summed = {name: summed[name] + grads[name] for name in shared}
+    together = jax.tree.map(lambda *v: np.concatenate(v), *rows)
+    outputs, grads = run(inputs, *cotangents)
+    for got, expected in zip(together[0], outputs, strict=True):
+        np.testing.assert_allclose(got, expected, **TOLERANCE)
+    for name, value in (together[1] | summed).items():
+        scale = max(1.0, np.abs(grads[name]).max())
+        np.testing.assert_allclose(value / scale, grads[name] / scale, **TOLERANCE, err_msg=name)
+
+
+@each_implementation
+@each_direction
 def test_segments_equal_running_each_apart(rng, reverse, implementation):
     size, count = CHUNK + 6, 2
     inputs = make_inputs(rng, count * size, ("dt_bias",))
