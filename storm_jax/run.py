@@ -27,7 +27,7 @@ import transformers
 
 from storm_jax import config as config_lib
 from storm_jax.config import ConfigError, ModelConfig, RunConfig
-from storm_jax.data.conversation import load_tokenizer
+from storm_jax.data.conversation import copy_tokenizer, load_tokenizer
 from storm_jax.params import flatten, unflatten
 
 # What may differ when a run is continued; anything else makes it another run.
@@ -82,7 +82,7 @@ class Run:
             else:
                 (self.path / "skipped.jsonl").unlink(missing_ok=True)
                 partial = self.path / f"tokenizer.{os.getpid()}.tmp"
-                shutil.copytree(tokenizer_from, partial)
+                copy_tokenizer(tokenizer_from, partial)
                 shutil.rmtree(self.tokenizer_path, ignore_errors=True)
                 partial.rename(self.tokenizer_path)
             write_atomically(

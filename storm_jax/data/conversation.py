@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,9 @@ import transformers
 
 from storm_jax.config import ConfigError
 from storm_jax.data.sources import PLACEHOLDER, Sample, SampleError, Turn
+
+# Llama 3's templates show today's date unless they are given one; this is their own default.
+DATE = "26 Jul 2024"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +49,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
     Raises:
       ConfigError: naming the folder and what it lacks.
     """
-    if not (pathlib.Path(folder) / "tokenizer_config.json").is_file():
-        raise ConfigError(
-            f"{folder} holds no tokenizer: set data.tokenizer to a folder with tokenizer.json and "
-            f"tokenizer_config.json, or train one (python -m storm_jax.data.tokenizer --help)"
-        )
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # of whatever kind: tokenizers raises bare Exceptions
-        raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    tokenizer = read_tokenizer(folder)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{folder}: the tokenizer has no chat template")
     try:
@@ -63,6 +59,31 @@ def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
     if tokenizer.pad_token_id is None:  # any will do: padding is neither seen nor learned
         tokenizer.pad_token = end_of_turn(tokenizer)
     return tokenizer
+
+
+def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a local folder, as it is; code that lies beside it is not run.
+
+    Raises:
+      ConfigError: when there is none, or it is damaged.
+    """
+    if not (pathlib.Path(folder) / "tokenizer_config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds no tokenizer: set data.tokenizer to a folder with tokenizer.json and "
+            f"tokenizer_config.json, or train one (python -m storm_jax.data.tokenizer --help)"
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # of whatever kind: tokenizers raises bare Exceptions
+        raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Saves the tokenizer of a folder, and its generation_config.json, in another; nothing else, for
+    the folder of a model has weights and a config.json beside them."""
+    read_tokenizer(source).save_pretrained(folder)
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", folder)
 
 
 def check_template(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
@@ -84,9 +105,23 @@ def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
     """The special token that the chat template puts behind an answer; it need not be eos_token,
     which in base models ends a document."""
     messages = [{"role": role, "content": text} for role, text in _exchange("text")]
-    behind = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("text")[2]
+    behind = render(tokenizer, messages, opened=False).rpartition("text")[2]
     found = [token for token in tokenizer.get_added_vocab() if token in behind]
     return min(found, key=behind.find, default=None)
+
+
+def render(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    *,
+    opened: bool,
+) -> str:
+    """The text of a conversation; `opened` adds the start of an answer. The date is always `DATE`: a
+    sample must not change over night."""
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=opened, date_string=DATE
+    )
+    return str(text)
 
 
 def _exchange(text: str) -> list[tuple[str, str]]:
@@ -107,10 +142,14 @@ def stop_ids(
     if path.exists():
         try:
             listed = json.loads(path.read_text()).get("eos_token_id")
-            ids += [int(i) for i in listed] if isinstance(listed, list) else [listed]
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged: {error}") from error
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+        listed = listed if isinstance(listed, list) else [listed]
+        wrong = [i for i in listed if i is not None and (type(i) is not int or i < 0)]
+        if wrong:
+            raise ConfigError(f"{path}: eos_token_id has {wrong[0]!r}, which is no token id")
+        ids += listed
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +162,22 @@ class ConversationEncoder:
     def __post_init__(self) -> None:
         if PLACEHOLDER.search(self.system):
             raise ConfigError(f"data.system={self.system!r} must not hold <image> or <video>")
+        if self.system:
+            try:
+                rendered = self._render(
+                    [{"role": "system", "content": self.system}, {"role": "user", "content": "?"}],
+                    opened=True,
+                )
+            except Exception as error:  # whatever the template's own code raises
+                raise ConfigError(
+                    f"data.system={self.system!r}: the chat template takes no system turn ({error}); "
+                    f"set data.system to an empty text"
+                ) from error
+            if self.system.strip() not in rendered:
+                raise ConfigError(
+                    f"data.system={self.system!r}: the chat template leaves it out; set data.system "
+                    f"to an empty text"
+                )
 
     @functools.cached_property
     def end_of_turn(self) -> str | None:
@@ -169,10 +224,7 @@ class ConversationEncoder:
         return [*spans, (rest[len(done) :], False)]
 
     def _render(self, messages: list[dict[str, str]], *, opened: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=opened
-        )
-        return str(text)
+        return render(self.tokenizer, messages, opened=opened)
 
 
 class _Parts:

@@ -271,7 +271,8 @@ def load_params(source: Run, spec: StateSpec) -> dict:
     changed = config_lib.differences(
         config_lib.to_dict(source.config.model), config_lib.to_dict(spec.config.model)
     )
-    changed = {name: v for name, v in changed.items() if not name.startswith("decoder.lora.")}
+    mine = ("decoder.lora.", "dtype")  # what weights do not depend on
+    changed = {name: values for name, values in changed.items() if not name.startswith(mine)}
     if changed:
         listed = "\n  ".join(f"model.{k}: {a!r} there, {b!r} here" for k, (a, b) in changed.items())
         raise RunError(f"init_from={source.path} has another model:\n  {listed}")

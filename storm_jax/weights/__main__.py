@@ -66,7 +66,12 @@ def main(argv: Sequence[str]) -> None:
             explicit = config_flags.get_override_values(flags.FLAGS["config"])
             import_run(from_dict(RunConfig, CONFIG.value), sources, out, explicit)
         else:
-            export_run(Run(WORKDIR.value), out, step=STEP.value, dtype=DTYPE.value or "")
+            export_run(
+                Run(pathlib.Path(WORKDIR.value).expanduser()),
+                out,
+                step=STEP.value,
+                dtype=DTYPE.value or "",
+            )
     except (WeightsError, ConfigError, RunError, OSError, ImportError) as error:
         sys.exit(f"{command}: {error}")
 

@@ -114,20 +114,30 @@ def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
 def read_projector(folder: pathlib.Path, model: ModelConfig) -> ModelConfig:
     """`model` with the projector that a folder's config.json, written by an export, describes.
 
+    A projector of a user's own is code. It is only accepted when `model` names the same: a folder
+    from elsewhere must not choose what is run.
+
     Raises:
-      WeightsError: when it is none.
+      WeightsError: when it is none, or names code that `model` does not.
     """
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text())
         fields = {name: found[name] for name in _PROJECTOR_FIELDS}
-        return from_dict(ModelConfig, to_dict(model) | fields)
+        there = from_dict(ModelConfig, to_dict(model) | fields)
     except FileNotFoundError:
         raise WeightsError(f"{folder} has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{path} is not the config.json of a projector that `export` wrote: {error!r}",
         ) from error
+    theirs, ours = ((config.projector, dict(config.projector_args)) for config in (there, model))
+    if theirs[0] not in ("storm", "mlp") and theirs != ours:
+        raise WeightsError(
+            f"{path} would run projector={theirs[0]!r} with projector_args={theirs[1]!r}. If you trust "
+            f"that code, set model.projector and model.projector_args to it in --config"
+        )
+    return there
 
 
 def projector_json(model: ModelConfig) -> dict[str, Any]:
@@ -146,7 +156,7 @@ def _read(folder: pathlib.Path) -> Any:
     if not path.is_file():
         raise WeightsError(f"{folder} has no config.json")
     try:
-        return transformers.AutoConfig.from_pretrained(str(folder))
+        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a bad file raises whatever a configuration class raises
         raise WeightsError(f"{path} cannot be read: {error}") from error
 
@@ -253,7 +263,7 @@ def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[st
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_positions,
         }
-    return make(
+    fields = dict(
         architectures=[name],
         dtype=dtype,
         vocab_size=config.vocab_size,
@@ -268,4 +278,8 @@ def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[st
         max_position_embeddings=config.max_positions,
         rope_parameters=rope,
         **token_ids,
-    ).to_diff_dict()
+    )
+    try:
+        return make(**fields).to_diff_dict()
+    except Exception as error:  # of transformers' own checks
+        raise WeightsError(f"transformers has no such {name}: {error}") from error

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.config import ModelConfig
-from storm_jax.data.conversation import stop_ids
+from storm_jax.data.conversation import copy_tokenizer, stop_ids
 from storm_jax.models.lora import is_adapter, merge
 from storm_jax.run import Run
 from storm_jax.weights import WeightsError
@@ -32,7 +32,7 @@ from storm_jax.weights.architecture import (
     vision_json,
 )
 from storm_jax.weights.mapping import Row, coverage_problems, tables
-from storm_jax.weights.tensors import ShardWriter
+from storm_jax.weights.tensors import ShardWriter, free_folder
 
 
 def export_run(run: Run, out: pathlib.Path, *, step: int | None = None, dtype: str = "") -> None:
@@ -45,8 +45,7 @@ def export_run(run: Run, out: pathlib.Path, *, step: int | None = None, dtype: s
     Raises:
       RunError, WeightsError: when the run is not whole; `out` is not touched.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WeightsError(f"--out={out} exists; nothing is overwritten")
+    out = free_folder(out)
     model, step = run.config.model, run.checkpoint_step(step)
     dtype = dtype or model.dtype
     stored = run.stored_params(step)
@@ -55,17 +54,15 @@ def export_run(run: Run, out: pathlib.Path, *, step: int | None = None, dtype: s
     if problems:
         raise WeightsError(f"checkpoint {step} of {run.path} is not whole:", problems)
     configs = _configs(run, dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         for part, rows in parts.items():
             folder = partial / part
-            if part == "decoder":
-                shutil.copytree(run.tokenizer_path, folder)
-            folder.mkdir(exist_ok=True)
+            folder.mkdir()
             for name, content in configs[part].items():
-                if not (folder / name).exists():
-                    (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            if part == "decoder":  # over our generation config, if the weights came with one
+                copy_tokenizer(run.tokenizer_path, folder)
             writer = ShardWriter(folder)
             for row, value in _tensors(run, step, rows, stored, dtype):
                 writer.add(row.tensor, value)
@@ -111,23 +108,33 @@ def _tensors(
         by_path.setdefault(row.path, []).append(row)
     for path, members in by_path.items():
         adapters = [name for name in stored if is_adapter(name) and _kernel_of(name) == path]
-        value = run.read_param(step, path, None if adapters else jnp.dtype(dtype))
+        narrow = dtype == "float16"  # cast below, where an overflow is seen
+        value = run.read_param(step, path, None if adapters or narrow else jnp.dtype(dtype))
         if adapters:
-            value = _merged(run, step, path, value, adapters)
+            value = _merged(run, step, path, value, adapters, jnp.dtype(dtype))
         for row in members:
-            yield row, row.to_theirs(value).astype(jnp.dtype(dtype))
+            tensor = row.to_theirs(value)
+            with np.errstate(over="ignore"):
+                cast = tensor.astype(jnp.dtype(dtype))
+            if dtype == "float16" and np.isinf(cast).sum() > np.isinf(tensor).sum():
+                raise WeightsError(f"{row.tensor} has values beyond float16; use --dtype=bfloat16")
+            yield row, cast
 
 
 def _kernel_of(adapter: str) -> str:
     return adapter.rpartition("/lora/")[0] + "/kernel"
 
 
-def _merged(run: Run, step: int, path: str, kernel: np.ndarray, adapters: list[str]) -> np.ndarray:
-    """The kernel with its adapter, one layer after another: a stack in fp32 could fill the host."""
+def _merged(
+    run: Run, step: int, path: str, kernel: np.ndarray, adapters: list[str], dtype: np.dtype
+) -> np.ndarray:
+    """The kernel with its adapter, summed in fp32 and rounded once, one layer after
+    another: a stack in fp32 could fill the host."""
     others = {name: run.read_param(step, name) for name in adapters}
     lora = run.config.model.decoder.lora
+    merged = np.empty(kernel.shape, np.float32 if dtype == jnp.float16 else dtype)
     for i in range(len(kernel)):
         layer = {name: jnp.asarray(value[i : i + 1]) for name, value in others.items()}
-        layer[path] = jnp.asarray(kernel[i : i + 1])
-        kernel[i] = jax.device_get(merge(layer, lora)[path])[0]
-    return kernel
+        layer[path] = jnp.asarray(kernel[i : i + 1], jnp.float32)
+        merged[i] = jax.device_get(merge(layer, lora)[path])[0]
+    return merged

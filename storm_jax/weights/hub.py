@@ -21,7 +21,7 @@ def local_folder(spec: str) -> pathlib.Path:
     folder = pathlib.Path(spec).expanduser()
     if folder.is_dir():
         return folder
-    owner, _, rest = spec.partition("/")
+    owner, _, rest = spec.rstrip("/").partition("/")
     name, _, inside = rest.partition("/")
     if not name or spec.startswith((".", "/", "~")):
         raise WeightsError(
@@ -33,7 +33,7 @@ def local_folder(spec: str) -> pathlib.Path:
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ValueError, OSError) as error:
         raise WeightsError(
             f"{spec} is no folder here and could not be had from the Hugging Face Hub: "
-            f"{str(error).splitlines()[0]} (without a network, copy the model here and name its "
+            f"{(str(error) or repr(error)).splitlines()[0]} (without a network, copy the model here and name its "
             f"folder; for a gated one, `hf auth login`)",
         ) from error
     return pathlib.Path(root) / inside

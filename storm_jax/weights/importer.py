@@ -16,12 +16,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import transformers
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from storm_jax.config import RunConfig
-from storm_jax.data.conversation import check_template, load_tokenizer, stop_ids
+from storm_jax.config import DecoderConfig, RunConfig, VisionConfig
+from storm_jax.data.conversation import (
+    ConversationEncoder,
+    check_template,
+    copy_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    stop_ids,
+)
 from storm_jax.data.tokenizer import CHATML
 from storm_jax.params import abstract_model, flatten, random_params, unflatten
 from storm_jax.run import Run, replace_model
@@ -29,9 +35,17 @@ from storm_jax.sharding import make_mesh, param_shardings
 from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
 from storm_jax.weights.hub import local_folder
-from storm_jax.weights.mapping import Row, Table, coverage_problems, tables
+from storm_jax.weights.mapping import Row, Table, coverage_problems, decoder_table, tables
 from storm_jax.weights.positions import resample
-from storm_jax.weights.tensors import DTYPES, Match, Tensor, list_tensors, match, summary
+from storm_jax.weights.tensors import (
+    DTYPES,
+    Match,
+    Tensor,
+    free_folder,
+    list_tensors,
+    match,
+    summary,
+)
 
 _POSITION = "vision/position"
 _ALIGNMENT = 64  # bytes; the CPU device takes such arrays over without a copy
@@ -82,15 +96,15 @@ def import_run(
       WeightsError, ConfigError: when anything does not fit; `out` is not touched.
     """
     began = time.monotonic()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WeightsError(f"--out={out} exists; nothing is overwritten")
+    out = free_folder(out)
     folders = sources.folders()
-    config = _with_architecture(config, folders, explicit)
+    vision = read_vision(folders["vision"], config.model.vision.feature_layer)
+    config = _with_architecture(config, vision, folders, explicit)
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as staged:
         tokenizer = pathlib.Path(staged)
-        _write_tokenizer(folders["decoder"], tokenizer)
-        plan = _make_plan(config, mesh, folders)
+        _write_tokenizer(folders["decoder"], tokenizer, config)
+        plan = _make_plan(config, mesh, folders, vision.side)
         _check_space(out, sum(plan.nbytes(path) for path in plan.pieces))
         params = _read(plan)
         fresh = {n: s for n, s in plan.shardings.items() if n not in plan.pieces}
@@ -107,11 +121,16 @@ def import_run(
 
 
 def _with_architecture(
-    config: RunConfig, folders: Mapping[str, pathlib.Path], explicit: Collection[str]
+    config: RunConfig,
+    vision: VisionConfig,
+    folders: Mapping[str, pathlib.Path],
+    explicit: Collection[str],
 ) -> RunConfig:
     here = config.model
-    vision = read_vision(folders["vision"], here.vision.feature_layer)
     decoder, notes = read_decoder(folders["decoder"])
+    if decoder.tie_embeddings and _has_own_head(folders["decoder"], decoder):
+        notes.append("tie_word_embeddings is set, but lm_head.weight differs: it is kept")
+        decoder = dataclasses.replace(decoder, tie_embeddings=False)
     model = dataclasses.replace(
         here,
         vision=dataclasses.replace(vision, image_size=here.vision.image_size),
@@ -133,15 +152,25 @@ def _with_architecture(
     return whole
 
 
-def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+def _has_own_head(folder: pathlib.Path, decoder: DecoderConfig) -> bool:
+    """Whether tied embeddings come with a head that is another matrix; transformers then unties."""
+    table = decoder_table(dataclasses.replace(decoder, tie_embeddings=False))
+    tensors = match(table, list_tensors(folder))[0].tensors
+    pair = [tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    if pair[0] is None or pair[1] is None:
+        return False
+    return not np.array_equal(pair[0].read(), pair[1].read())
+
+
+def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: RunConfig) -> None:
     """Saves the decoder's tokenizer as it is, without a token more. Where its template cannot train
     several turns, and it has ChatML's markers, it gets ChatML."""
-    if not (source / "tokenizer_config.json").is_file():
-        raise WeightsError(f"{source} has no tokenizer (tokenizer_config.json)")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
-    except Exception as error:  # of whatever kind
-        raise WeightsError(f"{source}: the tokenizer cannot be loaded: {error}") from error
+    tokenizer = read_tokenizer(source)
+    if len(tokenizer) > config.model.decoder.vocab_size:
+        raise WeightsError(
+            f"{source}: the tokenizer has {len(tokenizer)} entries, and config.json says "
+            f"vocab_size={config.model.decoder.vocab_size}"
+        )
     try:
         check_template(tokenizer)
     except Exception as error:  # also what a template's own code raises
@@ -151,14 +180,20 @@ def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
             ) from error
         tokenizer.chat_template = CHATML
         print("note: the chat template is ChatML; the tokenizer's own cannot train several turns")
-    tokenizer.save_pretrained(folder)
-    if (source / "generation_config.json").exists():
-        shutil.copy(source / "generation_config.json", folder)
-    stop_ids(folder, load_tokenizer(folder))
+    stop_ids(source, tokenizer)
+    copy_tokenizer(source, folder)
+    tokenizer.save_pretrained(folder)  # with its template
+    ConversationEncoder(load_tokenizer(folder), config.data.system)
 
 
-def _make_plan(config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path]) -> _Plan:
-    """Finds a tensor for every row of every component's table, and checks its shape and dtype."""
+def _make_plan(
+    config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path], side: int
+) -> _Plan:
+    """Finds a tensor for every row of every component's table, and checks its shape and dtype.
+
+    Args:
+      side: patches along an edge of the tower's own images, before any resampling.
+    """
     _, abstract = abstract_model(config.model)
     shapes = flatten(nnx.to_pure_dict(abstract))
     pieces: dict[str, list[tuple[Row, Tensor]]] = {}
@@ -167,7 +202,7 @@ def _make_plan(config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path
         if component not in folders:
             continue
         found, missing = match(table, list_tensors(folders[component]))
-        wrong = missing + _wrong_tensors(table, found, shapes)
+        wrong = missing + _wrong_tensors(table, found, shapes, side)
         part = {name: leaf for name, leaf in shapes.items() if name.startswith(f"{component}/")}
         wrong += coverage_problems(table.rows, part)
         problems += [f"{component}: {problem}" for problem in wrong]
@@ -181,16 +216,16 @@ def _make_plan(config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path
     return _Plan(pieces, shapes, flatten(param_shardings(abstract, mesh)))
 
 
-def _wrong_tensors(table: Table, found: Match, shapes: Mapping[str, Any]) -> list[str]:
+def _wrong_tensors(table: Table, found: Match, shapes: Mapping[str, Any], side: int) -> list[str]:
     problems = []
     for row in table.rows:
         tensor = found.tensors.get(row.tensor)
         if tensor is None:
             continue
         expected = row.tensor_shape(shapes[row.path].shape)
-        square = row.path == _POSITION and round(tensor.shape[0] ** 0.5) ** 2 == tensor.shape[0]
-        same = tensor.shape[1:] == expected[1:] if square else tensor.shape == expected
-        if not same:
+        if row.path == _POSITION:
+            expected = side**2, expected[1]
+        if tensor.shape != expected:
             problems.append(f"{tensor.name} is {tensor.shape}, not {expected}")
         if tensor.dtype not in DTYPES:
             problems.append(f"{tensor.name} is {tensor.dtype}, not one of {', '.join(DTYPES)}")
@@ -296,7 +331,6 @@ def _write(
     params: Mapping[str, jax.Array],
     sources: Sources,
 ) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         run = Run(partial)

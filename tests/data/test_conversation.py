@@ -313,6 +313,28 @@ def test_unusable_template_is_refused_by_name(
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_template_that_shows_the_date_gets_the_same_every_day():
+    """As Llama 3.2's, which asks the clock when it is given none."""
+    clock = "{% set date_string = strftime_now('%d %b %Y') %}"
+    made = with_template(
+        "{% if date_string is not defined %}" + clock + "{% endif %}{{ date_string }}" + INST
+    )
+    encoded = ConversationEncoder(made, "").encode(sample_of(("a", "b")), [])
+    assert runs(made, encoded)[0] == (False, "26 Jul 2024[INST] a [/INST]")
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [("{{ raise_exception('no system') }}", "no system"), ("", "leaves it out")],
+)
+def test_a_system_text_that_the_template_cannot_show_is_refused(start: str, message: str):
+    checked = "{% if messages[0]['role'] == 'system' %}" + start + "{% endif %}"
+    made = with_template(checked + INST)
+    with pytest.raises(ConfigError, match=rf"data.system='Be brief.*{message}"):
+        ConversationEncoder(made, "Be brief.")
+    ConversationEncoder(made, "")
+
+
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: pathlib.Path):
     with pytest.raises(ConfigError, match=f"{tmp_path} holds no tokenizer"):
         load_tokenizer(tmp_path)

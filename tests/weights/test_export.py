@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,9 @@ def test_three_folders_make_the_same_run_again(projector, tokenizer, tmp_path):
     out = tmp_path / "out"
     export_run(run, out)
     parts = [str(out / part) for part in ("vision", "decoder", "projector")]
-    again = import_run(config_for(model__vision__image_size=32), Sources(*parts), tmp_path / "2")
+    named = {"model__projector": projector} if ":" in projector else {}
+    config = config_for(model__vision__image_size=32, **named)
+    again = import_run(config, Sources(*parts), tmp_path / "2")
     assert again.model == run.config.model
     for path in run.stored_params(0):
         np.testing.assert_array_equal(
@@ -190,6 +193,52 @@ def test_a_trained_run_is_exported_in_its_dtype(trained_run, tmp_path):
     expected = Run(trained_run).read_param(2, "decoder/embedding")
     found = loaded.get_input_embeddings().weight.detach().float().numpy()
     np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("shard", ["5GB", "50KB"])
+def test_a_model_folder_as_tokenizer_leaves_no_trace(shard, small_config, tmp_path, monkeypatch):
+    """Its weights and config.json would be loaded in place of those that were trained."""
+    other = save(make_decoder("llama3"), tmp_path / "other", "llama3", shard=shard)
+    run = random_run(tmp_path / "run", other)
+    names = {path.name for path in run.tokenizer_path.iterdir()}
+    assert names == {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    (run.tokenizer_path / "config.json").write_text("{}")  # as older runs may have it
+    (run.tokenizer_path / "model.safetensors").write_bytes(b"stale")
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 50_000)
+    export_run(run, tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/decoder")
+    expected = np.asarray(logits_of(load_model(run.path), TOKENS))
+    assert np.abs(torch_logits(loaded) - expected).max() < MAX_ERROR * np.abs(expected).max()
+
+
+def test_merging_into_bfloat16_kernels_rounds_once(tokenizer, tmp_path):
+    lora = {"model__decoder__lora__rank": 2, "optim__learning_rate__decoder": 1e-4}
+    run = random_run(tmp_path / "run", tokenizer, **lora)
+    params = {path: run.read_param(0, path) for path in run.stored_params(0)}
+    path = "decoder/layers/down/kernel"
+    params[path] = params[path].astype(jnp.bfloat16)
+    for name in (name for name in params if name.endswith("lora/b")):
+        params[name] *= 1e-3  # far below the kernel's rounding
+    shutil.rmtree(run.checkpoints_path)
+    run.save_params(unflatten({name: jnp.asarray(v) for name, v in params.items()}), {})
+    export_run(run, tmp_path / "out", dtype="float32")
+    found = read_all(tmp_path / "out/decoder")["model.layers.1.mlp.down_proj.weight"].numpy().T
+    a, b = (params[f"decoder/layers/down/lora/{m}"][1].astype(np.float64) for m in "ab")
+    update = a @ b * run.config.model.decoder.lora.alpha / 2
+    expected = params[path][1].astype(np.float64) + update
+    np.testing.assert_allclose(found, expected, atol=np.abs(update).max() / 1000)
+
+
+def test_values_beyond_float16_are_refused(tokenizer, tmp_path):
+    run = random_run(tmp_path / "run", tokenizer)
+    params = {path: jnp.asarray(run.read_param(0, path)) for path in run.stored_params(0)}
+    params["decoder/norm/scale"] = params["decoder/norm/scale"].at[0].set(1e5)
+    shutil.rmtree(run.checkpoints_path)
+    run.save_params(unflatten(params), {})
+    with pytest.raises(WeightsError, match=r"model.norm.weight has values beyond float16"):
+        export_run(run, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    export_run(run, tmp_path / "out", dtype="bfloat16")
 
 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(trained_run, tmp_path, monkeypatch):

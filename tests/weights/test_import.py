@@ -280,11 +280,16 @@ def test_several_end_tokens_and_the_tokenizer_come_along(tower, tmp_path):
     }
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": ["a"]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", *(f'{{"eos_token_id": {i}}}' for i in ('["a"]', '"a"', "true", "-1", "1e400"))],
+)
 def test_a_damaged_generation_config_is_named(content, tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     (folder / "generation_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"generation_config.json is damaged"):
+    with pytest.raises(
+        ConfigError, match=rf"{folder}/generation_config.json(: eos_token_id has| is damaged)"
+    ):
         import_of(tmp_path / "run", tower, folder)
     assert not (tmp_path / "run").exists()
 
@@ -375,7 +380,6 @@ def test_problems_of_both_parts_come_at_once(tmp_path):
 FILES = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
-    "no tokenizer": (lambda f: (f / "tokenizer_config.json").unlink(), "has no tokenizer"),
     "missing shard": (lambda f: sorted(f.glob("model-*"))[1].unlink(), "00002-of-"),
     "truncated shard": (
         lambda f: (p := sorted(f.glob("model-*"))[1]).write_bytes(p.read_bytes()[:-100]),
@@ -427,7 +431,6 @@ FIELDS = {
     "intermediate_size": (40, "up_proj.weight is (48, 56), not (40, 56)"),
     "hidden_size": (64, "embed_tokens.weight is (307, 56), not (307, 64)"),
     "vocab_size": (300, "embed_tokens.weight is (307, 56), not (300, 56)"),
-    "tie_word_embeddings": (True, None),
     "quantization_config": ({"quant_method": "fp8"}, "quantization_config="),
 }
 
@@ -437,10 +440,68 @@ def test_a_wrong_config_names_the_field_or_the_tensor(field, tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     value, message = FIELDS[field]
     edit_json(folder / "config.json", lambda content: content.update({field: value}))
-    if message is None:  # a head that tied embeddings do not need
-        assert import_of(tmp_path / "run", tower, folder).config.model.decoder.tie_embeddings
-    else:
-        refuse(tower, folder, tmp_path / "out" / "run", message)
+    refuse(tower, folder, tmp_path / "out" / "run", message)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_tied_embeddings_counts_where_it_differs(same, tower, tmp_path, capsys):
+    """As transformers has it: it ties two matrices only when they are equal."""
+    folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
+    tensors = load_file(folder / "model.safetensors")
+    if same:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", lambda c: c.update(tie_word_embeddings=True))
+    run = import_of(tmp_path / "run", tower, folder)
+    assert run.config.model.decoder.tie_embeddings == same
+    assert ("lm_head.weight differs" in capsys.readouterr().out) != same
+    expected = torch_logits(transformers.AutoModelForCausalLM.from_pretrained(folder))
+    found = np.asarray(logits_of(load_model(run.path), TOKENS))
+    assert np.abs(found - expected).max() < MAX_ERROR
+
+
+def test_no_code_of_a_folder_is_run(tower, decoder, tmp_path):
+    folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    entry = {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "foo"}
+    edit_json(folder / "config.json", lambda c: c.update(entry))
+    refuse(tower, folder, tmp_path / "out" / "run", "config.json cannot be read")
+    code = tmp_path / "projector"
+    code.mkdir()
+    fields = {"projector": "evil:Class", "projector_args": {}, "downsample": 2, "mamba": {}}
+    (code / "config.json").write_text(json.dumps(fields))
+    sources = Sources(str(tower), str(decoder), str(code))
+    with pytest.raises(WeightsError, match=r"would run projector='evil:Class'.*If you trust"):
+        import_run(config_for(), sources, tmp_path / "out" / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_system_text_that_the_template_refuses_is_found_at_the_start(tower, tmp_path):
+    folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + template
+    )
+    with pytest.raises(ConfigError, match=r"data.system='Hi'.*no system"):
+        import_of(tmp_path / "run", tower, folder, data__system="Hi")
+    import_of(tmp_path / "run", tower, folder, data__system="")
+
+
+def test_more_entries_than_the_vocabulary_are_found_before_reading(tower, tmp_path):
+    folder = save(make_decoder("qwen2", vocab_size=200), tmp_path / "hub", "qwen2")
+    refuse(tower, folder, tmp_path / "out" / "run", str(folder), "290 entries", "vocab_size=200")
+
+
+def test_out_may_be_a_link_and_must_be_a_folder(tower, decoder, tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    import_of(tmp_path / "link", tower, decoder)
+    assert (tmp_path / "big/config.json").exists()
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/run"):
+        with pytest.raises(WeightsError, match=rf"--out={tmp_path}/{out} cannot be a folder"):
+            import_of(tmp_path / out, tower, decoder)
 
 
 @pytest.mark.parametrize(
@@ -450,6 +511,7 @@ def test_a_wrong_config_names_the_field_or_the_tensor(field, tower, tmp_path):
         ({"model_type": "siglip2_vision_model"}, "model_type='siglip2_vision_model'"),
         ({"image_size": [56, 42]}, "image_size=[56, 42] must be a number"),
         ({"patch_size": 7}, "patch_embedding.weight is (24, 3, 14, 14), not (24, 3, 7, 7)"),
+        ({"image_size": 112}, "position_embedding.weight is (16, 24), not (64, 24)"),
     ],
 )
 def test_a_tower_that_is_not_supported_is_refused_by_field(changes, message, decoder, tmp_path):
@@ -481,6 +543,12 @@ def test_a_tokenizer_without_template_or_markers_is_refused(tower, tmp_path):
     edit_json(folder / "tokenizer_config.json", lambda c: c.pop("extra_special_tokens", None))
     (folder / "chat_template.jinja").unlink()
     refuse(tower, folder, tmp_path / "out" / "run", "chat template cannot be used")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tower, tmp_path):
+    folder = save(make_decoder("qwen2"), tmp_path / "hub")
+    with pytest.raises(ConfigError, match=f"{folder} holds no tokenizer"):
+        import_of(tmp_path / "run", tower, folder)
 
 
 def test_nothing_is_overwritten(tower, decoder, tmp_path):
