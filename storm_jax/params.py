@@ -32,15 +32,20 @@ def abstract_model(config: ModelConfig, *, remat: bool = False) -> tuple[nnx.Gra
     return graphdef, params
 
 
+def init_params(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
+    """All parameters of a fresh model by path, in fp32."""
+    model = Storm(config, rngs=nnx.Rngs(seed))
+    return flatten(nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
+
+
 def random_params(
     config: ModelConfig, seed: int, shardings: Mapping[str, NamedSharding]
 ) -> dict[str, jax.Array]:
     """The parameters with these paths as a fresh model has them, in fp32; no others are made."""
 
     def make() -> dict[str, jax.Array]:
-        model = Storm(config, rngs=nnx.Rngs(seed))
-        flat = flatten(nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
-        return {name: flat[name] for name in shardings}
+        params = init_params(config, seed)
+        return {name: params[name] for name in shardings}
 
     return jax.jit(make, out_shardings=dict(shardings))()
 

@@ -27,7 +27,12 @@ import transformers
 
 from storm_jax import config as config_lib
 from storm_jax.config import ConfigError, ModelConfig, RunConfig
-from storm_jax.data.conversation import copy_tokenizer, load_tokenizer
+from storm_jax.data.conversation import (
+    check_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+)
 from storm_jax.params import flatten, unflatten
 
 # What may differ when a run is continued; anything else makes it another run.
@@ -69,10 +74,11 @@ class Run:
           RunError: when the folder cannot be written or holds another run; nothing is overwritten.
           ConfigError: when `tokenizer_from` holds no tokenizer, or one too large for the model.
         """
-        size, slots = len(load_tokenizer(tokenizer_from)), config.model.decoder.vocab_size
-        if size > slots:
+        tokenizer, slots = read_tokenizer(tokenizer_from), config.model.decoder.vocab_size
+        check_tokenizer(tokenizer, tokenizer_from)
+        if len(tokenizer) > slots:
             raise ConfigError(
-                f"the tokenizer in {tokenizer_from} has {size} entries, more than "
+                f"the tokenizer in {tokenizer_from} has {len(tokenizer)} entries, more than "
                 f"model.decoder.vocab_size={slots}"
             )
         try:
@@ -82,7 +88,7 @@ class Run:
             else:
                 (self.path / "skipped.jsonl").unlink(missing_ok=True)
                 partial = self.path / f"tokenizer.{os.getpid()}.tmp"
-                copy_tokenizer(tokenizer_from, partial)
+                save_tokenizer(tokenizer, tokenizer_from, partial)
                 shutil.rmtree(self.tokenizer_path, ignore_errors=True)
                 partial.rename(self.tokenizer_path)
             write_atomically(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 import transformers
 from flax import nnx
@@ -170,6 +171,12 @@ def logits_of(model: Storm, tokens: Any) -> jax.Array:
         return hidden @ model.decoder.head()
 
     return run(model)
+
+
+def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """The same of a model of transformers."""
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.float().numpy()
 
 
 def edit_json(path: pathlib.Path, change: Callable[[dict], None]) -> None:

@@ -50,12 +50,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
       ConfigError: naming the folder and what it lacks.
     """
     tokenizer = read_tokenizer(folder)
-    if tokenizer.chat_template is None:
-        raise ConfigError(f"{folder}: the tokenizer has no chat template")
-    try:
-        check_template(tokenizer)
-    except Exception as error:  # whatever the template's own code raises
-        raise ConfigError(f"{folder}: {error}") from error
+    check_tokenizer(tokenizer, folder)
     if tokenizer.pad_token_id is None:  # any will do: padding is neither seen nor learned
         tokenizer.pad_token = end_of_turn(tokenizer)
     return tokenizer
@@ -78,10 +73,24 @@ def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
         raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 
 
-def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Saves the tokenizer of a folder, and its generation_config.json, in another; nothing else, for
+def check_tokenizer(
+    tokenizer: transformers.PreTrainedTokenizerBase, folder: str | pathlib.Path
+) -> None:
+    """Raises ConfigError, naming the folder it came from, for a chat template that cannot be used."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"{folder}: the tokenizer has no chat template")
+    try:
+        check_template(tokenizer)
+    except Exception as error:  # whatever the template's own code raises
+        raise ConfigError(f"{folder}: {error}") from error
+
+
+def save_tokenizer(
+    tokenizer: transformers.PreTrainedTokenizerBase, source: pathlib.Path, folder: pathlib.Path
+) -> None:
+    """Saves a tokenizer, and the generation_config.json of the folder it came from; nothing else, for
     the folder of a model has weights and a config.json beside them."""
-    read_tokenizer(source).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     if (source / "generation_config.json").exists():
         shutil.copy(source / "generation_config.json", folder)
 
@@ -164,7 +173,8 @@ class ConversationEncoder:
             raise ConfigError(f"data.system={self.system!r} must not hold <image> or <video>")
         if self.system:
             try:
-                rendered = self._render(
+                rendered = render(
+                    self.tokenizer,
                     [{"role": "system", "content": self.system}, {"role": "user", "content": "?"}],
                     opened=True,
                 )
@@ -203,8 +213,8 @@ class ConversationEncoder:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:i], opened=True)
-            through = self._render(messages[: i + 1], opened=False)
+            before = render(self.tokenizer, messages[:i], opened=True)
+            through = render(self.tokenizer, messages[: i + 1], opened=False)
             content = message["content"].strip()
             start = through.find(content, len(before)) if through.startswith(before) else -1
             marker = self.end_of_turn or ""
@@ -220,11 +230,8 @@ class ConversationEncoder:
             spans += [(before[len(done) :], False), (through[len(before) : end], True)]
             done = through[:end]
         closed = messages[-1]["role"] == "assistant"
-        rest = self._render(messages, opened=not closed)
+        rest = render(self.tokenizer, messages, opened=not closed)
         return [*spans, (rest[len(done) :], False)]
-
-    def _render(self, messages: list[dict[str, str]], *, opened: bool) -> str:
-        return render(self.tokenizer, messages, opened=opened)
 
 
 class _Parts:

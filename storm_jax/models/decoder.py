@@ -103,13 +103,13 @@ class DecoderLayer(nnx.Module):
             return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
         def linear(name: str, equation: str, shape: tuple, axes: tuple, bias=False) -> Einsum:
-            lora = config.lora if re.fullmatch(config.lora.targets, name) else None
+            adapted = config.lora.rank and re.fullmatch(config.lora.targets, name)
             return Einsum(
                 equation,
                 shape,
                 axes,
                 bias=bias,
-                lora=lora if lora and lora.rank else None,
+                lora=config.lora if adapted else None,
                 rngs=rngs,
                 dtype=dtype,
             )

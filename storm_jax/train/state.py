@@ -12,8 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from storm_jax.config import RunConfig
-from storm_jax.models.storm import Storm
-from storm_jax.params import abstract_model, compute_dtypes, flatten, unflatten
+from storm_jax.params import abstract_model, compute_dtypes, flatten, init_params, unflatten
 from storm_jax.sharding import param_shardings
 from storm_jax.train.optim import is_trainable, make_optimizer
 
@@ -65,8 +64,7 @@ class StateSpec:
         """Random parameters from `train.seed`, born where they belong."""
 
         def make() -> TrainState:
-            model = Storm(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
-            return _split(flatten(nnx.to_pure_dict(nnx.split(model)[1])), self.config)
+            return _split(init_params(self.config.model, self.config.train.seed), self.config)
 
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=self.shardings)()

@@ -3,6 +3,7 @@
     mapping        which tensor is which parameter, in which layout; one table for both ways
     architecture   config.json <-> VisionConfig, DecoderConfig
     tensors        folders of safetensors: read lazily, written in shards
+    output         a folder that is written whole or not at all
     importer       a tower, a decoder and perhaps a projector -> a run at step 0
     exporter       a run -> three folders
 

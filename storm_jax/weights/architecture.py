@@ -45,6 +45,25 @@ _NEUTRAL_VISION = {
     "quantization_config": (None,),
 }
 
+# Our fields and those of config.json, for both ways.
+_VISION_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "norm_eps": "layer_norm_eps",
+}
+_DECODER_FIELDS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "max_positions": "max_position_embeddings",
+}
 _PROJECTOR_FIELDS = ("projector", "projector_args", "downsample", "mamba")
 
 
@@ -60,18 +79,11 @@ def read_vision(folder: pathlib.Path, feature_layer: int) -> VisionConfig:
     whole = _read(folder)
     config = getattr(whole, "vision_config", whole)
     _refuse(folder, config, VISION_TYPES, _NEUTRAL_VISION)
-    sizes = {name: getattr(config, name) for name in ("image_size", "patch_size")}
+    fields = {ours: getattr(config, theirs) for ours, theirs in _VISION_FIELDS.items()}
+    sizes = {name: fields[name] for name in ("image_size", "patch_size")}
     if wrong := [f"{k}={v!r} must be a number" for k, v in sizes.items() if not isinstance(v, int)]:
         raise WeightsError(f"{folder}/config.json:", wrong)
-    return VisionConfig(
-        **sizes,
-        width=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_dim=config.intermediate_size,
-        feature_layer=feature_layer,
-        norm_eps=config.layer_norm_eps,
-    )
+    return VisionConfig(**fields, feature_layer=feature_layer)
 
 
 def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
@@ -93,17 +105,11 @@ def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
     heads = config.num_attention_heads
     return (
         DecoderConfig(
-            vocab_size=config.vocab_size,
-            width=config.hidden_size,
-            depth=config.num_hidden_layers,
-            num_heads=heads,
+            **{ours: getattr(config, theirs) for ours, theirs in _DECODER_FIELDS.items()},
             num_kv_heads=config.num_key_value_heads or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            mlp_dim=config.intermediate_size,
             rope_theta=float(config.rope_parameters["rope_theta"]),
             tie_embeddings=bool(whole.tie_word_embeddings),
-            norm_eps=config.rms_norm_eps,
-            max_positions=config.max_position_embeddings,
             rope_scaling=scaling,
             **DECODER_TYPES[config.model_type],
         ),
@@ -129,7 +135,7 @@ def read_projector(folder: pathlib.Path, model: ModelConfig) -> ModelConfig:
         raise WeightsError(f"{folder} has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"{path} is not the config.json of a projector that `export` wrote: {error!r}",
+            f"{path} is not the config.json of a projector that `export` wrote: {error!r}"
         ) from error
     theirs, ours = ((config.projector, dict(config.projector_args)) for config in (there, model))
     if theirs[0] not in ("storm", "mlp") and theirs != ours:
@@ -168,7 +174,7 @@ def _refuse(
     if config.model_type not in types:
         raise WeightsError(
             f"{folder}/config.json: model_type={config.model_type!r} is not supported; known are "
-            f"{', '.join(types)}",
+            f"{', '.join(types)}"
         )
     values = {name: getattr(config, name, allowed[0]) for name, allowed in neutral.items()}
     wrong = [
@@ -207,14 +213,8 @@ def vision_json(config: VisionConfig, dtype: str) -> dict[str, Any]:
     return transformers.SiglipVisionConfig(
         architectures=["SiglipVisionModel"],
         dtype=dtype,
-        hidden_size=config.width,
-        intermediate_size=config.mlp_dim,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.num_heads,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        layer_norm_eps=config.norm_eps,
         vision_use_head=False,
+        **{theirs: getattr(config, ours) for ours, theirs in _VISION_FIELDS.items()},
     ).to_diff_dict()
 
 
@@ -251,7 +251,7 @@ def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[st
         make, name = families[config.qkv_bias, config.qk_norm]
     except KeyError:
         raise WeightsError(
-            f"no model of transformers has qkv_bias={config.qkv_bias} and qk_norm={config.qk_norm}",
+            f"no model of transformers has qkv_bias={config.qkv_bias} and qk_norm={config.qk_norm}"
         ) from None
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling
@@ -266,17 +266,11 @@ def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[st
     fields = dict(
         architectures=[name],
         dtype=dtype,
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.mlp_dim,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        rms_norm_eps=config.norm_eps,
         tie_word_embeddings=config.tie_embeddings,
-        max_position_embeddings=config.max_positions,
         rope_parameters=rope,
+        **{theirs: getattr(config, ours) for ours, theirs in _DECODER_FIELDS.items()},
         **token_ids,
     )
     try:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.config import ModelConfig
-from storm_jax.data.conversation import copy_tokenizer, stop_ids
+from storm_jax.data.conversation import read_tokenizer, save_tokenizer, stop_ids
 from storm_jax.models.lora import is_adapter, merge
 from storm_jax.run import Run
 from storm_jax.weights import WeightsError
@@ -32,7 +30,8 @@ from storm_jax.weights.architecture import (
     vision_json,
 )
 from storm_jax.weights.mapping import Row, coverage_problems, tables
-from storm_jax.weights.tensors import ShardWriter, free_folder
+from storm_jax.weights.output import free_folder, written_whole
+from storm_jax.weights.tensors import ShardWriter
 
 
 def export_run(run: Run, out: pathlib.Path, *, step: int | None = None, dtype: str = "") -> None:
@@ -54,26 +53,21 @@ def export_run(run: Run, out: pathlib.Path, *, step: int | None = None, dtype: s
     if problems:
         raise WeightsError(f"checkpoint {step} of {run.path} is not whole:", problems)
     configs = _configs(run, dtype)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
+    with written_whole(out) as partial:
         for part, rows in parts.items():
             folder = partial / part
             folder.mkdir()
             for name, content in configs[part].items():
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n")
             if part == "decoder":  # over our generation config, if the weights came with one
-                copy_tokenizer(run.tokenizer_path, folder)
+                source = run.tokenizer_path
+                save_tokenizer(read_tokenizer(source), source, folder)
             writer = ShardWriter(folder)
             for row, value in _tensors(run, step, rows, stored, dtype):
                 writer.add(row.tensor, value)
             writer.close()
             size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
             print(f"{out / part}: {len(rows)} tensors, {size / 1e9:.2f} GB ({dtype})", flush=True)
-        partial.chmod(0o755)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _configs(run: Run, dtype: str) -> dict[str, dict[str, Any]]:
@@ -106,17 +100,18 @@ def _tensors(
     by_path: dict[str, list[Row]] = {}
     for row in rows:
         by_path.setdefault(row.path, []).append(row)
+    # What overflows float16 is seen on the way from float32.
+    wide = jnp.dtype("float32" if dtype == "float16" else dtype)
     for path, members in by_path.items():
         adapters = [name for name in stored if is_adapter(name) and _kernel_of(name) == path]
-        narrow = dtype == "float16"  # cast below, where an overflow is seen
-        value = run.read_param(step, path, None if adapters or narrow else jnp.dtype(dtype))
+        value = run.read_param(step, path, None if adapters else wide)
         if adapters:
-            value = _merged(run, step, path, value, adapters, jnp.dtype(dtype))
+            value = _merged(run, step, path, value, adapters, wide)
         for row in members:
             tensor = row.to_theirs(value)
             with np.errstate(over="ignore"):
                 cast = tensor.astype(jnp.dtype(dtype))
-            if dtype == "float16" and np.isinf(cast).sum() > np.isinf(tensor).sum():
+            if wide != cast.dtype and np.isinf(cast).sum() > np.isinf(tensor).sum():
                 raise WeightsError(f"{row.tensor} has values beyond float16; use --dtype=bfloat16")
             yield row, cast
 
@@ -132,7 +127,7 @@ def _merged(
     another: a stack in fp32 could fill the host."""
     others = {name: run.read_param(step, name) for name in adapters}
     lora = run.config.model.decoder.lora
-    merged = np.empty(kernel.shape, np.float32 if dtype == jnp.float16 else dtype)
+    merged = np.empty(kernel.shape, dtype)
     for i in range(len(kernel)):
         layer = {name: jnp.asarray(value[i : i + 1]) for name, value in others.items()}
         layer[path] = jnp.asarray(kernel[i : i + 1], jnp.float32)

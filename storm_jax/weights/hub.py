@@ -25,7 +25,7 @@ def local_folder(spec: str) -> pathlib.Path:
     name, _, inside = rest.partition("/")
     if not name or spec.startswith((".", "/", "~")):
         raise WeightsError(
-            f"{spec} is neither a folder here nor a hub id such as Qwen/Qwen2-7B-Instruct",
+            f"{spec} is neither a folder here nor a hub id such as Qwen/Qwen2-7B-Instruct"
         )
     patterns = [f"{inside}/{pattern}" if inside else pattern for pattern in _FILES]
     try:
@@ -34,6 +34,6 @@ def local_folder(spec: str) -> pathlib.Path:
         raise WeightsError(
             f"{spec} is no folder here and could not be had from the Hugging Face Hub: "
             f"{(str(error) or repr(error)).splitlines()[0]} (without a network, copy the model here and name its "
-            f"folder; for a gated one, `hf auth login`)",
+            f"folder; for a gated one, `hf auth login`)"
         ) from error
     return pathlib.Path(root) / inside

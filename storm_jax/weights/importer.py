@@ -23,9 +23,8 @@ from storm_jax.config import DecoderConfig, RunConfig, VisionConfig
 from storm_jax.data.conversation import (
     ConversationEncoder,
     check_template,
-    copy_tokenizer,
-    load_tokenizer,
     read_tokenizer,
+    save_tokenizer,
     stop_ids,
 )
 from storm_jax.data.tokenizer import CHATML
@@ -36,12 +35,12 @@ from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
 from storm_jax.weights.hub import local_folder
 from storm_jax.weights.mapping import Row, Table, coverage_problems, decoder_table, tables
+from storm_jax.weights.output import free_folder, written_whole
 from storm_jax.weights.positions import resample
 from storm_jax.weights.tensors import (
     DTYPES,
     Match,
     Tensor,
-    free_folder,
     list_tensors,
     match,
     summary,
@@ -105,12 +104,15 @@ def import_run(
         tokenizer = pathlib.Path(staged)
         _write_tokenizer(folders["decoder"], tokenizer, config)
         plan = _make_plan(config, mesh, folders, vision.side)
-        _check_space(out, sum(plan.nbytes(path) for path in plan.pieces))
+        _check_space(out.parent, sum(plan.nbytes(path) for path in plan.pieces))
         params = _read(plan)
         fresh = {n: s for n, s in plan.shardings.items() if n not in plan.pieces}
         with jax.set_mesh(mesh):
             params |= random_params(config.model, config.train.seed, fresh)
-        _write(out, config, tokenizer, params, sources)
+        with written_whole(out) as partial:
+            run = Run(partial)
+            run.prepare(config, tokenizer)
+            run.save_params(unflatten(params), {"imported": dataclasses.asdict(sources)})
     size = sum(leaf.nbytes for leaf in params.values())
     count = sum(leaf.size for leaf in params.values())
     print(
@@ -175,15 +177,12 @@ def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: RunConf
         check_template(tokenizer)
     except Exception as error:  # also what a template's own code raises
         if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_added_vocab().keys():
-            raise WeightsError(
-                f"{source}: the chat template cannot be used: {error}",
-            ) from error
+            raise WeightsError(f"{source}: the chat template cannot be used: {error}") from error
         tokenizer.chat_template = CHATML
         print("note: the chat template is ChatML; the tokenizer's own cannot train several turns")
     stop_ids(source, tokenizer)
-    copy_tokenizer(source, folder)
-    tokenizer.save_pretrained(folder)  # with its template
-    ConversationEncoder(load_tokenizer(folder), config.data.system)
+    ConversationEncoder(tokenizer, config.data.system)
+    save_tokenizer(tokenizer, source, folder)
 
 
 def _make_plan(
@@ -242,12 +241,11 @@ def _describe(component: str, folder: pathlib.Path, found: Match) -> None:
     print(line)
 
 
-def _check_space(out: pathlib.Path, needed: int) -> None:
-    parent = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(parent).free
+def _check_space(folder: pathlib.Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise WeightsError(
-            f"{parent} has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f}",
+            f"{folder} has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f}"
         )
 
 
@@ -322,22 +320,3 @@ def _copy(
         plain = f"u{into.dtype.itemsize}"
         wanted, into = wanted.view(plain), into.view(plain)
     into[...] = wanted
-
-
-def _write(
-    out: pathlib.Path,
-    config: RunConfig,
-    tokenizer: pathlib.Path,
-    params: Mapping[str, jax.Array],
-    sources: Sources,
-) -> None:
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        run = Run(partial)
-        run.prepare(config, tokenizer)
-        run.save_params(unflatten(params), {"imported": dataclasses.asdict(sources)})
-        partial.chmod(0o755)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -46,22 +46,6 @@ class Match:
     outside: tuple[str, ...]
 
 
-def free_folder(out: pathlib.Path) -> pathlib.Path:
-    """The folder to write, behind links, made ready so that a bad path is found before the work.
-
-    Raises:
-      WeightsError: when something is there, or it cannot be made.
-    """
-    path = out.expanduser().resolve()
-    try:
-        if path.exists() and any(path.iterdir()):
-            raise WeightsError(f"--out={out} exists; nothing is overwritten")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WeightsError(f"--out={out} cannot be a folder: {error}") from error
-    return path
-
-
 def list_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     """Every tensor of a folder with one safetensors file, or with an index and its shards.
 
@@ -96,7 +80,7 @@ def _only_file(folder: pathlib.Path) -> pathlib.Path:
     found = f"{len(files)} safetensors files and no {INDEX}" if files else "no safetensors file"
     raise WeightsError(
         f"{folder} has {found}: it must be a folder that transformers' save_pretrained writes (load "
-        f"and save older .bin files with it once)",
+        f"and save older .bin files with it once)"
     )
 
 

@@ -22,6 +22,7 @@ from reference_models import (
     make_decoder,
     make_tower,
     save,
+    torch_logits,
 )
 from safetensors.torch import load_file
 
@@ -34,11 +35,6 @@ from storm_jax.weights.importer import Sources, import_run
 
 MAX_ERROR = 1e-5
 TOKENS = np.random.default_rng(0).integers(0, BASE["vocab_size"], (2, 40))
-
-
-def torch_logits(model: torch.nn.Module) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits.float().numpy()
 
 
 def read_all(folder: pathlib.Path) -> dict[str, torch.Tensor]:
@@ -75,7 +71,7 @@ def test_every_decoder_loads_in_transformers_with_its_tokenizer(family, tower, t
     export_run(Run(tmp_path / "run"), tmp_path / "out")
     out = tmp_path / "out/decoder"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
-    assert np.abs(torch_logits(loaded) - torch_logits(model)).max() < MAX_ERROR
+    assert np.abs(torch_logits(loaded, TOKENS) - torch_logits(model, TOKENS)).max() < MAX_ERROR
     ours, theirs = (transformers.AutoTokenizer.from_pretrained(f) for f in (out, folder))
     assert ours.get_vocab() == theirs.get_vocab()
     assert ours.chat_template == theirs.chat_template
@@ -172,7 +168,9 @@ def test_adapters_are_merged(tokenizer, tmp_path):
     expected = np.asarray(logits_of(load_model(run.path), TOKENS))
     without = random_run(tmp_path / "without", tokenizer)
     assert np.abs(np.asarray(logits_of(load_model(without.path), TOKENS)) - expected).max() > 0.1
-    assert np.abs(torch_logits(loaded) - expected).max() < MAX_ERROR * np.abs(expected).max()
+    assert (
+        np.abs(torch_logits(loaded, TOKENS) - expected).max() < MAX_ERROR * np.abs(expected).max()
+    )
 
 
 def test_large_exports_are_cut_into_shards(decoder, tower, tmp_path, monkeypatch):
@@ -182,7 +180,10 @@ def test_large_exports_are_cut_into_shards(decoder, tower, tmp_path, monkeypatch
     files = sorted(path.name for path in (tmp_path / "out/decoder").glob("*.safetensors"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/decoder")
-    assert np.abs(torch_logits(loaded) - torch_logits(make_decoder("qwen2"))).max() < MAX_ERROR
+    assert (
+        np.abs(torch_logits(loaded, TOKENS) - torch_logits(make_decoder("qwen2"), TOKENS)).max()
+        < MAX_ERROR
+    )
     assert not list((tmp_path / "out").rglob("*.part"))
 
 
@@ -208,7 +209,9 @@ def test_a_model_folder_as_tokenizer_leaves_no_trace(shard, small_config, tmp_pa
     export_run(run, tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/decoder")
     expected = np.asarray(logits_of(load_model(run.path), TOKENS))
-    assert np.abs(torch_logits(loaded) - expected).max() < MAX_ERROR * np.abs(expected).max()
+    assert (
+        np.abs(torch_logits(loaded, TOKENS) - expected).max() < MAX_ERROR * np.abs(expected).max()
+    )
 
 
 def test_merging_into_bfloat16_kernels_rounds_once(tokenizer, tmp_path):

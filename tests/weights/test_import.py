@@ -24,6 +24,7 @@ from reference_models import (
     make_tower,
     randomised,
     save,
+    torch_logits,
 )
 from safetensors.torch import load_file, save_file
 
@@ -44,11 +45,6 @@ def import_of(out: pathlib.Path, vision: pathlib.Path, decoder: pathlib.Path, **
     return Run(out)
 
 
-def torch_logits(model: torch.nn.Module, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens)).logits.numpy()
-
-
 def torch_features(model: torch.nn.Module, frames: np.ndarray, layer: int, resampled: bool):
     pixels = torch.from_numpy((frames / 255.0 - 0.5) / 0.5).float().permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -67,7 +63,7 @@ def some_frames(size: int) -> np.ndarray:
 def test_logits_of_every_decoder_equal_transformers(family, tower, tmp_path):
     model = make_decoder(family)
     run = import_of(tmp_path / "run", tower, save(model, tmp_path / "hub", family))
-    expected = torch_logits(model)
+    expected = torch_logits(model, TOKENS)
     assert np.abs(expected).max() > 1
     assert np.abs(np.asarray(logits_of(load_model(run.path), TOKENS)) - expected).max() < MAX_ERROR
 
@@ -88,7 +84,7 @@ def test_a_config_of_the_old_layout_is_read_alike(tower, tmp_path):
     edit_json(folder / "config.json", flatten_text)
     run = import_of(tmp_path / "run", tower, folder)
     found = np.asarray(logits_of(load_model(run.path), TOKENS))
-    assert np.abs(found - torch_logits(model)).max() < MAX_ERROR
+    assert np.abs(found - torch_logits(model, TOKENS)).max() < MAX_ERROR
 
 
 def test_shards_give_what_one_file_gives(tower, decoder, tmp_path):
@@ -306,7 +302,7 @@ def test_adapters_begin_with_an_import(tower, decoder, tmp_path):
     assert stored["decoder/layers/query/lora/a"].shape == (3, 56, 4)
     assert not run.read_param(0, "decoder/layers/query/lora/b").any()
     found = np.asarray(logits_of(load_model(run.path), TOKENS))
-    assert np.abs(found - torch_logits(make_decoder("qwen2"))).max() < MAX_ERROR
+    assert np.abs(found - torch_logits(make_decoder("qwen2"), TOKENS)).max() < MAX_ERROR
 
 
 def test_the_whole_model_runs_on_imported_weights(tower, decoder, tmp_path):
@@ -455,7 +451,7 @@ def test_a_head_beside_tied_embeddings_counts_where_it_differs(same, tower, tmp_
     run = import_of(tmp_path / "run", tower, folder)
     assert run.config.model.decoder.tie_embeddings == same
     assert ("lm_head.weight differs" in capsys.readouterr().out) != same
-    expected = torch_logits(transformers.AutoModelForCausalLM.from_pretrained(folder))
+    expected = torch_logits(transformers.AutoModelForCausalLM.from_pretrained(folder), TOKENS)
     found = np.asarray(logits_of(load_model(run.path), TOKENS))
     assert np.abs(found - expected).max() < MAX_ERROR
 
