@@ -1,5 +1,6 @@
-"""Protects the selective scan: values and gradients of both implementations, whatever the length,
-direction, segments and initial state, and its promise never to hold a state per step."""
+"""Protects the selective scan: values and gradients of every implementation, whatever the length,
+direction, segments and initial state, under vmap and shard_map, and its promise that memory grows
+with the inputs and not with the states."""
 
 from __future__ import annotations
 
@@ -10,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from storm_jax.ops.selective_scan import CHUNK, selective_scan
+from storm_jax.ops.selective_scan import CHUNK, IMPLEMENTATIONS, selective_scan
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 BFLOAT16 = {"rtol": 2**-8, "atol": 1e-5}  # one rounding of the output
 BATCH, WIDTH, STATE = 2, 3, 4
 ALL = ("dt_bias", "h0", "segment_ids")
-IMPLEMENTATIONS = ("sequential", "chunked")
-LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 150)
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 each_direction = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -54,7 +54,7 @@ def make_segments(length, reverse):
     """Boundaries, counted from where the scan starts, inside chunks, on their edges and one step
     apart; an id comes back."""
     t = np.arange(length)
-    chunk_edges = 1 + (t >= CHUNK) + (t >= CHUNK + 1) + (t >= 2 * CHUNK)
+    chunk_edges = 1 + sum((t >= q) + (t >= q + 1) + (t >= 2 * q) for q in CHUNK.values())
     inside = np.where((t >= 10) & (t < 100), 2, 1)
     ids = np.stack([chunk_edges, inside]).astype(np.int32)
     return ids[:, ::-1] if reverse else ids
@@ -68,7 +68,7 @@ def reference(x, dt, A, B, C, D, dt_bias=None, h0=None, segment_ids=None, revers
     """The recurrence of the module's docstring in float64, one step and row at a time."""
     x, dt, A, B, C, D = (np.asarray(v, np.float64) for v in (x, dt, A, B, C, D))
     if dt_bias is not None:
-        dt = np.log1p(np.exp(dt + np.asarray(dt_bias, np.float64)))
+        dt = np.logaddexp(0, dt + np.asarray(dt_bias, np.float64))
     y, last = np.zeros(x.shape), np.zeros((len(x), *A.shape))
     for b in range(len(x)):
         h = np.zeros(A.shape) if h0 is None else np.asarray(h0[b], np.float64)
@@ -136,9 +136,15 @@ def assert_outputs(outputs, inputs, reverse):
         np.testing.assert_allclose(got, expected, **TOLERANCE)
 
 
-@each_implementation
+def lengths(implementation):
+    chunk = CHUNK.get(implementation, 64)
+    return 1, 2, chunk - 1, chunk, chunk + 1, {64: 149, 256: 523}[chunk]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "length"), [(i, n) for i in IMPLEMENTATIONS for n in lengths(i)]
+)
 @each_direction
-@pytest.mark.parametrize("length", LENGTHS)
 def test_values_equal_the_recurrence(rng, length, reverse, implementation):
     inputs = make_inputs(rng, length, ALL, reverse)
     outputs = scan(**inputs, reverse=reverse, implementation=implementation)
@@ -146,10 +152,10 @@ def test_values_equal_the_recurrence(rng, length, reverse, implementation):
 
 
 GRADIENT_CASES = {
-    "forward": (150, ALL, False),
-    "reverse": (150, ALL, True),
+    "forward": (300, ALL, False),
+    "reverse": (300, ALL, True),
     "forward, nothing optional": (150, (), False),
-    "reverse, no segments": (CHUNK + 1, ("dt_bias", "h0"), True),
+    "reverse, no segments": (257, ("dt_bias", "h0"), True),
 }
 
 
@@ -199,7 +205,7 @@ def test_a_single_row_gives_what_it_gives_in_a_batch(rng, reverse, implementatio
 @each_implementation
 @each_direction
 def test_segments_equal_running_each_apart(rng, reverse, implementation):
-    size, count = CHUNK + 6, 2
+    size, count = CHUNK.get(implementation, 64) + 6, 2
     inputs = make_inputs(rng, count * size, ("dt_bias",))
     ids = np.repeat(np.arange(1, count + 1, dtype=np.int32), size)
     run = functools.partial(scan, reverse=reverse, implementation=implementation)
@@ -239,47 +245,137 @@ def test_bfloat16_rounds_only_inputs_outputs_and_gradients(rng, implementation):
         assert error <= (2**-7 if rounded else 1e-4) * np.abs(value).max(), name
 
 
-def largest_array(jaxpr):
-    """Elements of the largest value anywhere in a jaxpr."""
-    sizes = [0]
-    for equation in jaxpr.eqns:
-        sizes += [variable.aval.size for variable in equation.outvars]
-        for inner in jaxprs_in_params(equation.params):
-            sizes.append(largest_array(inner))
-    return max(sizes)
+@each_implementation
+def test_a_step_of_any_size_gives_finite_values_and_gradients(rng, implementation):
+    """Decays of exp(-1600) and of nearly one, and steps beyond where softplus turns linear."""
+    inputs = make_inputs(rng, 40, ("dt_bias", "h0"))
+    inputs["A"] *= 100
+    inputs["dt"] = np.resize(np.float32([-1e4, -30, 0, 30, 1e4]), inputs["dt"].shape)
+    cotangents = make_cotangents(rng, 40)
+    outputs, got = outputs_and_gradients(
+        inputs, *cotangents, reverse=False, implementation=implementation
+    )
+    for found, expected in zip(outputs, reference(**inputs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for name, value in reference_gradients(inputs, *cotangents, reverse=False).items():
+        scale = max(1.0, np.abs(value).max())
+        np.testing.assert_allclose(got[name] / scale, value / scale, **TOLERANCE, err_msg=name)
 
 
-def state_of_every_step(x, dt, A, B, C, D):
+@each_implementation
+def test_two_parts_with_the_state_between_equal_one_pass(rng, implementation):
+    inputs = make_inputs(rng, 150, ("dt_bias", "h0"))
+    y, h = scan(**inputs, implementation=implementation)
+    parts, state = [], inputs["h0"]
+    for part in (slice(0, 70), slice(70, 71), slice(71, 150)):
+        steps = {name: inputs[name][:, part] for name in ("x", "dt", "B", "C")}
+        out, state = scan(**(inputs | steps | {"h0": state}), implementation=implementation)
+        parts.append(out)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), y, **TOLERANCE)
+    np.testing.assert_allclose(state, h, **TOLERANCE)
+
+
+@each_implementation
+def test_vmap_gives_what_a_loop_gives(rng, implementation):
+    many = [make_inputs(rng, 70, ("dt_bias", "h0")) for _ in range(2)]
+    dy, dh = zip(*[make_cotangents(rng, 70) for _ in many], strict=True)
+    run = functools.partial(outputs_and_gradients, reverse=True, implementation=implementation)
+    stacked = {name: np.stack([one[name] for one in many]) for name in many[0]}
+    together = jax.vmap(run)(stacked, np.stack(dy), np.stack(dh))
+    for k, one in enumerate(many):
+        jax.tree.map(
+            lambda got, expected, k=k: np.testing.assert_allclose(got[k], expected, **TOLERANCE),
+            together,
+            run(one, dy[k], dh[k]),
+        )
+
+
+@each_implementation
+@each_direction
+def test_shards_over_batch_and_width_give_what_one_device_gives(rng, reverse, implementation):
+    """B and C come whole to every shard of the width; their gradients are summed over it."""
+    inputs = make_inputs(rng, 70, ALL, reverse)
+    wide = ("x", "dt", "A", "D", "dt_bias", "h0")  # those with an axis E: repeated eight times
+    inputs = {
+        name: np.repeat(v, 8, axis=1 if name == "h0" else 0 if name == "A" else -1)
+        if name in wide
+        else v
+        for name, v in inputs.items()
+    }
+    mesh = jax.make_mesh((2, 4), ("b", "e"), axis_types=(AxisType.Auto,) * 2)
+    specs = {
+        "x": P("b", None, "e"),
+        "dt": P("b", None, "e"),
+        "A": P("e"),
+        "B": P("b"),
+        "C": P("b"),
+        "D": P("e"),
+        "dt_bias": P("e"),
+        "h0": P("b", "e"),
+        "segment_ids": P("b"),
+    }
+    run = functools.partial(selective_scan, reverse=reverse, implementation=implementation)
+    weights = rng.standard_normal(inputs["x"].shape).astype(np.float32)
+
+    def gradients(function):
+        def loss(floats):
+            y, h = function(floats | {"segment_ids": inputs["segment_ids"]})
+            return jnp.sum(y * weights) + jnp.sum(jnp.sin(h))
+
+        floats = {name: v for name, v in inputs.items() if name != "segment_ids"}
+        return jax.jit(jax.value_and_grad(loss))(floats)
+
+    sharded = jax.shard_map(
+        lambda kw: run(**kw),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=(P("b", None, "e"), P("b", "e")),
+    )
+    value, got = gradients(sharded)
+    expected_value, expected = gradients(lambda kw: run(**kw))
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for name, v in expected.items():
+        scale = max(1.0, np.abs(v).max())
+        np.testing.assert_allclose(got[name] / scale, v / scale, **TOLERANCE, err_msg=name)
+
+
+def state_of_every_step(x, dt, A, B, C, D, dt_bias):
+    """The scan as autodiff would have it: what the measure of memory has to find."""
+
     def step(h, now):
         x, dt, B, C = now
         h = jnp.exp(dt[..., None] * A[None]) * h + (dt * x)[..., None] * B[:, None]
         return h, jnp.sum(h * C[:, None], axis=-1)
 
     h = jnp.zeros((x.shape[0], *A.shape))
+    dt = jax.nn.softplus(dt + dt_bias[None, None])
     h, y = jax.lax.scan(step, h, tuple(v.swapaxes(0, 1) for v in (x, dt, B, C)))
     return y.swapaxes(0, 1) + D[None, None] * x, h
 
 
-@pytest.mark.parametrize(
-    ("function", "stored"),
-    [
-        (functools.partial(selective_scan, implementation="sequential"), False),
-        (functools.partial(selective_scan, implementation="chunked"), False),
-        (state_of_every_step, True),  # what the measure has to find
-    ],
-    ids=[*IMPLEMENTATIONS, "plain scan"],
-)
-def test_gradient_never_holds_the_state_of_every_step(function, stored):
-    length, width, state = 4096, 64, 16
-    shapes = [(1, length, width)] * 2 + [(width, state)] + [(1, length, state)] * 2 + [(width,)]
+def temporary_bytes(function, length, width=64, state=16):
+    """What XLA reserves for values and all gradients besides arguments and results."""
+    shapes = [(1, length, width)] * 2 + [(width, state)] + [(1, length, state)] * 2 + [(width,)] * 2
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def loss(*args):
         y, h = function(*args)
-        return jnp.sum(y) + jnp.sum(h)
+        return jnp.sum(y**2) + jnp.sum(h)
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=tuple(range(6))))(*arguments)
-    assert (largest_array(jaxpr.jaxpr) >= length * width * state) == stored
+    program = jax.jit(jax.grad(loss, argnums=tuple(range(7)))).lower(*arguments).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("implementation", ["sequential", "chunked"])
+def test_temporary_memory_grows_with_the_inputs_and_not_with_the_states(implementation):
+    def run(x, dt, A, B, C, D, dt_bias):
+        return selective_scan(x, dt, A, B, C, D, dt_bias=dt_bias, implementation=implementation)
+
+    short, long = 8192, 16384
+    growth = (temporary_bytes(run, long) - temporary_bytes(run, short)) / (long - short)
+    assert growth < 4 * 64 * 4  # bytes of four inputs
+    plain = temporary_bytes(state_of_every_step, long) - temporary_bytes(state_of_every_step, short)
+    assert plain / (long - short) > 16 * 64 * 4
 
 
 def test_unknown_implementation_is_refused(rng):

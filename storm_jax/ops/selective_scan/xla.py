@@ -1,0 +1,292 @@
+"""The selective scan in plain JAX, chunk by chunk.
+
+A loop runs over chunks of the length and carries the state; it reads a chunk where it lies and
+writes its results where they belong, so that no input is padded, transposed or cast as a whole.
+Within a chunk the recurrence is solved in one of two ways:
+
+  by steps          one after another: the fastest on CPU.
+  by associativity  all at once, in log2(Q) rounds: for accelerators, which need wide work.
+
+Letters: Q steps of a chunk; B batch, E width, N state size. A chunk is time-major, [Q, B, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from storm_jax.ops.selective_scan.inputs import Inputs, step_size, step_size_slope
+
+
+class Chunk(NamedTuple):
+    """A chunk [Q, B, ...] of the inputs or one step of it [B, ...], fp32; a single row has no B."""
+
+    x: jax.Array  # [..., B, E]
+    dt: jax.Array  # [..., B, E], the step size itself
+    B: jax.Array  # [..., B, N]
+    C: jax.Array  # [..., B, N]
+    reset: jax.Array  # [..., B]
+
+    def recurrence(self, A: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The decay a and the input u of h[t] = a[t] h[t-1] + u[t]; both [..., B, N, E]."""
+        decay = jnp.exp(self.dt[..., None, :] * _leading(A, self.dt.ndim + 1))
+        decay = jnp.where(self.reset[..., None, None], 0.0, decay)
+        return decay, (self.dt * self.x)[..., None, :] * self.B[..., None]
+
+
+def forward(
+    inputs: Inputs, h0: jax.Array, *, chunk: int, by_steps: bool, reverse: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Solves the scan.
+
+    Args:
+      inputs: of length L.
+      h0: [B, N, E] fp32.
+      chunk: steps per chunk.
+      by_steps: how a chunk is solved.
+      reverse: from the end to the start.
+
+    Returns:
+      y [B, L, E] in the dtype of x; the last state [B, N, E]; the state with which each chunk
+      began, [ceil(L / chunk), B, N, E].
+    """
+    solve = _outputs_by_steps if by_steps else _outputs_by_associativity
+
+    def body(carry: tuple, span: _Span) -> tuple:
+        h, y, boundaries = carry
+        boundaries = jax.lax.dynamic_update_index_in_dim(boundaries, h, span.index, 0)
+        steps = _read_chunk(inputs, span)
+        h, out = solve(steps, inputs.A, h, reverse)
+        out += _leading(inputs.D, out.ndim) * steps.x
+        return h, span.write(y, out), boundaries
+
+    h = _without_single_row(h0)
+    count = -(-inputs.x.shape[1] // chunk)
+    y = jnp.zeros_like(inputs.x)
+    boundaries = jnp.zeros_like(h, shape=(count, *h.shape))
+    h, y, boundaries = _over_chunks(body, (h, y, boundaries), inputs.x.shape, chunk, reverse)
+    return y, h.reshape(h0.shape), boundaries
+
+
+def backward(
+    inputs: Inputs,
+    boundaries: jax.Array,
+    dy: jax.Array,
+    dh_last: jax.Array,
+    *,
+    chunk: int,
+    by_steps: bool,
+    reverse: bool,
+) -> tuple[Inputs, jax.Array]:
+    """Gradients of the inputs (with None for `reset`) and of h0, given those of the outputs; each
+    chunk's states are solved again from its boundary state."""
+    solve = _gradients_by_steps if by_steps else _gradients_by_associativity
+
+    def body(carry: tuple, span: _Span) -> tuple:
+        dh, grads = carry
+        steps, raw_dt = _read_chunk(inputs, span), span.read(inputs.dt)
+        dy_chunk = span.read(dy).astype(jnp.float32)
+        h = jax.lax.dynamic_index_in_dim(boundaries, span.index, 0, keepdims=False)
+        dh, dA, (dx, ddt, dB, dC) = solve(steps, inputs.A, h, dy_chunk, dh, reverse)
+        dx += _leading(inputs.D, dx.ndim) * dy_chunk
+        ddt *= step_size_slope(raw_dt, inputs.dt_bias)
+        grads = Inputs(
+            x=span.write(grads.x, dx),
+            dt=span.write(grads.dt, ddt),
+            A=grads.A + dA,
+            B=span.write(grads.B, dB),
+            C=span.write(grads.C, dC),
+            D=grads.D + _sum_but(dy_chunk * steps.x, 1),
+            dt_bias=None if grads.dt_bias is None else grads.dt_bias + _sum_but(ddt, 1),
+            reset=None,
+        )
+        return dh, grads
+
+    grads = jax.tree.map(jnp.zeros_like, inputs._replace(reset=None))
+    carry = (_without_single_row(dh_last), grads)
+    dh, grads = _over_chunks(body, carry, inputs.x.shape, chunk, not reverse)
+    return grads, dh.reshape(dh_last.shape)
+
+
+# Chunks and where they lie.
+
+
+class _Span(NamedTuple):
+    """Steps [start, start + size) of the length: chunk number `index`."""
+
+    index: jax.Array | int
+    start: jax.Array | int
+    size: int
+
+    def read(self, v: jax.Array) -> jax.Array:
+        """[B, L, ...] -> [Q, B, ...]; a single row loses its axis, with which XLA's code for a
+        step on CPU is many times slower."""
+        v = jax.lax.dynamic_slice_in_dim(v, self.start, self.size, axis=1)
+        return v[0] if v.shape[0] == 1 else v.swapaxes(0, 1)
+
+    def write(self, whole: jax.Array, v: jax.Array) -> jax.Array:
+        """Puts [Q, B, ...] into [B, L, ...], in its dtype."""
+        v = v[None] if whole.shape[0] == 1 else v.swapaxes(0, 1)
+        return jax.lax.dynamic_update_slice_in_dim(whole, v.astype(whole.dtype), self.start, axis=1)
+
+
+def _over_chunks(
+    body: Callable[[Any, _Span], Any], carry: Any, shape: tuple[int, ...], chunk: int, reverse: bool
+) -> Any:
+    """Applies `body` to every chunk of the length in turn; the last one may be shorter."""
+    whole, rest = divmod(shape[1], chunk)
+    tail = _Span(whole, whole * chunk, rest)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        index = whole - 1 - i if reverse else i
+        return body(carry, _Span(index, index * chunk, chunk))
+
+    if rest and reverse:
+        carry = body(carry, tail)
+    carry = jax.lax.fori_loop(0, whole, step, carry)
+    if rest and not reverse:
+        carry = body(carry, tail)
+    return carry
+
+
+def _read_chunk(inputs: Inputs, span: _Span) -> Chunk:
+    x, dt, B, C, reset = map(span.read, (inputs.x, inputs.dt, inputs.B, inputs.C, inputs.reset))
+    dt = step_size(dt, inputs.dt_bias)
+    return Chunk(x.astype(jnp.float32), dt, B.astype(jnp.float32), C.astype(jnp.float32), reset)
+
+
+def _without_single_row(h: jax.Array) -> jax.Array:
+    return h[0] if h.shape[0] == 1 else h
+
+
+def _leading(x: jax.Array, ndim: int) -> jax.Array:
+    """`x` with axes of size 1 in front."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def _sum_but(x: jax.Array, kept: int) -> jax.Array:
+    """Sums all axes but the last `kept`."""
+    return x.sum(axis=tuple(range(x.ndim - kept)))
+
+
+# One chunk, step by step.
+
+
+def _outputs_by_steps(
+    chunk: Chunk, A: jax.Array, h: jax.Array, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
+    def step(h: jax.Array, now: Chunk) -> tuple[jax.Array, jax.Array]:
+        decay, u = now.recurrence(A)
+        h = decay * h + u
+        return h, _contract_by_matmul(h, now.C, -2)
+
+    return jax.lax.scan(step, h, chunk, reverse=reverse)
+
+
+def _gradients_by_steps(
+    chunk: Chunk, A: jax.Array, h: jax.Array, dy: jax.Array, dh: jax.Array, reverse: bool
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    def replay(h: jax.Array, now: Chunk) -> tuple[jax.Array, jax.Array]:
+        decay, u = now.recurrence(A)
+        return decay * h + u, h
+
+    _, h_before = jax.lax.scan(replay, h, chunk, reverse=reverse)  # [Q, B, N, E]
+
+    def step(carry: tuple[jax.Array, jax.Array], args: tuple) -> tuple[tuple, tuple]:
+        dh, dA = carry
+        now, h_before, dy = args
+        decay, u = now.recurrence(A)
+        dh = dh + dy[..., None, :] * now.C[..., None]
+        dA_now, grads = _local_gradients(now, A, decay, u, h_before, dy, dh, _contract_by_matmul)
+        return (decay * dh, dA + _sum_but(dA_now, 2)), grads
+
+    carry = (dh, jnp.zeros_like(A))
+    (dh, dA), grads = jax.lax.scan(step, carry, (chunk, h_before, dy), reverse=not reverse)
+    return dh, dA, grads
+
+
+# One chunk, all steps at once.
+
+
+def _outputs_by_associativity(
+    chunk: Chunk, A: jax.Array, h: jax.Array, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
+    states = _linear_recurrence(*chunk.recurrence(A), h, reverse)
+    return states[_last(reverse)], _contract_by_sum(states, chunk.C, -2)
+
+
+def _gradients_by_associativity(
+    chunk: Chunk, A: jax.Array, h: jax.Array, dy: jax.Array, dh: jax.Array, reverse: bool
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    decay, u = chunk.recurrence(A)
+    h_before = _shift(_linear_recurrence(decay, u, h, reverse), h, reverse)
+    # The adjoint obeys dh[t] = decay[t+1] dh[t+1] + C[t] dy[t]; dh is that of the state after the
+    # last step, as though one more step of decay one followed.
+    after = _shift(decay, jnp.ones_like(h), not reverse)
+    source = dy[..., None, :] * chunk.C[..., None]
+    dh = _linear_recurrence(after, source, dh, not reverse)
+    dA, grads = _local_gradients(chunk, A, decay, u, h_before, dy, dh, _contract_by_sum)
+    first = _last(not reverse)
+    return decay[first] * dh[first], _sum_but(dA, 2), grads
+
+
+def _linear_recurrence(a: jax.Array, u: jax.Array, h: jax.Array, reverse: bool) -> jax.Array:
+    """All h[t] = a[t] h[t-1] + u[t] along the first axis, from `h`."""
+
+    def combine(left: tuple, right: tuple) -> tuple:
+        return right[0] * left[0], right[0] * left[1] + right[1]
+
+    first = _last(not reverse)
+    u = u.at[first].add(a[first] * h)
+    return jax.lax.associative_scan(combine, (a, u), reverse=reverse)[1]
+
+
+def _last(reverse: bool) -> int:
+    """Where a scan ends."""
+    return 0 if reverse else -1
+
+
+def _shift(v: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
+    """v[t-1] at t, with `first` where the scan starts."""
+    if reverse:
+        return jnp.concatenate([v[1:], first[None]])
+    return jnp.concatenate([first[None], v[:-1]])
+
+
+# Gradients of a step.
+
+
+def _local_gradients(
+    now: Chunk,
+    A: jax.Array,
+    decay: jax.Array,
+    u: jax.Array,
+    h_before: jax.Array,
+    dy: jax.Array,
+    dh: jax.Array,
+    contract: Callable[[jax.Array, jax.Array, int], jax.Array],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    """Gradients of A [..., B, N, E] and of x, dt, B, C at steps whose states are known."""
+    h = decay * h_before + u
+    log_decay = dh * decay * h_before
+    du = contract(dh, now.B, -2)  # of dt * x
+    return log_decay * now.dt[..., None, :], (
+        du * now.dt,
+        du * now.x + jnp.sum(log_decay * _leading(A, log_decay.ndim), axis=-2),
+        contract(dh, now.dt * now.x, -1),
+        contract(h, dy, -1),
+    )
+
+
+def _contract_by_matmul(h: jax.Array, v: jax.Array, axis: int) -> jax.Array:
+    """[..., N, E] with a vector over N (axis -2) or E (axis -1): on CPU the fast way."""
+    subscripts = "...ne,...n->...e" if axis == -2 else "...ne,...e->...n"
+    return jnp.einsum(subscripts, h, v, precision=jax.lax.Precision.HIGHEST)
+
+
+def _contract_by_sum(h: jax.Array, v: jax.Array, axis: int) -> jax.Array:
+    """The same as a reduction, which accelerators fuse with what makes `h`."""
+    return jnp.sum(h * jnp.expand_dims(v, -3 - axis), axis=axis)
