@@ -99,6 +99,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh))
 
 
+def spec_in_context(shape: Sequence[int], *axes: str | None) -> PartitionSpec:
+    """How the mesh in context splits an array of this shape along the named logical axes."""
+    return _spec(axes, shape, jax.sharding.get_abstract_mesh())
+
+
 def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
     return PartitionSpec(*(_mesh_axes(a, n, mesh) for a, n in zip(axes, shape, strict=False)))
 

@@ -14,13 +14,23 @@ import torch
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from storm_jax.ops.selective_scan import CHUNK, IMPLEMENTATIONS, selective_scan
+from storm_jax.config import MeshConfig
+from storm_jax.ops import selective_scan as selective_scan_module
+from storm_jax.ops.selective_scan import (
+    CHUNK,
+    IMPLEMENTATIONS,
+    KERNELS,
+    fastest,
+    selective_scan,
+)
+from storm_jax.sharding import make_mesh
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+TOLERANCE = {"rtol": 0, "atol": 1e-5}  # of the largest value, where that is above one
 BFLOAT16 = {"rtol": 2**-8, "atol": 1e-5}  # one rounding of the output
 BATCH, WIDTH, STATE = 2, 3, 4
 ALL = ("dt_bias", "h0", "segment_ids")
 
+XLA = [name for name in IMPLEMENTATIONS if name not in KERNELS]
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 each_direction = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 scan = jax.jit(selective_scan, static_argnames=("reverse", "implementation"))
@@ -48,6 +58,14 @@ def make_inputs(rng, length, options=(), reverse=False):
     if "segment_ids" in options:
         inputs["segment_ids"] = make_segments(length, reverse)
     return inputs
+
+
+def widen(inputs, times):
+    """The inputs with every channel repeated."""
+    axis = {"x": 2, "dt": 2, "A": 0, "D": 0, "dt_bias": 0, "h0": 1}
+    return {
+        name: np.repeat(v, times, axis[name]) if name in axis else v for name, v in inputs.items()
+    }
 
 
 def make_segments(length, reverse):
@@ -131,14 +149,26 @@ def make_cotangents(rng, length):
 
 
 def assert_outputs(outputs, inputs, reverse):
-    for got, expected in zip(outputs, reference(**inputs, reverse=reverse), strict=True):
-        assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got, expected, **TOLERANCE)
+    assert {v.dtype for v in outputs} == {jnp.dtype(jnp.float32)}
+    assert_close(outputs, reference(**inputs, reverse=reverse))
 
 
 def lengths(implementation):
+    if implementation in KERNELS:  # interpreted, and so slow; the gradient's tests have more
+        return 1, 65, 128
     chunk = CHUNK.get(implementation, 64)
     return 1, 2, chunk - 1, chunk, chunk + 1, {64: 149, 256: 523}[chunk]
+
+
+def assert_close(got, expected):
+    """Equal trees, by the largest value of each array: sums over many steps cancel."""
+
+    def compare(path, got, expected):
+        scale = max(1.0, np.abs(expected).max())
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(got / scale, expected / scale, **TOLERANCE, err_msg=name)
+
+    jax.tree_util.tree_map_with_path(compare, got, expected)
 
 
 @pytest.mark.parametrize(
@@ -172,14 +202,10 @@ def test_gradients_equal_the_recurrence(rng, length, options, reverse, implement
     assert_outputs(outputs, inputs, reverse)
     expected = reference_gradients(inputs, *cotangents, reverse)
     assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = max(1.0, np.abs(value).max())  # sums over many steps cancel
-        np.testing.assert_allclose(
-            got[name] / scale, value / scale, **TOLERANCE, err_msg=f"gradient of {name}"
-        )
+    assert_close(got, expected)
 
 
-@each_implementation
+@pytest.mark.parametrize("implementation", XLA)
 @each_direction
 def test_a_single_row_gives_what_it_gives_in_a_batch(rng, reverse, implementation):
     """One row is solved without a batch axis."""
@@ -194,12 +220,7 @@ def test_a_single_row_gives_what_it_gives_in_a_batch(rng, reverse, implementatio
         rows.append((outputs, {name: g for name, g in grads.items() if name not in shared}))
         summed = {name: summed[name] + grads[name] for name in shared}
     together = jax.tree.map(lambda *v: np.concatenate(v), *rows)
-    outputs, grads = run(inputs, *cotangents)
-    for got, expected in zip(together[0], outputs, strict=True):
-        np.testing.assert_allclose(got, expected, **TOLERANCE)
-    for name, value in (together[1] | summed).items():
-        scale = max(1.0, np.abs(grads[name]).max())
-        np.testing.assert_allclose(value / scale, grads[name] / scale, **TOLERANCE, err_msg=name)
+    assert_close((together[0], together[1] | summed), run(inputs, *cotangents))
 
 
 @each_implementation
@@ -255,11 +276,8 @@ def test_a_step_of_any_size_gives_finite_values_and_gradients(rng, implementatio
     outputs, got = outputs_and_gradients(
         inputs, *cotangents, reverse=False, implementation=implementation
     )
-    for found, expected in zip(outputs, reference(**inputs), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    for name, value in reference_gradients(inputs, *cotangents, reverse=False).items():
-        scale = max(1.0, np.abs(value).max())
-        np.testing.assert_allclose(got[name] / scale, value / scale, **TOLERANCE, err_msg=name)
+    assert_close(outputs, reference(**inputs))
+    assert_close(got, reference_gradients(inputs, *cotangents, reverse=False))
 
 
 @each_implementation
@@ -283,25 +301,14 @@ def test_vmap_gives_what_a_loop_gives(rng, implementation):
     stacked = {name: np.stack([one[name] for one in many]) for name in many[0]}
     together = jax.vmap(run)(stacked, np.stack(dy), np.stack(dh))
     for k, one in enumerate(many):
-        jax.tree.map(
-            lambda got, expected, k=k: np.testing.assert_allclose(got[k], expected, **TOLERANCE),
-            together,
-            run(one, dy[k], dh[k]),
-        )
+        assert_close(jax.tree.map(lambda v, k=k: v[k], together), run(one, dy[k], dh[k]))
 
 
 @each_implementation
 @each_direction
 def test_shards_over_batch_and_width_give_what_one_device_gives(rng, reverse, implementation):
     """B and C come whole to every shard of the width; their gradients are summed over it."""
-    inputs = make_inputs(rng, 70, ALL, reverse)
-    wide = ("x", "dt", "A", "D", "dt_bias", "h0")  # those with an axis E: repeated eight times
-    inputs = {
-        name: np.repeat(v, 8, axis=1 if name == "h0" else 0 if name == "A" else -1)
-        if name in wide
-        else v
-        for name, v in inputs.items()
-    }
+    inputs = widen(make_inputs(rng, 70, ALL, reverse), 8)
     mesh = jax.make_mesh((2, 4), ("b", "e"), axis_types=(AxisType.Auto,) * 2)
     specs = {
         "x": P("b", None, "e"),
@@ -330,13 +337,46 @@ def test_shards_over_batch_and_width_give_what_one_device_gives(rng, reverse, im
         mesh=mesh,
         in_specs=(specs,),
         out_specs=(P("b", None, "e"), P("b", "e")),
+        check_vma=implementation not in KERNELS,  # interpreted kernels fail the check
     )
-    value, got = gradients(sharded)
-    expected_value, expected = gradients(lambda kw: run(**kw))
-    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-    for name, v in expected.items():
-        scale = max(1.0, np.abs(v).max())
-        np.testing.assert_allclose(got[name] / scale, v / scale, **TOLERANCE, err_msg=name)
+    assert_close(gradients(sharded), gradients(lambda kw: run(**kw)))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_kernel_under_a_mesh_runs_on_each_devices_part(rng, implementation):
+    inputs = make_inputs(rng, 70, ALL)
+    inputs = widen(inputs, 8)
+    dy = rng.standard_normal(inputs["x"].shape).astype(np.float32)
+    dh = rng.standard_normal(inputs["h0"].shape).astype(np.float32)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=1, tensor=4))):
+        got = outputs_and_gradients(inputs, dy, dh, reverse=True, implementation=implementation)
+    expected = outputs_and_gradients(inputs, dy, dh, reverse=True, implementation="sequential")
+    assert tuple(got[0][0].sharding.spec) == ("data", None, "tensor")
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_kernel_lowers_for_its_chip(implementation):
+    backend = implementation.removeprefix("pallas_")
+    assert fastest(backend, state=16) == implementation
+
+
+def test_a_state_too_large_for_a_warp_is_left_to_xla():
+    assert fastest("gpu", state=64) == "chunked"
+
+
+def test_a_kernel_that_does_not_lower_is_replaced_and_that_is_said_once(monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no Triton here")
+
+    monkeypatch.setattr(KERNELS["pallas_gpu"], "forward", refuse)
+    selective_scan_module._lowers.cache_clear()
+    try:
+        assert [fastest("gpu", state=16) for _ in range(2)] == ["chunked"] * 2
+    finally:
+        selective_scan_module._lowers.cache_clear()
+    assert len(caplog.records) == 1
+    assert "no Triton here" in caplog.text
 
 
 def state_of_every_step(x, dt, A, B, C, D, dt_bias):

@@ -11,16 +11,22 @@ chunks of the length, and solves each chunk again; no [L, E, N] array exists at 
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from storm_jax.ops.selective_scan import xla
+from storm_jax.ops.selective_scan import gpu, xla
 from storm_jax.ops.selective_scan.inputs import Inputs
+from storm_jax.sharding import spec_in_context
 
 CHUNK = {"sequential": 64, "chunked": 256}  # steps; "associative" takes the whole length at once
-IMPLEMENTATIONS = (*CHUNK, "associative")
+KERNELS = {"pallas_gpu": gpu}
+IMPLEMENTATIONS = (*CHUNK, "associative", *KERNELS)
 
 
 def selective_scan(
@@ -49,13 +55,14 @@ def selective_scan(
       reverse: scan from the end to the start.
       h0: [B, E, N], the state before the first step; zero when None.
       segment_ids: int [B, L]; the state is reset to zero where the id changes.
-      implementation: one of `IMPLEMENTATIONS`, or None: "sequential" on CPU, "chunked" elsewhere.
+      implementation: one of `IMPLEMENTATIONS`, or None for the fastest here (`fastest`). On CPU
+        the kernels of the others are interpreted, which is slow.
 
     Returns:
       y [B, L, E] in the dtype of `x`; h_last [B, E, N] fp32, the state after the last step.
     """
     if implementation is None:
-        implementation = "sequential" if jax.default_backend() == "cpu" else "chunked"
+        implementation = fastest(jax.default_backend(), A.shape[1])
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: use one of {IMPLEMENTATIONS} or None")
     batch, length, width = x.shape
@@ -73,53 +80,131 @@ def selective_scan(
         C=C,
         D=D.astype(jnp.float32),
         dt_bias=None if dt_bias is None else dt_bias.astype(jnp.float32),
-        reset=reset,
     )
-    inputs, h0 = _varying_alike((inputs, h0.astype(jnp.float32).swapaxes(1, 2)))
-    y, h = _scan(inputs, h0, reverse, implementation)
+    h0 = h0.astype(jnp.float32).swapaxes(1, 2)
+    run = functools.partial(_scan_varying_alike, reverse=reverse, implementation=implementation)
+    on_shards = _on_shards(run, inputs, h0) if implementation in KERNELS else run
+    y, h = on_shards(inputs, reset, h0)
     return y, h.swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def fastest(backend: str, state: int) -> str:
+    """The implementation for a backend of JAX and a state size: "sequential" on CPU; on GPU and TPU
+    the kernel, or "chunked" where it does not lower (said once in the log) or on GPU where the
+    state does not fit into a warp's registers."""
+    if backend == "cpu":
+        return "sequential"
+    name = "pallas_tpu" if backend == "tpu" else "pallas_gpu"
+    if name == "pallas_gpu" and state > gpu.MAX_STATE:
+        return "chunked"
+    return name if _lowers(name, "tpu" if backend == "tpu" else "cuda") else "chunked"
+
+
+@functools.cache
+def _lowers(name: str, platform: str) -> bool:
+    """Whether this JAX still lowers a kernel for the platform."""
+    shapes = [(1, 64, 128)] * 2 + [(128, 16)] + [(1, 64, 16)] * 2 + [(128,)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def loss(*args: jax.Array) -> jax.Array:
+        return selective_scan(*args, implementation=name)[0].sum()
+
+    try:
+        jax.jit(jax.grad(loss)).trace(*arrays).lower(lowering_platforms=(platform,))
+    except Exception as error:  # whatever a JAX that has moved on may raise
+        logging.warning(
+            "the selective scan's kernel %s does not lower with jax %s (%s): using 'chunked', "
+            "which is slower",
+            name,
+            jax.__version__,
+            str(error).split("\n")[0],
+        )
+        return False
+    return True
+
+
+def _on_shards(run: Callable[..., Any], inputs: Inputs, h0: jax.Array) -> Callable[..., Any]:
+    """`run` on each device's rows and channels: XLA cannot split a kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return run
+    x, h = (spec_in_context(v.shape, "batch", None, "inner") for v in (inputs.x, h0))
+    rows, channels = P(x[0]), P(x[2])
+    specs: dict[str, Any] = {
+        "x": x,
+        "dt": x,
+        "A": P(None, x[2]),
+        "B": rows,
+        "C": rows,
+        "D": channels,
+        "dt_bias": None if inputs.dt_bias is None else channels,
+    }
+    # Interpreted kernels do not say over which axes they vary, so that is not checked.
+    return jax.shard_map(
+        run, in_specs=(Inputs(**specs), rows, h), out_specs=(x, h), check_vma=False
+    )
+
+
+def _scan_varying_alike(
+    inputs: Inputs, reset: jax.Array, h0: jax.Array, *, reverse: bool, implementation: str
+) -> tuple[jax.Array, jax.Array]:
+    """`_scan`. Inside a `shard_map`, every array is marked as varying over each mesh axis that any
+    of them varies over: loops carry them together, and the gradient of one that came whole is then
+    summed."""
+    arrays = (inputs, reset, h0)
+    axes = {axis for v in jax.tree.leaves(arrays) for axis in jax.typeof(v).mat.varying}
+
+    def cast(v: jax.Array) -> jax.Array:
+        return jax.lax.pcast(v, tuple(sorted(axes - jax.typeof(v).mat.varying)), to="varying")
+
+    return _scan(*jax.tree.map(cast, arrays), reverse, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _scan(
-    inputs: Inputs, h0: jax.Array, reverse: bool, implementation: str
+    inputs: Inputs, reset: jax.Array, h0: jax.Array, reverse: bool, implementation: str
 ) -> tuple[jax.Array, jax.Array]:
     """y [B, L, E] and the last state [B, N, E]."""
-    return _scan_forward(inputs, h0, reverse, implementation)[0]
+    return _scan_forward(inputs, reset, h0, reverse, implementation)[0]
 
 
 def _scan_forward(
-    inputs: Inputs, h0: jax.Array, reverse: bool, implementation: str
+    inputs: Inputs, reset: jax.Array, h0: jax.Array, reverse: bool, implementation: str
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    options = _xla_options(inputs, implementation)
-    y, h, boundaries = xla.forward(inputs, h0, reverse=reverse, **options)
-    return (y, h), (inputs, boundaries)
+    forward, _ = _passes(implementation, inputs.x.shape[1], reverse)
+    y, h, boundaries = forward(inputs, reset, h0)
+    return (y, h), (inputs, reset, boundaries)
 
 
 def _scan_backward(
     reverse: bool, implementation: str, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[Inputs, jax.Array]:
-    inputs, boundaries = residuals
-    options = _xla_options(inputs, implementation)
-    grads, dh0 = xla.backward(inputs, boundaries, *cotangents, reverse=reverse, **options)
-    return grads._replace(reset=jnp.zeros(inputs.reset.shape, jax.dtypes.float0)), dh0
+) -> tuple[Inputs, np.ndarray, jax.Array]:
+    inputs, reset, boundaries = residuals
+    _, backward = _passes(implementation, inputs.x.shape[1], reverse)
+    grads, dh0 = backward(inputs, reset, boundaries, *cotangents)
+    return grads, np.zeros(reset.shape, jax.dtypes.float0), dh0
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _xla_options(inputs: Inputs, implementation: str) -> dict[str, Any]:
-    length = inputs.x.shape[1]
-    chunk = min(CHUNK.get(implementation, length), length)
-    return {"chunk": chunk, "by_steps": implementation == "sequential"}
+def _passes(implementation: str, length: int, reverse: bool) -> tuple[Callable, Callable]:
+    """The forward and backward pass of an implementation."""
+    if implementation in KERNELS:
+        kernels = KERNELS[implementation]
+        return _kernel(kernels.forward, reverse), _kernel(kernels.backward, reverse)
+    how = xla.How(
+        chunk=min(CHUNK.get(implementation, length), length),
+        by_steps=implementation == "sequential",
+        reverse=reverse,
+    )
+    return functools.partial(xla.forward, how), functools.partial(xla.backward, how)
 
 
-def _varying_alike(tree: Any) -> Any:
-    """Inside a `shard_map`, marks every array as varying over each mesh axis that any of them varies
-    over: the loops carry them together, and the gradient of one that came whole is then summed."""
-    axes = {axis for v in jax.tree.leaves(tree) for axis in jax.typeof(v).mat.varying}
-
-    def cast(v: jax.Array) -> jax.Array:
-        return jax.lax.pcast(v, tuple(sorted(axes - jax.typeof(v).mat.varying)), to="varying")
-
-    return jax.tree.map(cast, tree)
+def _kernel(run: Callable, reverse: bool) -> Callable:
+    """`run` as compiled for the chip the program is lowered for, and interpreted on CPU."""
+    return functools.partial(
+        jax.lax.platform_dependent,
+        cpu=functools.partial(run, reverse=reverse, interpret=True),
+        default=functools.partial(run, reverse=reverse, interpret=False),
+    )

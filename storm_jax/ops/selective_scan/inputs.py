@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 
 class Inputs(NamedTuple):
-    """The arrays of a scan as its implementations and its backward pass keep them."""
+    """The arrays of a scan as its implementations and its backward pass keep them; also their
+    gradients."""
 
     x: jax.Array  # [B, L, E]
     dt: jax.Array  # [B, L, E], before the softplus when there is a bias
@@ -18,7 +19,6 @@ class Inputs(NamedTuple):
     C: jax.Array  # [B, L, N]
     D: jax.Array  # [E] fp32
     dt_bias: jax.Array | None  # [E] fp32
-    reset: jax.Array  # bool [B, L]: the state is zero before this step
 
 
 def step_size(dt: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
@@ -29,9 +29,6 @@ def step_size(dt: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
     return jax.nn.softplus(dt + dt_bias.reshape((1,) * (dt.ndim - 1) + dt_bias.shape))
 
 
-def step_size_slope(dt: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
-    """Derivative of `step_size` with respect to `dt`, in fp32."""
-    dt = dt.astype(jnp.float32)
-    if dt_bias is None:
-        return jnp.ones_like(dt)
-    return jax.nn.sigmoid(dt + dt_bias.reshape((1,) * (dt.ndim - 1) + dt_bias.shape))
+def step_size_slope(step: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
+    """Derivative of a step size with respect to `dt`: that of softplus is 1 - exp(-softplus)."""
+    return jnp.ones_like(step) if dt_bias is None else -jnp.expm1(-step)

@@ -37,62 +37,67 @@ class Chunk(NamedTuple):
         return decay, (self.dt * self.x)[..., None, :] * self.B[..., None]
 
 
+class How(NamedTuple):
+    chunk: int  # steps
+    by_steps: bool  # or by associativity
+    reverse: bool  # from the end to the start
+
+
 def forward(
-    inputs: Inputs, h0: jax.Array, *, chunk: int, by_steps: bool, reverse: bool
+    how: How, inputs: Inputs, reset: jax.Array, h0: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Solves the scan.
 
     Args:
+      how: how it is solved.
       inputs: of length L.
+      reset: bool [B, L], the state is zero before this step.
       h0: [B, N, E] fp32.
-      chunk: steps per chunk.
-      by_steps: how a chunk is solved.
-      reverse: from the end to the start.
 
     Returns:
       y [B, L, E] in the dtype of x; the last state [B, N, E]; the state with which each chunk
       began, [ceil(L / chunk), B, N, E].
     """
-    solve = _outputs_by_steps if by_steps else _outputs_by_associativity
+    solve = _outputs_by_steps if how.by_steps else _outputs_by_associativity
 
     def body(carry: tuple, span: _Span) -> tuple:
         h, y, boundaries = carry
-        boundaries = jax.lax.dynamic_update_index_in_dim(boundaries, h, span.index, 0)
-        steps = _read_chunk(inputs, span)
-        h, out = solve(steps, inputs.A, h, reverse)
+        boundaries = jax.lax.dynamic_update_index_in_dim(boundaries, h, span.number, 0)
+        steps = _read_chunk(inputs, reset, span)
+        h, out = solve(steps, inputs.A, h, how.reverse)
         out += _leading(inputs.D, out.ndim) * steps.x
         return h, span.write(y, out), boundaries
 
     h = _without_single_row(h0)
-    count = -(-inputs.x.shape[1] // chunk)
+    count = -(-inputs.x.shape[1] // how.chunk)
     y = jnp.zeros_like(inputs.x)
     boundaries = jnp.zeros_like(h, shape=(count, *h.shape))
-    h, y, boundaries = _over_chunks(body, (h, y, boundaries), inputs.x.shape, chunk, reverse)
+    h, y, boundaries = _over_chunks(
+        body, (h, y, boundaries), inputs.x.shape[1], how.chunk, how.reverse
+    )
     return y, h.reshape(h0.shape), boundaries
 
 
 def backward(
+    how: How,
     inputs: Inputs,
+    reset: jax.Array,
     boundaries: jax.Array,
     dy: jax.Array,
     dh_last: jax.Array,
-    *,
-    chunk: int,
-    by_steps: bool,
-    reverse: bool,
 ) -> tuple[Inputs, jax.Array]:
-    """Gradients of the inputs (with None for `reset`) and of h0, given those of the outputs; each
-    chunk's states are solved again from its boundary state."""
-    solve = _gradients_by_steps if by_steps else _gradients_by_associativity
+    """Gradients of the inputs and of h0, given those of the outputs; each chunk's states are solved
+    again from its boundary state."""
+    solve = _gradients_by_steps if how.by_steps else _gradients_by_associativity
 
     def body(carry: tuple, span: _Span) -> tuple:
         dh, grads = carry
-        steps, raw_dt = _read_chunk(inputs, span), span.read(inputs.dt)
+        steps = _read_chunk(inputs, reset, span)
         dy_chunk = span.read(dy).astype(jnp.float32)
-        h = jax.lax.dynamic_index_in_dim(boundaries, span.index, 0, keepdims=False)
-        dh, dA, (dx, ddt, dB, dC) = solve(steps, inputs.A, h, dy_chunk, dh, reverse)
+        h = jax.lax.dynamic_index_in_dim(boundaries, span.number, 0, keepdims=False)
+        dh, dA, (dx, ddt, dB, dC) = solve(steps, inputs.A, h, dy_chunk, dh, how.reverse)
         dx += _leading(inputs.D, dx.ndim) * dy_chunk
-        ddt *= step_size_slope(raw_dt, inputs.dt_bias)
+        ddt *= step_size_slope(steps.dt, inputs.dt_bias)
         grads = Inputs(
             x=span.write(grads.x, dx),
             dt=span.write(grads.dt, ddt),
@@ -101,13 +106,12 @@ def backward(
             C=span.write(grads.C, dC),
             D=grads.D + _sum_but(dy_chunk * steps.x, 1),
             dt_bias=None if grads.dt_bias is None else grads.dt_bias + _sum_but(ddt, 1),
-            reset=None,
         )
         return dh, grads
 
-    grads = jax.tree.map(jnp.zeros_like, inputs._replace(reset=None))
+    grads = jax.tree.map(jnp.zeros_like, inputs)
     carry = (_without_single_row(dh_last), grads)
-    dh, grads = _over_chunks(body, carry, inputs.x.shape, chunk, not reverse)
+    dh, grads = _over_chunks(body, carry, inputs.x.shape[1], how.chunk, not how.reverse)
     return grads, dh.reshape(dh_last.shape)
 
 
@@ -115,9 +119,9 @@ def backward(
 
 
 class _Span(NamedTuple):
-    """Steps [start, start + size) of the length: chunk number `index`."""
+    """Steps [start, start + size) of the length: chunk `number`."""
 
-    index: jax.Array | int
+    number: jax.Array | int
     start: jax.Array | int
     size: int
 
@@ -134,15 +138,15 @@ class _Span(NamedTuple):
 
 
 def _over_chunks(
-    body: Callable[[Any, _Span], Any], carry: Any, shape: tuple[int, ...], chunk: int, reverse: bool
+    body: Callable[[Any, _Span], Any], carry: Any, length: int, chunk: int, reverse: bool
 ) -> Any:
     """Applies `body` to every chunk of the length in turn; the last one may be shorter."""
-    whole, rest = divmod(shape[1], chunk)
+    whole, rest = divmod(length, chunk)
     tail = _Span(whole, whole * chunk, rest)
 
     def step(i: jax.Array, carry: Any) -> Any:
-        index = whole - 1 - i if reverse else i
-        return body(carry, _Span(index, index * chunk, chunk))
+        number = whole - 1 - i if reverse else i
+        return body(carry, _Span(number, number * chunk, chunk))
 
     if rest and reverse:
         carry = body(carry, tail)
@@ -152,10 +156,9 @@ def _over_chunks(
     return carry
 
 
-def _read_chunk(inputs: Inputs, span: _Span) -> Chunk:
-    x, dt, B, C, reset = map(span.read, (inputs.x, inputs.dt, inputs.B, inputs.C, inputs.reset))
-    dt = step_size(dt, inputs.dt_bias)
-    return Chunk(x.astype(jnp.float32), dt, B.astype(jnp.float32), C.astype(jnp.float32), reset)
+def _read_chunk(inputs: Inputs, reset: jax.Array, span: _Span) -> Chunk:
+    x, B, C = (span.read(v).astype(jnp.float32) for v in (inputs.x, inputs.B, inputs.C))
+    return Chunk(x, step_size(span.read(inputs.dt), inputs.dt_bias), B, C, span.read(reset))
 
 
 def _without_single_row(h: jax.Array) -> jax.Array:
