@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -67,15 +67,35 @@ class Einsum(nnx.Module):
         return y if self.lora is None else y + self.lora(x)
 
 
+class PairedLinear(nnx.Module):
+    """Two linear maps of one input, [..., D] -> 2 x [..., E], with one kernel [D, 2, E].
+
+    They are an axis of their own, so that splitting E needs no communication, and are multiplied
+    apart, so that no array of both is cut up, or put together in the backward pass.
+    """
+
+    def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        kernel = init(rngs.params(), (width, 2, inner), jnp.float32)
+        self.kernel = nnx.Param(kernel, logical_axes=("embed", None, "inner"))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, second = jnp.unstack(self.kernel[...].astype(self.dtype), axis=1)  # 2 x [D, E]
+        x = x.astype(self.dtype)
+        return x @ first, x @ second
+
+
 def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
     """`depth` layers as one module whose parameters have a leading layer axis."""
     return nnx.vmap(make)(rngs.split(depth))
 
 
-def run_layers(layers: Layer, x: jax.Array, call: Callable, remat: bool) -> jax.Array:
-    """Runs `x = call(layer, x)` over a stack; with `remat`, only layer inputs are stored."""
+def run_layers(layers: Any, x: jax.Array, call: Callable, remat: bool) -> tuple[jax.Array, Any]:
+    """Runs `x, result = call(layer, x)` over a stack, a module or a tree with a leading layer axis;
+    results are stacked likewise. With `remat`, only layer inputs are stored."""
 
-    def body(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
-        return call(layer, x), None
+    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        return call(layer, x)
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers)[0]
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers)

@@ -4,21 +4,30 @@
     y_d  = scan_d(silu(conv_d(x)))                       own conv, x_proj, dt_proj, A, D
     out  = out_proj((y_forward + y_backward) * silu(z))  shared; starts at zero
 
-Both conv and scan stop where the segment id changes.
+Both conv and scan stop where the segment id changes. A mixer of one direction can read a sequence in
+blocks: it returns the state with which the next block goes on.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from storm_jax.config import MambaConfig
-from storm_jax.models.layers import Einsum
+from storm_jax.models.layers import Einsum, PairedLinear
 from storm_jax.ops.causal_conv import causal_conv
 from storm_jax.ops.selective_scan import selective_scan
+
+
+class MambaState(NamedTuple):
+    """What a forward mixer remembers of a sequence."""
+
+    conv: jax.Array  # [B, K-1, E], the last inputs of the convolution
+    h: jax.Array  # [B, E, N] fp32
 
 
 class MambaMixer(nnx.Module):
@@ -26,10 +35,7 @@ class MambaMixer(nnx.Module):
 
     def __init__(self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         inner = config.expand * width
-        # x and z are an axis of their own, so that splitting E needs no communication.
-        self.in_proj = Einsum(
-            "bld,dje->blje", (width, 2, inner), ("embed", None, "inner"), rngs=rngs, dtype=dtype
-        )
+        self.in_proj = PairedLinear(width, inner, rngs=rngs, dtype=dtype)
         self.forward = DirectedScan(inner, width, config, rngs=rngs, dtype=dtype)
         self.backward = (
             DirectedScan(inner, width, config, rngs=rngs, dtype=dtype, reverse=True)
@@ -45,16 +51,39 @@ class MambaMixer(nnx.Module):
             dtype=dtype,
         )
 
-    def __call__(self, u: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        x, z = jnp.moveaxis(self.in_proj(u), 2, 0)  # 2 x [B, L, E]
-        y = self.forward(x, segment_ids)
+    def __call__(
+        self, u: jax.Array, segment_ids: jax.Array | None = None, state: MambaState | None = None
+    ) -> tuple[jax.Array, MambaState]:
+        """Mixes a sequence, or with `state` the next block of one.
+
+        Args:
+          u: [B, L, D].
+          segment_ids: int [B, L], segments do not see each other.
+          state: of the blocks so far; forward mixers only.
+
+        Returns:
+          [B, L, D] and the state after the last step in the forward direction.
+        """
+        if state is not None and self.backward is not None:
+            raise ValueError("a mixer of both directions needs its whole sequence at once")
+        x, z = self.in_proj(u)  # 2 x [B, L, E]
+        y, state = self.forward(x, segment_ids, state)
         if self.backward is not None:
-            y += self.backward(x, segment_ids)
-        return self.out_proj(y * jax.nn.silu(z))
+            y += self.backward(x, segment_ids)[0]
+        return self.out_proj(y * jax.nn.silu(z)), state
+
+    def initial_state(self, batch: int) -> MambaState:
+        """The state before the first block."""
+        taps, inner = self.forward.conv_kernel.shape
+        return MambaState(
+            conv=jnp.zeros((batch, taps - 1, inner), self.forward.dtype),
+            h=jnp.zeros((batch, inner, self.forward.state), jnp.float32),
+        )
 
 
 class DirectedScan(nnx.Module):
-    """Conv, input-dependent (dt, B, C) and scan of one direction: [B, L, E] -> [B, L, E]."""
+    """Conv, input-dependent (dt, B, C) and scan of one direction: [B, L, E] -> [B, L, E], and the
+    state after the last step that it reads."""
 
     def __init__(
         self,
@@ -97,17 +126,20 @@ class DirectedScan(nnx.Module):
         self.A_log = param(jnp.log(jnp.tile(rates, (inner, 1))), "inner", None)
         self.D = param(jnp.ones((inner,), jnp.float32), "inner")
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        x = causal_conv(
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, state: MambaState | None = None
+    ) -> tuple[jax.Array, MambaState]:
+        x, last = causal_conv(
             x,
             self.conv_kernel[...].astype(self.dtype),
             self.conv_bias[...].astype(self.dtype),
             segment_ids=segment_ids,
             reverse=self.reverse,
+            before=None if state is None else state.conv,
         )
         x = jax.nn.silu(x)
         dt, B, C = jnp.split(self.x_proj(x), [self.rank, self.rank + self.state], axis=-1)
-        y, _ = selective_scan(
+        y, h = selective_scan(
             x,
             self.dt_proj(dt),
             -jnp.exp(self.A_log[...]),
@@ -117,5 +149,6 @@ class DirectedScan(nnx.Module):
             dt_bias=self.dt_bias[...],
             reverse=self.reverse,
             segment_ids=segment_ids,
+            h0=None if state is None else state.h,
         )
-        return y
+        return y, MambaState(last, h)

@@ -57,7 +57,7 @@ class SigLIP(nnx.Module):
         x = pixels.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch(x.reshape(-1, side * side, patch * patch * 3))  # [B, P, D]
         x += self.position[...].astype(self.dtype)[None]
-        return run_layers(self.layers, x, lambda layer, x: layer(x), self.remat)
+        return run_layers(self.layers, x, lambda layer, x: (layer(x), None), self.remat)[0]
 
 
 class EncoderLayer(nnx.Module):

@@ -6,6 +6,9 @@
 
 The mixing stage is any module with `(x [B, F, N, D], frame_clip [B, F]) -> [B, F, N, D]`. Frames of
 a clip share an id in `frame_clip`, 0 is padding, and nothing may pass from one clip to another.
+
+Mamba layers of `direction="forward"` also read a clip in blocks of frames (`extend`), with the same
+result as in one pass.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from flax import nnx
 
 from storm_jax.config import MambaConfig, ModelConfig
 from storm_jax.models.layers import Einsum, run_layers, stack_layers
-from storm_jax.models.mamba import MambaMixer
+from storm_jax.models.mamba import MambaMixer, MambaState
 from storm_jax.ops.pooling import pixel_shuffle
 
 
@@ -62,12 +65,47 @@ class TemporalProjector(nnx.Module):
             self.mixer = make(width, rngs=rngs, dtype=dtype, **config.projector_args)
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
+        return self.mixer(self._merge(x), frame_clip)
+
+    def extend(self, x: jax.Array, state: MambaState) -> tuple[jax.Array, MambaState]:
+        """The next block of a clip's frames.
+
+        Args:
+          x: [B, F, P, Dv], one clip a row.
+          state: from the block before, or `initial_state`.
+
+        Returns:
+          [B, F, N, D] and the state for the next block. Blocks of any sizes give what the whole
+          clip gives.
+
+        Raises:
+          ValueError: the projector does not read in blocks (see `initial_state`).
+        """
+        return self._streaming_mixer().extend(self._merge(x), state)
+
+    def initial_state(self, batch: int) -> MambaState:
+        """The state before the first block, each array with a leading layer axis.
+
+        Raises:
+          ValueError: the projector is not made of Mamba layers of direction="forward".
+        """
+        return self._streaming_mixer().initial_state(batch)
+
+    def _streaming_mixer(self) -> MambaLayers:
+        if isinstance(self.mixer, MambaLayers) and self.mixer.direction == "forward":
+            return self.mixer
+        raise ValueError(
+            'only projector="storm" with mamba.direction="forward" reads a clip in blocks of frames'
+        )
+
+    def _merge(self, x: jax.Array) -> jax.Array:
+        """[B, F, P, Dv] -> [B, F, N, D], each frame alone."""
         batch, frames = x.shape[:2]
         x = pixel_shuffle(x.reshape(batch * frames, *x.shape[2:]), self.downsample)
         x = x.reshape(batch, frames, *x.shape[1:])  # [B, F, N, r * r * Dv]
         if self.norm is not None:
             x = self.norm(x)
-        return self.mixer(self.linear(x), frame_clip)
+        return self.linear(x)
 
 
 class MambaLayers(nnx.Module):
@@ -76,17 +114,35 @@ class MambaLayers(nnx.Module):
     def __init__(
         self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool
     ):
-        self.remat = remat
+        self.remat, self.direction = remat, config.direction
         self.layers = stack_layers(
             lambda rngs: MambaLayer(width, config, rngs=rngs, dtype=dtype), config.depth, rngs
         )
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
+        segment_ids = jnp.repeat(frame_clip, x.shape[2], axis=1)  # [B, F * N]
+        return self._run(x, segment_ids, None)[0]
+
+    def extend(self, x: jax.Array, state: MambaState) -> tuple[jax.Array, MambaState]:
+        """The next block [B, F, N, D] of one clip a row."""
+        return self._run(x, None, state)
+
+    def initial_state(self, batch: int) -> MambaState:
+        return jax.vmap(lambda layer: layer.mixer.initial_state(batch))(self.layers)
+
+    def _run(
+        self, x: jax.Array, segment_ids: jax.Array | None, state: MambaState | None
+    ) -> tuple[jax.Array, MambaState]:
         batch, frames, tokens, width = x.shape
-        segment_ids = jnp.repeat(frame_clip, tokens, axis=1)  # [B, F * N]
+
+        def call(args: tuple, x: jax.Array) -> tuple[jax.Array, MambaState | None]:
+            layer, state = args
+            x, after = layer(x, segment_ids, state)
+            return x, None if state is None else after
+
         x = x.reshape(batch, frames * tokens, width)
-        x = run_layers(self.layers, x, lambda layer, x: layer(x, segment_ids), self.remat)
-        return x.reshape(batch, frames, tokens, width)
+        x, state = run_layers((self.layers, state), x, call, self.remat)
+        return x.reshape(batch, frames, tokens, width), state
 
 
 class MambaLayer(nnx.Module):
@@ -96,8 +152,11 @@ class MambaLayer(nnx.Module):
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.mixer = MambaMixer(width, config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        return x + self.mixer(self.norm(x), segment_ids)
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, state: MambaState | None
+    ) -> tuple[jax.Array, MambaState]:
+        y, state = self.mixer(self.norm(x), segment_ids, state)
+        return x + y, state
 
 
 class MLPHead(nnx.Module):

@@ -13,7 +13,8 @@ def causal_conv(
     *,
     segment_ids: jax.Array | None = None,
     reverse: bool = False,
-) -> jax.Array:
+    before: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """y[t] = bias + sum_j kernel[K-1-j] * x[t-j], where x before the start of a segment is zero.
 
     Args:
@@ -22,22 +23,29 @@ def causal_conv(
       bias: [E].
       segment_ids: int [B, L]; taps never reach another segment.
       reverse: run from the end: x[t+j] in place of x[t-j].
+      before: [B, K-1, E], the steps that `x` continues, in its first segment; zero when None.
 
     Returns:
-      [B, L, E] in the dtype of `x`.
+      y [B, L, E] in the dtype of `x`; the last K-1 steps, for the convolution that goes on.
     """
-    length, taps = x.shape[1], kernel.shape[0]
+    length, reach = x.shape[1], kernel.shape[0] - 1
+    if before is None:
+        before = jnp.zeros_like(x, shape=(x.shape[0], reach, x.shape[2]))
+    joined = jnp.concatenate([x, before] if reverse else [before, x], axis=1)
+    if segment_ids is not None:
+        edge = ((0, 0), (0, reach) if reverse else (reach, 0))
+        segment_ids = jnp.pad(segment_ids, edge, mode="edge")
+
+    def shifted(v: jax.Array, steps: int) -> jax.Array:  # [B, K-1 + L, ...] -> [B, L, ...]
+        start = steps if reverse else reach - steps
+        return jax.lax.slice_in_dim(v, start, start + length, axis=1)
+
     y = bias[None, None] + kernel[-1][None, None] * x
-    for j in range(1, min(taps, length)):
-        past = _shift(x, j, reverse)
+    for j in range(1, reach + 1):
+        past = shifted(joined, j)
         if segment_ids is not None:
-            same = _shift(segment_ids, j, reverse) == segment_ids  # padding only meets zeros
+            same = shifted(segment_ids, j) == shifted(segment_ids, 0)
             past = jnp.where(same[..., None], past, 0)
         y += kernel[-1 - j][None, None] * past
-    return y.astype(x.dtype)
-
-
-def _shift(x: jax.Array, steps: int, reverse: bool) -> jax.Array:
-    pad = [(0, 0), (0, steps) if reverse else (steps, 0)] + [(0, 0)] * (x.ndim - 2)
-    start = steps if reverse else 0
-    return jax.lax.slice_in_dim(jnp.pad(x, pad), start, start + x.shape[1], axis=1)
+    last = joined[:, :reach] if reverse else joined[:, length:]
+    return y.astype(x.dtype), last

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -39,6 +41,51 @@ def temporal_pool(x: jax.Array, frame_group: jax.Array, num_groups: int) -> jax.
         "bgf,bfnd->bgnd", members.astype(x.dtype), x, preferred_element_type=jnp.float32
     )
     return (total / count).astype(x.dtype)
+
+
+class OpenGroup(NamedTuple):
+    """The frames of a clip's last group, which may not be full yet."""
+
+    total: jax.Array  # [B, N, D] fp32, their sum
+    frames: jax.Array  # int [B], how many
+
+    def mean(self) -> jax.Array:
+        """[B, N, D]: what `temporal_pool` makes of the group if the clip ends here; zero for an
+        empty one."""
+        return self.total / jnp.maximum(self.frames, 1)[:, None, None]
+
+
+def open_group(batch: int, tokens: int, width: int) -> OpenGroup:
+    """The group before the first frame of a clip."""
+    return OpenGroup(jnp.zeros((batch, tokens, width), jnp.float32), jnp.zeros((batch,), jnp.int32))
+
+
+def temporal_pool_block(
+    x: jax.Array, group: OpenGroup, size: int
+) -> tuple[jax.Array, jax.Array, OpenGroup]:
+    """Mean over every `size` frames of a clip that arrives in blocks.
+
+    Args:
+      x: [B, F, N, D], the next frames of one clip a row.
+      group: the frames before them that no full group has taken yet.
+      size: frames per group.
+
+    Returns:
+      means [B, G, N, D] with G = ceil((F + size - 1) / size), as many as could become full; how many
+      of them did, int [B], from the first; the open group.
+    """
+    frames = x.shape[1]
+    slots = -(-(frames + size - 1) // size)
+    number = (group.frames[:, None] + jnp.arange(frames)[None]) // size  # [B, F]
+    members = number[:, None, :] == jnp.arange(slots)[None, :, None]  # [B, G, F]
+    total = jnp.einsum(
+        "bgf,bfnd->bgnd", members.astype(x.dtype), x, preferred_element_type=jnp.float32
+    )
+    total = total.at[:, 0].add(group.total)
+    full, count = jnp.divmod(group.frames + frames, size)
+    rest = jnp.take_along_axis(total, jnp.minimum(full, slots - 1)[:, None, None, None], axis=1)
+    rest = jnp.where((count > 0)[:, None, None], rest[:, 0], 0.0)
+    return (total / size).astype(x.dtype), full, OpenGroup(rest, count)
 
 
 def spatial_pool(x: jax.Array, factor: int) -> jax.Array:

@@ -63,7 +63,7 @@ def test_values_and_gradients_equal_the_sum_over_taps(rng, length, taps, segment
 
     @jax.jit
     def loss(inputs):
-        y = causal_conv(**inputs, segment_ids=ids, reverse=reverse)
+        y, _ = causal_conv(**inputs, segment_ids=ids, reverse=reverse)
         return jnp.sum(y * dy), y
 
     got, y = jax.grad(loss, has_aux=True)(inputs)
@@ -81,7 +81,7 @@ def test_taps_are_in_the_order_of_a_padded_conv1d(rng):
     x, kernel, bias = (torch.tensor(inputs[name]).double() for name in ("x", "kernel", "bias"))
     padded = torch.nn.functional.pad(x.mT, (3, 0))
     expected = torch.nn.functional.conv1d(padded, kernel.T[:, None], bias, groups=WIDTH).mT
-    np.testing.assert_allclose(conv(**inputs), expected, **TOLERANCE)
+    np.testing.assert_allclose(conv(**inputs)[0], expected, **TOLERANCE)
 
 
 @each_direction
@@ -89,8 +89,8 @@ def test_segments_equal_convolving_each_apart(rng, reverse):
     inputs = make_inputs(rng, 10, 4)
     ids = np.repeat([[1, 2]] * BATCH, 5, axis=1)
     run = functools.partial(conv, reverse=reverse)
-    apart = [run(**(inputs | {"x": x})) for x in np.split(inputs["x"], 2, axis=1)]
-    whole = run(**inputs, segment_ids=ids)
+    apart = [run(**(inputs | {"x": x}))[0] for x in np.split(inputs["x"], 2, axis=1)]
+    whole, _ = run(**inputs, segment_ids=ids)
     np.testing.assert_allclose(whole, np.concatenate(apart, axis=1), **TOLERANCE)
 
 
@@ -99,8 +99,34 @@ def test_output_has_the_dtype_of_x(rng, weights):
     inputs = make_inputs(rng, 9, 4)
     typed = {name: jnp.asarray(v, weights) for name, v in inputs.items()}
     typed["x"] = typed["x"].astype(jnp.bfloat16)
-    y = conv(**typed)
+    y, _ = conv(**typed)
     assert y.dtype == jnp.bfloat16
     expected = reference(**to_float64(typed), segment_ids=np.ones((BATCH, 9)), reverse=False)
     # A rounding per tap at most, of sums no larger than about 8.
     np.testing.assert_allclose(y.astype(jnp.float32), expected.detach(), atol=0.05)
+
+
+@each_direction
+@pytest.mark.parametrize("cuts", [(1,), (2, 3), (4, 8), (1, 2, 3, 9)])
+def test_parts_that_hand_on_their_last_steps_equal_one_pass(rng, cuts, reverse):
+    """Also where a part is shorter than the taps reach."""
+    inputs = make_inputs(rng, 10, 4)
+    whole, last = conv(**inputs, reverse=reverse)
+    parts = np.split(inputs["x"], cuts, axis=1)
+    before, found = None, []
+    for part in parts[::-1] if reverse else parts:
+        y, before = conv(**(inputs | {"x": part}), reverse=reverse, before=before)
+        found.append(y)
+    found = found[::-1] if reverse else found
+    np.testing.assert_allclose(np.concatenate(found, axis=1), whole, **TOLERANCE)
+    np.testing.assert_allclose(before, last, **TOLERANCE)
+
+
+def test_only_the_first_segment_continues_what_came_before(rng):
+    inputs = make_inputs(rng, 6, 4)
+    before = rng.standard_normal((BATCH, 3, WIDTH)).astype(np.float32)
+    ids = np.array([[1, 2, 2, 2, 2, 2]] * BATCH, np.int32)
+    found, _ = conv(**inputs, segment_ids=ids, before=before)
+    first, _ = conv(**(inputs | {"x": inputs["x"][:, :1]}), before=before)
+    second, _ = conv(**(inputs | {"x": inputs["x"][:, 1:]}))
+    np.testing.assert_allclose(found, np.concatenate([first, second], axis=1), **TOLERANCE)

@@ -72,7 +72,7 @@ def gradient_of(mixer: MambaMixer, u: np.ndarray, weights: np.ndarray) -> tuple:
     segment_ids = jnp.ones(u.shape[:2], jnp.int32)
 
     def weighted(u: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = nnx.merge(graphdef, state)(u, segment_ids)
+        y, _ = nnx.merge(graphdef, state)(u, segment_ids)
         return jnp.sum(y * weights), y
 
     (_, y), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(u)
@@ -114,7 +114,7 @@ def test_packed_clips_are_torch_mixers_of_their_own(randomise, rng):
     lengths = (1, 40, 2, 57)  # the last crosses a chunk
     u = rng.standard_normal((1, sum(lengths), WIDTH)).astype(np.float32)
     segment_ids = np.repeat([1, 2, 3, 4], lengths)[None]
-    found = nnx.jit(lambda m: m(u, segment_ids))(mixer)
+    found = nnx.jit(lambda m: m(u, segment_ids)[0])(mixer)
     with torch.no_grad():
         clips = torch.from_numpy(u).split(lengths, dim=1)
         forward = torch.cat([torch_mixer(params, "forward")(clip) for clip in clips], dim=1)
@@ -168,7 +168,7 @@ def test_the_reverse_scan_is_the_flipped_one(randomise, rng):
     forward = nnx.merge(nnx.split(forward)[0], nnx.split(scan)[1])
     x = rng.standard_normal((2, 70, 40)).astype(np.float32)
     segments = np.repeat([[1, 2, 3]], 2, axis=0).repeat([30, 25, 15], axis=1)
-    call = nnx.jit(lambda scan, x, segments: scan(x, segments))
+    call = nnx.jit(lambda scan, x, segments: scan(x, segments)[0])
     found = np.asarray(call(scan, x, segments))
     expected = np.asarray(call(forward, x[:, ::-1], segments[:, ::-1]))[:, ::-1]
     np.testing.assert_allclose(found, expected, atol=1e-5)
