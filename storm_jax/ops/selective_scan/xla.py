@@ -7,7 +7,8 @@ Within a chunk the recurrence is solved in one of two ways:
   by steps          one after another: the fastest on CPU.
   by associativity  all at once, in log2(Q) rounds: for accelerators, which need wide work.
 
-Letters: Q steps of a chunk; B batch, E width, N state size. A chunk is time-major, [Q, B, ...].
+Letters: B batch, E width, N state size; Q steps of a chunk. A single row has no axis B: with it XLA's
+code for a step on CPU is many times slower.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from storm_jax.ops.selective_scan.inputs import Inputs, step_size, step_size_slo
 
 
 class Chunk(NamedTuple):
-    """A chunk [Q, B, ...] of the inputs or one step of it [B, ...], fp32; a single row has no B."""
+    """A chunk of the inputs, [B, Q, ...], or one step of it, [B, ...]; fp32."""
 
-    x: jax.Array  # [..., B, E]
-    dt: jax.Array  # [..., B, E], the step size itself
-    B: jax.Array  # [..., B, N]
-    C: jax.Array  # [..., B, N]
-    reset: jax.Array  # [..., B]
+    x: jax.Array  # [..., E]
+    dt: jax.Array  # [..., E], the step size itself
+    B: jax.Array  # [..., N]
+    C: jax.Array  # [..., N]
+    reset: jax.Array  # [...]
 
     def recurrence(self, A: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The decay a and the input u of h[t] = a[t] h[t-1] + u[t]; both [..., B, N, E]."""
+        """The decay a and the input u of h[t] = a[t] h[t-1] + u[t]; both [..., N, E]."""
         decay = jnp.exp(self.dt[..., None, :] * _leading(A, self.dt.ndim + 1))
         decay = jnp.where(self.reset[..., None, None], 0.0, decay)
         return decay, (self.dt * self.x)[..., None, :] * self.B[..., None]
@@ -126,14 +127,12 @@ class _Span(NamedTuple):
     size: int
 
     def read(self, v: jax.Array) -> jax.Array:
-        """[B, L, ...] -> [Q, B, ...]; a single row loses its axis, with which XLA's code for a
-        step on CPU is many times slower."""
-        v = jax.lax.dynamic_slice_in_dim(v, self.start, self.size, axis=1)
-        return v[0] if v.shape[0] == 1 else v.swapaxes(0, 1)
+        """[B, L, ...] -> [B, Q, ...]."""
+        return _without_single_row(jax.lax.dynamic_slice_in_dim(v, self.start, self.size, axis=1))
 
     def write(self, whole: jax.Array, v: jax.Array) -> jax.Array:
-        """Puts [Q, B, ...] into [B, L, ...], in its dtype."""
-        v = v[None] if whole.shape[0] == 1 else v.swapaxes(0, 1)
+        """Puts [B, Q, ...] into [B, L, ...], in its dtype."""
+        v = v.reshape(whole.shape[0], self.size, *whole.shape[2:])
         return jax.lax.dynamic_update_slice_in_dim(whole, v.astype(whole.dtype), self.start, axis=1)
 
 
@@ -161,8 +160,8 @@ def _read_chunk(inputs: Inputs, reset: jax.Array, span: _Span) -> Chunk:
     return Chunk(x, step_size(span.read(inputs.dt), inputs.dt_bias), B, C, span.read(reset))
 
 
-def _without_single_row(h: jax.Array) -> jax.Array:
-    return h[0] if h.shape[0] == 1 else h
+def _without_single_row(v: jax.Array) -> jax.Array:
+    return v[0] if v.shape[0] == 1 else v
 
 
 def _leading(x: jax.Array, ndim: int) -> jax.Array:
@@ -186,7 +185,8 @@ def _outputs_by_steps(
         h = decay * h + u
         return h, _contract_by_matmul(h, now.C, -2)
 
-    return jax.lax.scan(step, h, chunk, reverse=reverse)
+    h, y = jax.lax.scan(step, h, _swap_time(chunk, h), reverse=reverse)
+    return h, _swap_time(y, h)
 
 
 def _gradients_by_steps(
@@ -196,6 +196,7 @@ def _gradients_by_steps(
         decay, u = now.recurrence(A)
         return decay * h + u, h
 
+    chunk, dy = _swap_time((chunk, dy), h)
     _, h_before = jax.lax.scan(replay, h, chunk, reverse=reverse)  # [Q, B, N, E]
 
     def step(carry: tuple[jax.Array, jax.Array], args: tuple) -> tuple[tuple, tuple]:
@@ -208,17 +209,24 @@ def _gradients_by_steps(
 
     carry = (dh, jnp.zeros_like(A))
     (dh, dA), grads = jax.lax.scan(step, carry, (chunk, h_before, dy), reverse=not reverse)
-    return dh, dA, grads
+    return dh, dA, _swap_time(grads, h)
 
 
-# One chunk, all steps at once.
+def _swap_time(tree: Any, h: jax.Array) -> Any:
+    """[B, Q, ...] <-> [Q, B, ...]."""
+    return tree if h.ndim == 2 else jax.tree.map(lambda v: v.swapaxes(0, 1), tree)
+
+
+# One chunk, all steps at once. Arrays with a state are [B, Q, N, E].
+
+TIME = -3
 
 
 def _outputs_by_associativity(
     chunk: Chunk, A: jax.Array, h: jax.Array, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     states = _linear_recurrence(*chunk.recurrence(A), h, reverse)
-    return states[_last(reverse)], _contract_by_sum(states, chunk.C, -2)
+    return _at_end(states, reverse), _contract_by_sum(states, chunk.C, -2)
 
 
 def _gradients_by_associativity(
@@ -232,31 +240,32 @@ def _gradients_by_associativity(
     source = dy[..., None, :] * chunk.C[..., None]
     dh = _linear_recurrence(after, source, dh, not reverse)
     dA, grads = _local_gradients(chunk, A, decay, u, h_before, dy, dh, _contract_by_sum)
-    first = _last(not reverse)
-    return decay[first] * dh[first], _sum_but(dA, 2), grads
+    return _at_end(decay * dh, not reverse), _sum_but(dA, 2), grads
 
 
 def _linear_recurrence(a: jax.Array, u: jax.Array, h: jax.Array, reverse: bool) -> jax.Array:
-    """All h[t] = a[t] h[t-1] + u[t] along the first axis, from `h`."""
+    """All h[t] = a[t] h[t-1] + u[t], from `h`."""
 
     def combine(left: tuple, right: tuple) -> tuple:
         return right[0] * left[0], right[0] * left[1] + right[1]
 
-    first = _last(not reverse)
-    u = u.at[first].add(a[first] * h)
-    return jax.lax.associative_scan(combine, (a, u), reverse=reverse)[1]
+    first = a.shape[TIME] - 1 if reverse else 0
+    u = u.at[..., first, :, :].add(_at_end(a, not reverse) * h)
+    axis = a.ndim + TIME
+    return jax.lax.associative_scan(combine, (a, u), reverse=reverse, axis=axis)[1]
 
 
-def _last(reverse: bool) -> int:
-    """Where a scan ends."""
-    return 0 if reverse else -1
+def _at_end(v: jax.Array, reverse: bool) -> jax.Array:
+    """[B, Q, N, E] -> [B, N, E] where a scan ends."""
+    return jax.lax.index_in_dim(v, 0 if reverse else -1, axis=TIME, keepdims=False)
 
 
 def _shift(v: jax.Array, first: jax.Array, reverse: bool) -> jax.Array:
     """v[t-1] at t, with `first` where the scan starts."""
+    first, length = jnp.expand_dims(first, TIME), v.shape[TIME]
     if reverse:
-        return jnp.concatenate([v[1:], first[None]])
-    return jnp.concatenate([first[None], v[:-1]])
+        return jnp.concatenate([jax.lax.slice_in_dim(v, 1, length, axis=TIME), first], axis=TIME)
+    return jnp.concatenate([first, jax.lax.slice_in_dim(v, 0, length - 1, axis=TIME)], axis=TIME)
 
 
 # Gradients of a step.
@@ -272,7 +281,7 @@ def _local_gradients(
     dh: jax.Array,
     contract: Callable[[jax.Array, jax.Array, int], jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
-    """Gradients of A [..., B, N, E] and of x, dt, B, C at steps whose states are known."""
+    """Gradients of A [..., N, E] and of x, dt, B, C at steps whose states are known."""
     h = decay * h_before + u
     log_decay = dh * decay * h_before
     du = contract(dh, now.B, -2)  # of dt * x

@@ -1,0 +1,216 @@
+"""Compiles the selective scan for chips that are not here: does it compile, and in how much memory?
+
+    python -m benchmarks.scan_compile --target=sm_90 --out=runs/scan_compile     H100, H200
+    python -m benchmarks.scan_compile --target=v5e --out=runs/scan_compile
+    python -m benchmarks.scan_compile --target=v5p --out=runs/scan_compile
+
+The real compilers run, on any CPU; nothing else does, so nothing is learnt of speed or numerics. Needs
+packages that requirements.txt leaves out, and says which. Writes OUT/TARGET.json: for each size and
+implementation the seconds of compilation and the temporary memory, in bytes and relative to an fp32
+array of x's shape; for sm_90 also the registers of each kernel and what it spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from storm_jax.ops.selective_scan import selective_scan
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
+KERNEL = {"sm_90": "pallas_gpu", "v5e": "pallas_tpu", "v5p": "pallas_tpu"}
+SIZES = (  # batch, length, width: frames x 256 tokens, inner width of a 1.5B and a 7B decoder's layer
+    (1, 32_768, 2304),
+    (8, 32_768, 2304),
+    (1, 131_072, 7168),
+)
+STATE = 16
+# Else libtpu looks for the machine that it would run on, and admits one process at a time.
+WITHOUT_A_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+# What XLA has to know of an H200 (NVIDIA's data sheet and the CUDA programming guide).
+H200 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 8 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 62914560
+  memory_bandwidth: 4800000000000
+  device_memory_size: 150000000000
+}
+"""
+
+
+def device(target: str) -> Any:
+    """A device of the target as the compiler describes it."""
+    if target == "sm_90":
+        require("jax_plugins", f"jax-cuda12-pjrt=={jax.__version__}", "nvidia-cuda-nvcc-cu12")
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=H200
+        )
+    else:
+        require("libtpu", "libtpu")
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
+    return topology.devices[0]
+
+
+def require(module: str, *packages: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        sys.exit(f"this target's compiler is missing: pip install --no-deps {' '.join(packages)}")
+
+
+def compile_scan(
+    chip: Any, size: tuple[int, int, int], dtype: Any, implementation: str, gradients: bool
+) -> dict[str, Any]:
+    """Compiles y, or y with the gradients of all inputs, for one device."""
+    batch, length, width = size
+
+    def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(chip))
+
+    per_channel = functools.partial(array, dtype=jnp.float32)
+    x = array(batch, length, width)
+    inputs = {
+        "x": x,
+        "dt": x,
+        "A": per_channel(width, STATE),
+        "B": array(batch, length, STATE),
+        "C": array(batch, length, STATE),
+        "D": per_channel(width),
+        "dt_bias": per_channel(width),
+    }
+
+    def run(inputs: dict[str, jax.Array], dy: jax.Array) -> Any:
+        def outputs(inputs: dict[str, jax.Array]) -> jax.Array:
+            return selective_scan(**inputs, implementation=implementation)[0]
+
+        if not gradients:
+            return outputs(inputs)
+        y, pullback = jax.vjp(outputs, inputs)
+        return y, pullback(dy)
+
+    began = time.perf_counter()
+    compiled = jax.jit(run).lower(inputs, x).compile()
+    taken = time.perf_counter() - began
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return {
+        "compile_seconds": round(taken, 1),
+        "temporary_bytes": temporary,
+        "temporary_per_fp32_input": round(temporary / (batch * length * width * 4), 2),
+    }
+
+
+def compile_all(target: str) -> dict[str, Any]:
+    """The report on a target, without its kernels."""
+    chip = device(target)
+    programs = []
+    for implementation in (KERNEL[target], "chunked"):
+        for size, dtype, gradients in itertools.product(
+            SIZES, (jnp.bfloat16, jnp.float32), (False, True)
+        ):
+            row: dict[str, Any] = {
+                "implementation": implementation,
+                **dict(zip(("batch", "length", "width"), size, strict=True)),
+                "state": STATE,
+                "dtype": jnp.dtype(dtype).name,
+                "gradients": gradients,
+            }
+            try:
+                row |= compile_scan(chip, size, dtype, implementation, gradients)
+            except jax.errors.JaxRuntimeError as error:  # it does not fit: a finding
+                row["error"] = str(error).split("\n")[0]
+            print(row, flush=True)
+            programs.append(row)
+    return {
+        "target": target,
+        "device": chip.device_kind,
+        "jax": jax.__version__,
+        "programs": programs,
+    }
+
+
+def kernel_registers(dumped: pathlib.Path) -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of our kernels among those that XLA dumped, by ptxas."""
+    found: dict[str, dict[str, int]] = {}
+    nvcc = importlib.util.find_spec("nvidia.cuda_nvcc")
+    folders = [f"{path}/bin" for path in (nvcc.submodule_search_locations if nvcc else None) or []]
+    ptxas = shutil.which("ptxas", path=os.pathsep.join([*folders, os.environ["PATH"]]))
+    for path in sorted(dumped.glob("*.ptx")):
+        target = re.search(r"\.target (\w+)", path.read_text())
+        if target is None or ptxas is None:
+            continue
+        command = [ptxas, "-v", f"-arch={target[1]}", str(path), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        for name, stores, loads, registers in re.findall(
+            r"Function properties for (selective_scan\w+)\n.*?(\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads\n.*?Used (\d+) registers",
+            said,
+        ):
+            found[name] = {
+                "registers": int(registers),
+                "spilled_bytes_stored": int(stores),
+                "spilled_bytes_loaded": int(loads),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scan_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--target", choices=list(KERNEL), required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the report")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    os.environ |= WITHOUT_A_TPU
+    with tempfile.TemporaryDirectory() as dumped:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dumped}"
+        report = compile_all(args.target)
+        if args.target == "sm_90":
+            report["kernels"] = kernel_registers(pathlib.Path(dumped))
+            print(report["kernels"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.target}.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
