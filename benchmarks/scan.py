@@ -153,7 +153,7 @@ def ours(x, dt, A, B, C, D, dt_bias, implementation):
 
 class Program(NamedTuple):
     forward: Callable[[], Any]  # y
-    backward: Callable[[], dict[str, np.ndarray]]  # gradients of sum(y * weights)
+    backward: Callable[[], dict[str, Any]]  # gradients of sum(y * weights)
     forward_bytes: int | None
     backward_bytes: int | None
 
@@ -166,8 +166,8 @@ def jax_program(method: Callable[..., jax.Array], arrays: Arrays) -> Program:
     def loss(inputs: Arrays, weights: jax.Array) -> jax.Array:
         return jnp.sum(method(**inputs).astype(jnp.float32) * weights)
 
-    forward = jax.jit(lambda inputs: method(**inputs)).lower(inputs).compile()
-    backward = jax.jit(jax.grad(loss)).lower(inputs, weights).compile()
+    forward: Any = jax.jit(lambda inputs: method(**inputs)).lower(inputs).compile()
+    backward: Any = jax.jit(jax.grad(loss)).lower(inputs, weights).compile()
     return Program(
         lambda: jax.block_until_ready(forward(inputs)),
         lambda: jax.block_until_ready(backward(inputs, weights)),
@@ -189,7 +189,7 @@ def torch_program(method: Callable[..., torch.Tensor], arrays: Arrays) -> Progra
             torch.cuda.synchronize()
         return y
 
-    def backward() -> dict[str, torch.Tensor]:
+    def backward() -> dict[str, Any]:
         tracked = {name: v.detach().requires_grad_() for name, v in leaves.items()}
         (method(**tracked) * weights).sum().backward()
         if device == "cuda":

@@ -107,7 +107,7 @@ def compile_scan(
 
     per_channel = functools.partial(array, dtype=jnp.float32)
     x = array(batch, length, width)
-    inputs = {
+    inputs: dict[str, Any] = {
         "x": x,
         "dt": x,
         "A": per_channel(width, STATE),
@@ -117,8 +117,8 @@ def compile_scan(
         "dt_bias": per_channel(width),
     }
 
-    def run(inputs: dict[str, jax.Array], dy: jax.Array) -> Any:
-        def outputs(inputs: dict[str, jax.Array]) -> jax.Array:
+    def run(inputs: dict[str, Any], dy: jax.Array) -> Any:
+        def outputs(inputs: dict[str, Any]) -> jax.Array:
             return selective_scan(**inputs, implementation=implementation)[0]
 
         if not gradients:
@@ -127,7 +127,7 @@ def compile_scan(
         return y, pullback(dy)
 
     began = time.perf_counter()
-    compiled = jax.jit(run).lower(inputs, x).compile()
+    compiled: Any = jax.jit(run).lower(inputs, x).compile()
     taken = time.perf_counter() - began
     temporary = compiled.memory_analysis().temp_size_in_bytes
     return {
