@@ -37,8 +37,8 @@ from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, fastest, sele
 
 Arrays = dict[str, Any]  # x, dt, A, B, C, D, dt_bias and the weights of y in the loss
 INPUTS = ("x", "dt", "A", "B", "C", "D", "dt_bias")
-# What a method needs at a length to be left out there: hours, or the whole memory.
-TRANSFORMERS_LENGTH = 1024  # its backward grows faster than the square of the length
+
+TRANSFORMERS_STEPS = 1024  # its backward grows faster than the square of the length
 
 
 class Problem(NamedTuple):
@@ -229,7 +229,7 @@ def methods(problem: Problem) -> dict[str, Callable[[Arrays], Program]]:
     if backend == "cpu":
         found["jax.lax.scan"] = functools.partial(jax_program, by_lax_scan)
     found["torch, unbind"] = functools.partial(torch_program, by_torch)
-    if problem.length <= TRANSFORMERS_LENGTH:
+    if problem.batch * problem.length <= TRANSFORMERS_STEPS:
         found["torch, transformers"] = functools.partial(torch_program, by_transformers)
     if torch.cuda.is_available():
         try:

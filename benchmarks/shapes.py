@@ -2,9 +2,10 @@
 
     python -m benchmarks.shapes --out=runs/evidence --seeds=0,1,2 --steps=600
 
-Trains both projectors alike (same data, seeds, steps and rates) at 1x, at 4x by temporal pooling and
-at 4x by spatial pooling, tests the 4x weights also at 8x (temporal sampling on top), and writes
+Trains the projectors alike (same data, seeds, steps and rates) at 1x, at 4x by temporal pooling and at
+4x by spatial pooling, tests the 4x weights also at 8x (temporal sampling on top), and writes
 results.json and results.md. What is finished is not done again, so it may be stopped at any time.
+`--projectors=storm,storm_mamba2` compares the mixers, and `--settings=4x,8x` some columns only.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flax import nnx
 
+from configs import tiny
 from storm_jax import presets
 from storm_jax.compression import plan_clip
-from storm_jax.config import CompressionConfig, ModelConfig
+from storm_jax.config import CompressionConfig, ModelConfig, from_dict
 from storm_jax.data import shapes
 from storm_jax.evals.runner import settings_name
 from storm_jax.params import abstract_model, flatten
@@ -33,7 +36,13 @@ from storm_jax.run import Run, write_atomically
 # Images of places teach the tower where things are.
 FAMILIES = ("order", "motion", "needle", "place")
 FRAMES = 16
-PROJECTORS = ("storm", "mlp")
+# Fields of the tiny preset that make each projector.
+PROJECTORS: dict[str, dict[str, Any]] = {
+    "storm": {"projector": "storm"},
+    "mlp": {"projector": "mlp"},
+    "storm_mamba2": {"mamba.mixer": "mamba2", "mamba.head_dim": 16, "mamba.d_state": 16},
+}
+TITLES = {"storm": "STORM", "mlp": "MLP", "storm_mamba2": "STORM, Mamba-2"}
 PLATEAU = 0.03
 
 
@@ -52,12 +61,13 @@ class Setting:
 
 _K4 = CompressionConfig(FRAMES, temporal_pool=4)
 _K1, _P2 = CompressionConfig(FRAMES), CompressionConfig(FRAMES, spatial_pool=2)
-SETTINGS = (
-    Setting("4x", _K4, _K4),
-    Setting("8x", _K4, dataclasses.replace(_K4, temporal_sample=2)),
-    Setting("1x", _K1, _K1),
-    Setting("spatial 4x", _P2, _P2),
-)
+_K4_S2 = dataclasses.replace(_K4, temporal_sample=2)
+SETTINGS = {
+    "4x": Setting("4x", _K4, _K4),
+    "8x": Setting("8x", _K4, _K4_S2),
+    "1x": Setting("1x", _K1, _K1),
+    "spatial": Setting("spatial 4x", _P2, _P2),
+}
 
 
 def main() -> None:
@@ -72,18 +82,42 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="comma-separated; default 0")
     parser.add_argument("--steps", type=int, default=600, help="steps of every run; default 600")
     parser.add_argument("--clips", type=int, default=10000, help="training clips; default 10000")
+    parser.add_argument(
+        "--projectors",
+        type=names_of(PROJECTORS),
+        default="storm,mlp",
+        help=f"comma-separated, of {', '.join(PROJECTORS)}; default storm,mlp",
+    )
+    parser.add_argument(
+        "--settings",
+        type=names_of(SETTINGS),
+        default=",".join(SETTINGS),
+        help=f"comma-separated, of {', '.join(SETTINGS)}; default all",
+    )
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     data = render(args.out, args.clips)
     accuracies = {}
     for seed in seeds:
-        for setting in SETTINGS:
-            for projector in PROJECTORS:
+        for setting in (SETTINGS[name] for name in args.settings):
+            for projector in args.projectors:
                 workdir = args.out / f"{projector}_{setting.run_name}_steps{args.steps}_seed{seed}"
                 train(workdir, data, projector, setting.trained, seed, args.steps)
                 accuracies[projector, setting.name, seed] = evaluate(workdir, data, setting.tested)
                 write_results(args, data, accuracies)
     print((args.out / "results.md").read_text())
+
+
+def names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
+    """Reads a comma-separated list of known names."""
+
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return read
 
 
 def render(out: pathlib.Path, clips: int) -> pathlib.Path:
@@ -110,7 +144,7 @@ def train(
     """Trains one run, or goes on with it; a row holds as much whatever the compression."""
     tokens = 416 if compression == _K1 else 224
     fields = {
-        "model.projector": projector,
+        **{f"model.{name}": value for name, value in PROJECTORS[projector].items()},
         "compression.temporal_pool": compression.temporal_pool,
         "compression.spatial_pool": compression.spatial_pool,
         "data.train": data / "train.json",
@@ -164,28 +198,39 @@ def write_results(
     task = shapes.read_settings(data)
     lines = [
         f"Command: `python -m benchmarks.shapes --out=OUT --seeds={args.seeds} --steps={args.steps} "
-        f"--clips={args.clips}`; {platform.machine()}, {os.cpu_count()} CPU cores, "
+        f"--clips={args.clips} --projectors={','.join(args.projectors)} "
+        f"--settings={','.join(args.settings)}`; {platform.machine()}, {os.cpu_count()} CPU cores, "
         f"{time.strftime('%Y-%m-%d')}. Test clips per family: {task.eval_clips}. Mean over seeds, "
         f"lowest and highest in brackets.",
         "",
-        "| family | tokens | chance | ceiling without temporal mixing | STORM | MLP |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+        _line(
+            "family", "tokens", "chance", "ceiling without temporal mixing",
+            *(TITLES[p] for p in args.projectors),
+        ),
+        _line(*["---"] * (4 + len(args.projectors))),
+    ]  # fmt: skip
     for family in FAMILIES:
-        for setting in SETTINGS:
-            cells = [_cell(accuracies, p, setting.name, family) for p in PROJECTORS]
+        for setting in (SETTINGS[name] for name in args.settings):
             k, s = setting.tested.temporal_pool, setting.tested.temporal_sample
-            lines.append(
-                f"| {family} | {setting.name} | {shapes.FAMILIES[family].chance:.0%} "
-                f"| {shapes.ceiling(family, task, k, s):.1%} | {cells[0]} | {cells[1]} |"
-            )
-    lines += ["", *_verdicts(accuracies, task), "", *_costs()]
+            cells = [
+                family,
+                setting.name,
+                f"{shapes.FAMILIES[family].chance:.0%}",
+                f"{shapes.ceiling(family, task, k, s):.1%}",
+                *(_cell(accuracies, p, setting.name, family) for p in args.projectors),
+            ]
+            lines.append(_line(*cells))
+    lines += ["", *_verdicts(accuracies, task), "", *_costs(args)]
     write_atomically(args.out / "results.md", "\n".join(lines) + "\n")
     rows = [
         {"projector": p, "setting": s, "seed": seed, "accuracy": dict(value)}
         for (p, s, seed), value in accuracies.items()
     ]
     write_atomically(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _values(accuracies: Mapping, projector: str, setting: str, family: str) -> list[float]:
@@ -221,22 +266,27 @@ def _verdicts(accuracies: Mapping, task: shapes.Settings) -> list[str]:
     return lines
 
 
-def _costs() -> list[str]:
+def _costs(args: argparse.Namespace) -> list[str]:
     """Parameters and forward FLOPs of a clip with a 22-token question, by projector and setting."""
+    titles = [TITLES[p] for p in args.projectors]
+    models = [_model(p) for p in args.projectors]
     lines = [
-        "| tokens | visual tokens | STORM GFLOPs a clip | MLP GFLOPs a clip |",
-        "| --- | --- | --- | --- |",
+        _line("tokens", "visual tokens", *(f"{title} GFLOPs a clip" for title in titles)),
+        _line(*["---"] * (2 + len(titles))),
     ]
-    for setting in SETTINGS:
+    for setting in (SETTINGS[name] for name in args.settings):
         visual = plan_clip(FRAMES, presets.tiny().side, setting.tested).num_tokens
-        flops = [forward_flops(_model(p), FRAMES, visual + 22) / 1e9 for p in PROJECTORS]
-        lines.append(f"| {setting.name} | {visual} | {flops[0]:.3f} | {flops[1]:.3f} |")
-    counts = [parameter_count(_model(p)) for p in PROJECTORS]
-    return [*lines, "", f"Parameters: STORM {counts[0]:,}, MLP {counts[1]:,}."]
+        flops = [f"{forward_flops(model, FRAMES, visual + 22) / 1e9:.3f}" for model in models]
+        lines.append(_line(setting.name, str(visual), *flops))
+    counts = (f"{t} {parameter_count(m):,}" for t, m in zip(titles, models, strict=True))
+    return [*lines, "", f"Parameters: {', '.join(counts)}."]
 
 
 def _model(projector: str) -> ModelConfig:
-    return dataclasses.replace(presets.tiny(), projector=projector)
+    config = tiny.get_config("stage=sft")
+    changes = {f"model.{name}": value for name, value in PROJECTORS[projector].items()}
+    config.update_from_flattened_dict(changes)
+    return from_dict(ModelConfig, config.model)
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -256,8 +306,13 @@ def forward_flops(model: ModelConfig, frames: int, tokens: int) -> float:
     if model.projector == "mlp":
         projector_macs += visual * d * d
     else:
-        inner, rank = mamba.expand * d, -(-d // 16)
-        scan = inner * (mamba.d_conv + 2 * rank + 2 * mamba.d_state + 3 * mamba.d_state)
+        inner, state = mamba.expand * d, mamba.d_state
+        if mamba.mixer == "mamba1":
+            rank = -(-d // 16)
+            scan = inner * (mamba.d_conv + 2 * rank + 2 * state + 3 * state)
+        else:
+            scan = inner * (mamba.d_conv + 3 * state) + 2 * state * (d + mamba.d_conv)
+            scan += inner // mamba.head_dim * d
         directions = 2 if mamba.direction == "both" else 1
         projector_macs += mamba.depth * visual * (3 * d * inner + directions * scan)
 

@@ -1,0 +1,80 @@
+"""The benchmark of the scan measures what it says: every method computes the same thing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import scan
+from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
+
+
+@pytest.fixture(autouse=True)
+def plain_broadcasting():
+    """The references are written as others write them."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_every_method_agrees_with_float64(tmp_path):
+    scan.main([f"--out={tmp_path}", "--problems", "2x70x12x4", "--rounds=2"])
+    rows = json.loads((tmp_path / "scan.json").read_text())["rows"]
+    measured = {row["method"] for row in rows}
+    assert measured == {
+        *set(IMPLEMENTATIONS) - set(KERNELS),
+        "jax.lax.associative_scan",
+        "jax.lax.scan",
+        "torch, unbind",
+        "torch, transformers",
+    }
+    for row in rows:
+        assert max(row["error_y"], row["error_gradients"]) < 1e-5, row
+        assert row.get("error_y_bfloat16", 0) < 5e-3, row
+        assert len(row["forward_seconds"]) == len(row["backward_seconds"]) == 2
+    assert (tmp_path / "scan.png").stat().st_size > 1000
+    assert len((tmp_path / "scan.md").read_text().splitlines()) == 4 + len(rows)
+
+
+@pytest.mark.parametrize("problem", scan.GRID, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_lower_at_the_sizes_of_the_grid(problem, name):
+    batch, length, width, state = problem
+    shapes = {
+        "x": (batch, length, width),
+        "dt": (batch, length, width),
+        "A": (width, state),
+        "B": (batch, length, state),
+        "C": (batch, length, state),
+        "D": (width,),
+        "dt_bias": (width,),
+    }
+    arrays = {k: jax.ShapeDtypeStruct(v, jnp.bfloat16) for k, v in shapes.items()}
+
+    def loss(arrays):
+        return selective_scan(**arrays, implementation=name)[0].sum()
+
+    platform = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}[name]
+    jax.jit(jax.grad(loss)).trace(arrays).lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("text", ["4096", "1x2x3", "1x0x8x4", "axbxcxd"])
+def test_a_problem_that_is_not_one_is_refused_by_name(text, capsys):
+    with pytest.raises(SystemExit):
+        scan.main(["--out=unused", "--problems", text])
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="the TPU's compiler is installed"
+)
+def test_a_missing_compiler_is_named():
+    command = [sys.executable, "-m", "benchmarks.scan_compile", "--target=v5e", "--out=unused"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "pip install --no-deps libtpu" in done.stderr
