@@ -79,18 +79,25 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
-    """The temporal projector's Mamba layers (used when `projector="storm"`)."""
+    """The temporal projector's Mamba layers (used when `projector="storm"`). `mixer` is "mamba1" (the
+    selective scan) or "mamba2" (SSD: heads of `head_dim` channels, which "mamba1" does not have, and
+    usually a `d_state` of 64 to 128)."""
 
+    mixer: str = "mamba1"
     depth: int = 2
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
     direction: str = "both"
+    head_dim: int = 64
 
     def problems(self) -> list[str]:
+        found = []
+        if self.mixer not in ("mamba1", "mamba2"):
+            found.append(f"mixer={self.mixer!r} must be 'mamba1' or 'mamba2'")
         if self.direction not in ("both", "forward"):
-            return [f"direction={self.direction!r} must be 'both' or 'forward'"]
-        return []
+            found.append(f"direction={self.direction!r} must be 'both' or 'forward'")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +196,12 @@ class ModelConfig:
             found.append(
                 f"projector_args={dict(self.projector_args)!r} go to a projector of your own "
                 f"('module:Class'), not to projector={self.projector!r}"
+            )
+        inner = self.mamba.expand * self.decoder.width
+        if self.mamba.mixer == "mamba2" and inner % self.mamba.head_dim:
+            found.append(
+                f"mamba.head_dim={self.mamba.head_dim} must divide mamba.expand * decoder.width = "
+                f"{inner}"
             )
         if self.dtype not in ("float32", "bfloat16"):
             found.append(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")

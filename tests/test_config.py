@@ -54,6 +54,11 @@ def test_arguments_of_a_projector_read_back_as_they_were():
         ({"model__projector": "mamba"}, "projector='mamba' must be"),
         ({"model__projector_args": {"a": 1}}, "go to a projector of your own"),
         ({"model__mamba__direction": "back"}, "direction='back'"),
+        ({"model__mamba__mixer": "s4"}, "mixer='s4'"),
+        (
+            {"model__mamba__mixer": "mamba2", "model__mamba__head_dim": 50},
+            "mamba.head_dim=50 must divide",
+        ),
         ({"model__dtype": "float16"}, "dtype='float16'"),
         ({"compression__num_frames": 100}, "exceeds data.row_frames=64"),
         ({"train__accumulation": 3}, "accumulation=3 does not divide batch_size=16"),

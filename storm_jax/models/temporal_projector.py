@@ -14,7 +14,7 @@ result as in one pass.
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,11 @@ from flax import nnx
 
 from storm_jax.config import MambaConfig, ModelConfig
 from storm_jax.models.layers import Einsum, run_layers, stack_layers
-from storm_jax.models.mamba import MambaMixer, MambaState
+from storm_jax.models.mamba import MambaMixer
+from storm_jax.models.mamba2 import Mamba2Mixer
 from storm_jax.ops.pooling import pixel_shuffle
+
+MixerState = Any  # a MambaState or Mamba2State
 
 
 class TemporalMixer(Protocol):
@@ -67,7 +70,7 @@ class TemporalProjector(nnx.Module):
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
         return self.mixer(self._merge(x), frame_clip)
 
-    def extend(self, x: jax.Array, state: MambaState) -> tuple[jax.Array, MambaState]:
+    def extend(self, x: jax.Array, state: MixerState) -> tuple[jax.Array, MixerState]:
         """The next block of a clip's frames.
 
         Args:
@@ -83,7 +86,7 @@ class TemporalProjector(nnx.Module):
         """
         return self._streaming_mixer().extend(self._merge(x), state)
 
-    def initial_state(self, batch: int) -> MambaState:
+    def initial_state(self, batch: int) -> MixerState:
         """The state before the first block, each array with a leading layer axis.
 
         Raises:
@@ -123,19 +126,19 @@ class MambaLayers(nnx.Module):
         segment_ids = jnp.repeat(frame_clip, x.shape[2], axis=1)  # [B, F * N]
         return self._run(x, segment_ids, None)[0]
 
-    def extend(self, x: jax.Array, state: MambaState) -> tuple[jax.Array, MambaState]:
+    def extend(self, x: jax.Array, state: MixerState) -> tuple[jax.Array, MixerState]:
         """The next block [B, F, N, D] of one clip a row."""
         return self._run(x, None, state)
 
-    def initial_state(self, batch: int) -> MambaState:
+    def initial_state(self, batch: int) -> MixerState:
         return jax.vmap(lambda layer: layer.mixer.initial_state(batch))(self.layers)
 
     def _run(
-        self, x: jax.Array, segment_ids: jax.Array | None, state: MambaState | None
-    ) -> tuple[jax.Array, MambaState]:
+        self, x: jax.Array, segment_ids: jax.Array | None, state: MixerState | None
+    ) -> tuple[jax.Array, MixerState]:
         batch, frames, tokens, width = x.shape
 
-        def call(args: tuple, x: jax.Array) -> tuple[jax.Array, MambaState | None]:
+        def call(args: tuple, x: jax.Array) -> tuple[jax.Array, MixerState | None]:
             layer, state = args
             x, after = layer(x, segment_ids, state)
             return x, None if state is None else after
@@ -146,15 +149,19 @@ class MambaLayers(nnx.Module):
 
 
 class MambaLayer(nnx.Module):
-    """x + MambaMixer(LayerNorm(x)) on [B, L, D]."""
+    """x + mixer(LayerNorm(x)) on [B, L, D]."""
 
     def __init__(self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.mixer = MambaMixer(width, config, rngs=rngs, dtype=dtype)
+        self.mixer: MambaMixer | Mamba2Mixer
+        if config.mixer == "mamba1":
+            self.mixer = MambaMixer(width, config, rngs=rngs, dtype=dtype)
+        else:
+            self.mixer = Mamba2Mixer(width, config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array | None, state: MambaState | None
-    ) -> tuple[jax.Array, MambaState]:
+        self, x: jax.Array, segment_ids: jax.Array | None, state: MixerState | None
+    ) -> tuple[jax.Array, MixerState]:
         y, state = self.mixer(self.norm(x), segment_ids, state)
         return x + y, state
 

@@ -164,6 +164,31 @@ def decoder_table(config: DecoderConfig) -> Table:
     )
 
 
+# One direction of a Mamba layer.
+_DIRECTION = {
+    "mamba1": (
+        ("conv1d.weight", "conv_kernel", "e 1 t -> t e"),
+        ("conv1d.bias", "conv_bias", "e -> e"),
+        ("x_proj.weight", "x_proj/kernel", "r e -> e r"),
+        ("dt_proj.weight", "dt_proj/kernel", "e r -> r e"),
+        ("dt_proj.bias", "dt_bias", "e -> e"),
+        ("A_log", "A_log", "e n -> e n"),
+        ("D", "D", "e -> e"),
+    ),
+    "mamba2": (
+        ("conv_x.weight", "conv_x_kernel", "e 1 t -> t e"),
+        ("conv_x.bias", "conv_x_bias", "e -> e"),
+        ("conv_bc.weight", "conv_bc_kernel", "n 1 t -> t n"),
+        ("conv_bc.bias", "conv_bc_bias", "n -> n"),
+        ("bc_proj.weight", "bc_proj/kernel", "n d -> d n"),
+        ("dt_proj.weight", "dt_proj/kernel", "h d -> d h"),
+        ("dt_bias", "dt_bias", "h -> h"),
+        ("A_log", "A_log", "h -> h"),
+        ("D", "D", "h -> h"),
+    ),
+}
+
+
 def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
     """The projector under names of our own, tensors as torch keeps them (docs/weights.md).
 
@@ -189,16 +214,11 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
         ("mixer.in_proj.weight", "mixer/in_proj/kernel", "(j e) d -> d j e"),
         ("mixer.out_proj.weight", "mixer/out_proj/kernel", "d e -> e d"),
     ]
+    if config.mamba.mixer == "mamba2":
+        layer.append(("mixer.norm.weight", "mixer/norm/scale", "e -> e"))
     for name in directions:
-        layer += [
-            (f"mixer.{name}.conv1d.weight", f"mixer/{name}/conv_kernel", "e 1 t -> t e"),
-            (f"mixer.{name}.conv1d.bias", f"mixer/{name}/conv_bias", "e -> e"),
-            (f"mixer.{name}.x_proj.weight", f"mixer/{name}/x_proj/kernel", "r e -> e r"),
-            (f"mixer.{name}.dt_proj.weight", f"mixer/{name}/dt_proj/kernel", "e r -> r e"),
-            (f"mixer.{name}.dt_proj.bias", f"mixer/{name}/dt_bias", "e -> e"),
-            (f"mixer.{name}.A_log", f"mixer/{name}/A_log", "e n -> e n"),
-            (f"mixer.{name}.D", f"mixer/{name}/D", "e -> e"),
-        ]
+        for tensor, path, pattern in _DIRECTION[config.mamba.mixer]:
+            layer.append((f"mixer.{name}.{tensor}", f"mixer/{name}/{path}", pattern))
     linear = [Row(t, f"projector/{path}", p) for t, path, p in _linear("linear", "linear")]
     return Table(
         (

@@ -41,13 +41,16 @@ def run(model: Storm, samples_per_row: list[list[RowSample]], shape: RowShape) -
     return np.asarray(nnx.jit(lambda model, batch: model(batch, visual))(model, batch))
 
 
-@pytest.fixture(params=["storm", "mlp", "forward"])
+@pytest.fixture(params=["storm", "mlp", "forward", "mamba2"])
 def model(request, small_model, randomise) -> Storm:
     config = small_model
     if request.param == "mlp":
         config = dataclasses.replace(config, projector="mlp")
     if request.param == "forward":
         mamba = dataclasses.replace(config.mamba, direction="forward")
+        config = dataclasses.replace(config, mamba=mamba)
+    if request.param == "mamba2":
+        mamba = dataclasses.replace(config.mamba, mixer="mamba2", head_dim=16)
         config = dataclasses.replace(config, mamba=mamba)
     return randomise(Storm(config, rngs=nnx.Rngs(0)))
 

@@ -17,9 +17,11 @@ from storm_jax.ops.pooling import open_group, temporal_pool, temporal_pool_block
 BATCH, FRAMES, GROUP = 2, 11, 4
 
 
-@pytest.fixture
-def config(small_model):
-    mamba = dataclasses.replace(small_model.mamba, direction="forward")
+@pytest.fixture(params=["mamba1", "mamba2"])
+def config(request, small_model):
+    mamba = dataclasses.replace(
+        small_model.mamba, mixer=request.param, direction="forward", head_dim=16
+    )
     return dataclasses.replace(small_model, mamba=mamba)
 
 

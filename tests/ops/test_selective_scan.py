@@ -31,6 +31,10 @@ BATCH, WIDTH, STATE = 2, 3, 4
 ALL = ("dt_bias", "h0", "segment_ids")
 
 XLA = [name for name in IMPLEMENTATIONS if name not in KERNELS]
+# Interpreted kernels take half a minute in some tests.
+kernels_slowly = pytest.mark.parametrize(
+    "implementation", [*XLA, *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS)]
+)
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 each_direction = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 scan = jax.jit(selective_scan, static_argnames=("reverse", "implementation"))
@@ -155,7 +159,7 @@ def assert_outputs(outputs, inputs, reverse):
 
 def lengths(implementation):
     if implementation in KERNELS:  # interpreted, and so slow; the gradient's tests have more
-        return 1, 65, 128
+        return 1, 128
     chunk = CHUNK.get(implementation, 64)
     return 1, 2, chunk - 1, chunk, chunk + 1, {64: 149, 256: 523}[chunk]
 
@@ -223,7 +227,7 @@ def test_a_single_row_gives_what_it_gives_in_a_batch(rng, reverse, implementatio
     assert_close((together[0], together[1] | summed), run(inputs, *cotangents))
 
 
-@each_implementation
+@kernels_slowly
 @each_direction
 def test_segments_equal_running_each_apart(rng, reverse, implementation):
     size, count = CHUNK.get(implementation, 64) + 6, 2
@@ -266,7 +270,7 @@ def test_bfloat16_rounds_only_inputs_outputs_and_gradients(rng, implementation):
         assert error <= (2**-7 if rounded else 1e-4) * np.abs(value).max(), name
 
 
-@each_implementation
+@kernels_slowly
 def test_a_step_of_any_size_gives_finite_values_and_gradients(rng, implementation):
     """Decays of exp(-1600) and of nearly one, and steps beyond where softplus turns linear."""
     inputs = make_inputs(rng, 40, ("dt_bias", "h0"))
@@ -280,7 +284,7 @@ def test_a_step_of_any_size_gives_finite_values_and_gradients(rng, implementatio
     assert_close(got, reference_gradients(inputs, *cotangents, reverse=False))
 
 
-@each_implementation
+@kernels_slowly
 def test_two_parts_with_the_state_between_equal_one_pass(rng, implementation):
     inputs = make_inputs(rng, 150, ("dt_bias", "h0"))
     y, h = scan(**inputs, implementation=implementation)
@@ -293,7 +297,7 @@ def test_two_parts_with_the_state_between_equal_one_pass(rng, implementation):
     np.testing.assert_allclose(state, h, **TOLERANCE)
 
 
-@each_implementation
+@kernels_slowly
 def test_vmap_gives_what_a_loop_gives(rng, implementation):
     many = [make_inputs(rng, 70, ("dt_bias", "h0")) for _ in range(2)]
     dy, dh = zip(*[make_cotangents(rng, 70) for _ in many], strict=True)
@@ -304,7 +308,7 @@ def test_vmap_gives_what_a_loop_gives(rng, implementation):
         assert_close(jax.tree.map(lambda v, k=k: v[k], together), run(one, dy[k], dh[k]))
 
 
-@each_implementation
+@kernels_slowly
 @each_direction
 def test_shards_over_batch_and_width_give_what_one_device_gives(rng, reverse, implementation):
     """B and C come whole to every shard of the width; their gradients are summed over it."""

@@ -112,11 +112,15 @@ def test_the_tower_loads_in_transformers_with_its_preprocessor(decoder, tmp_path
     assert error < MAX_ERROR < expected.last_hidden_state.abs().max()
 
 
-@pytest.mark.parametrize("projector", ["storm", "forward", "mlp", "reference_models:Mixer"])
+@pytest.mark.parametrize(
+    "projector", ["storm", "forward", "mamba2", "mlp", "reference_models:Mixer"]
+)
 def test_three_folders_make_the_same_run_again(projector, tokenizer, tmp_path):
     changes = {"model__projector": projector}
     if projector == "forward":
         changes = {"model__mamba__direction": "forward"}
+    if projector == "mamba2":
+        changes = {"model__mamba__mixer": "mamba2", "model__mamba__head_dim": 32}
     run = random_run(tmp_path / "run", tokenizer, **changes)
     out = tmp_path / "out"
     export_run(run, out)

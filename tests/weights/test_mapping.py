@@ -32,6 +32,9 @@ MODELS = {
     "one direction": dataclasses.replace(
         TINY, mamba=dataclasses.replace(TINY.mamba, direction="forward")
     ),
+    "mamba2": dataclasses.replace(
+        TINY, mamba=dataclasses.replace(TINY.mamba, mixer="mamba2", head_dim=16)
+    ),
     "early features": dataclasses.replace(
         TINY, vision=dataclasses.replace(TINY.vision, depth=4, feature_layer=-3)
     ),

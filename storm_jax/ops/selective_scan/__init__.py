@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from storm_jax.ops.selective_scan import gpu, xla
+from storm_jax.ops.selective_scan import gpu, tpu, xla
 from storm_jax.ops.selective_scan.inputs import Inputs
+from storm_jax.ops.spans import segment_starts, varying_alike
 from storm_jax.sharding import spec_in_context
 
 CHUNK = {"sequential": 64, "chunked": 256}  # steps; "associative" takes the whole length at once
-KERNELS = {"pallas_gpu": gpu}
+KERNELS = {"pallas_gpu": gpu, "pallas_tpu": tpu}
 IMPLEMENTATIONS = (*CHUNK, "associative", *KERNELS)
 
 
@@ -67,9 +68,8 @@ def selective_scan(
         raise ValueError(f"implementation={implementation!r}: use one of {IMPLEMENTATIONS} or None")
     batch, length, width = x.shape
     reset = jnp.zeros((batch, length), jnp.bool_)
-    if segment_ids is not None:  # the first step continues from h0, whatever its segment
-        changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-        reset = jnp.pad(changed, ((0, 0), (0, 1) if reverse else (1, 0)))
+    if segment_ids is not None:
+        reset = segment_starts(segment_ids, reverse)
     if h0 is None:
         h0 = jnp.zeros((batch, width, A.shape[1]), jnp.float32)
     inputs = Inputs(
@@ -82,7 +82,10 @@ def selective_scan(
         dt_bias=None if dt_bias is None else dt_bias.astype(jnp.float32),
     )
     h0 = h0.astype(jnp.float32).swapaxes(1, 2)
-    run = functools.partial(_scan_varying_alike, reverse=reverse, implementation=implementation)
+
+    def run(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+        return _scan(*varying_alike(arrays), reverse, implementation)
+
     on_shards = _on_shards(run, inputs, h0) if implementation in KERNELS else run
     y, h = on_shards(inputs, reset, h0)
     return y, h.swapaxes(1, 2)
@@ -143,21 +146,6 @@ def _on_shards(run: Callable[..., Any], inputs: Inputs, h0: jax.Array) -> Callab
     return jax.shard_map(
         run, in_specs=(Inputs(**specs), rows, h), out_specs=(x, h), check_vma=False
     )
-
-
-def _scan_varying_alike(
-    inputs: Inputs, reset: jax.Array, h0: jax.Array, *, reverse: bool, implementation: str
-) -> tuple[jax.Array, jax.Array]:
-    """`_scan`. Inside a `shard_map`, every array is marked as varying over each mesh axis that any
-    of them varies over: loops carry them together, and the gradient of one that came whole is then
-    summed."""
-    arrays = (inputs, reset, h0)
-    axes = {axis for v in jax.tree.leaves(arrays) for axis in jax.typeof(v).mat.varying}
-
-    def cast(v: jax.Array) -> jax.Array:
-        return jax.lax.pcast(v, tuple(sorted(axes - jax.typeof(v).mat.varying)), to="varying")
-
-    return _scan(*jax.tree.map(cast, arrays), reverse, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

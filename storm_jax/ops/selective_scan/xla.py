@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from storm_jax.ops.selective_scan.inputs import Inputs, step_size, step_size_slope
+from storm_jax.ops.spans import Span, over_spans
 
 
 class Chunk(NamedTuple):
@@ -61,7 +62,7 @@ def forward(
     """
     solve = _outputs_by_steps if how.by_steps else _outputs_by_associativity
 
-    def body(carry: tuple, span: _Span) -> tuple:
+    def body(carry: tuple, span: Span) -> tuple:
         h, y, boundaries = carry
         boundaries = jax.lax.dynamic_update_index_in_dim(boundaries, h, span.number, 0)
         steps = _read_chunk(inputs, reset, span)
@@ -73,9 +74,8 @@ def forward(
     count = -(-inputs.x.shape[1] // how.chunk)
     y = jnp.zeros_like(inputs.x)
     boundaries = jnp.zeros_like(h, shape=(count, *h.shape))
-    h, y, boundaries = _over_chunks(
-        body, (h, y, boundaries), inputs.x.shape[1], how.chunk, how.reverse
-    )
+    carry = (h, y, boundaries)
+    h, y, boundaries = over_spans(body, carry, inputs.x.shape[1], how.chunk, how.reverse)
     return y, h.reshape(h0.shape), boundaries
 
 
@@ -91,73 +91,41 @@ def backward(
     again from its boundary state."""
     solve = _gradients_by_steps if how.by_steps else _gradients_by_associativity
 
-    def body(carry: tuple, span: _Span) -> tuple:
+    def body(carry: tuple, span: Span) -> tuple:
         dh, grads = carry
         steps = _read_chunk(inputs, reset, span)
-        dy_chunk = span.read(dy).astype(jnp.float32)
+        dy_chunk = _read(span, dy).astype(jnp.float32)
         h = jax.lax.dynamic_index_in_dim(boundaries, span.number, 0, keepdims=False)
         dh, dA, (dx, ddt, dB, dC) = solve(steps, inputs.A, h, dy_chunk, dh, how.reverse)
         dx += _leading(inputs.D, dx.ndim) * dy_chunk
         ddt *= step_size_slope(steps.dt, inputs.dt_bias)
+        dbias = None if inputs.dt_bias is None else grads.dt_bias + _sum_but(ddt, 1)
+        dx, ddt, dB, dC = span.write((grads.x, grads.dt, grads.B, grads.C), (dx, ddt, dB, dC))
         grads = Inputs(
-            x=span.write(grads.x, dx),
-            dt=span.write(grads.dt, ddt),
+            x=dx,
+            dt=ddt,
             A=grads.A + dA,
-            B=span.write(grads.B, dB),
-            C=span.write(grads.C, dC),
+            B=dB,
+            C=dC,
             D=grads.D + _sum_but(dy_chunk * steps.x, 1),
-            dt_bias=None if grads.dt_bias is None else grads.dt_bias + _sum_but(ddt, 1),
+            dt_bias=dbias,
         )
         return dh, grads
 
     grads = jax.tree.map(jnp.zeros_like, inputs)
     carry = (_without_single_row(dh_last), grads)
-    dh, grads = _over_chunks(body, carry, inputs.x.shape[1], how.chunk, not how.reverse)
+    dh, grads = over_spans(body, carry, inputs.x.shape[1], how.chunk, not how.reverse)
     return grads, dh.reshape(dh_last.shape)
 
 
-# Chunks and where they lie.
+def _read_chunk(inputs: Inputs, reset: jax.Array, span: Span) -> Chunk:
+    x, B, C = (_read(span, v).astype(jnp.float32) for v in (inputs.x, inputs.B, inputs.C))
+    return Chunk(x, step_size(_read(span, inputs.dt), inputs.dt_bias), B, C, _read(span, reset))
 
 
-class _Span(NamedTuple):
-    """Steps [start, start + size) of the length: chunk `number`."""
-
-    number: jax.Array | int
-    start: jax.Array | int
-    size: int
-
-    def read(self, v: jax.Array) -> jax.Array:
-        """[B, L, ...] -> [B, Q, ...]."""
-        return _without_single_row(jax.lax.dynamic_slice_in_dim(v, self.start, self.size, axis=1))
-
-    def write(self, whole: jax.Array, v: jax.Array) -> jax.Array:
-        """Puts [B, Q, ...] into [B, L, ...], in its dtype."""
-        v = v.reshape(whole.shape[0], self.size, *whole.shape[2:])
-        return jax.lax.dynamic_update_slice_in_dim(whole, v.astype(whole.dtype), self.start, axis=1)
-
-
-def _over_chunks(
-    body: Callable[[Any, _Span], Any], carry: Any, length: int, chunk: int, reverse: bool
-) -> Any:
-    """Applies `body` to every chunk of the length in turn; the last one may be shorter."""
-    whole, rest = divmod(length, chunk)
-    tail = _Span(whole, whole * chunk, rest)
-
-    def step(i: jax.Array, carry: Any) -> Any:
-        number = whole - 1 - i if reverse else i
-        return body(carry, _Span(number, number * chunk, chunk))
-
-    if rest and reverse:
-        carry = body(carry, tail)
-    carry = jax.lax.fori_loop(0, whole, step, carry)
-    if rest and not reverse:
-        carry = body(carry, tail)
-    return carry
-
-
-def _read_chunk(inputs: Inputs, reset: jax.Array, span: _Span) -> Chunk:
-    x, B, C = (span.read(v).astype(jnp.float32) for v in (inputs.x, inputs.B, inputs.C))
-    return Chunk(x, step_size(span.read(inputs.dt), inputs.dt_bias), B, C, span.read(reset))
+def _read(span: Span, v: jax.Array) -> jax.Array:
+    """[B, L, ...] -> [B, Q, ...]."""
+    return _without_single_row(span.read(v))
 
 
 def _without_single_row(v: jax.Array) -> jax.Array:
