@@ -167,7 +167,8 @@ def compile_all(target: str) -> dict[str, Any]:
 
 
 def kernel_registers(dumped: pathlib.Path) -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes of our kernels among those that XLA dumped, by ptxas."""
+    """Registers and spilled bytes of our kernels among those that XLA dumped, by ptxas: the worst
+    of all sizes and dtypes."""
     found: dict[str, dict[str, int]] = {}
     nvcc = importlib.util.find_spec("nvidia.cuda_nvcc")
     folders = [f"{path}/bin" for path in (nvcc.submodule_search_locations if nvcc else None) or []]
@@ -183,11 +184,11 @@ def kernel_registers(dumped: pathlib.Path) -> dict[str, dict[str, int]]:
             r"(\d+) bytes spill loads\n.*?Used (\d+) registers",
             said,
         ):
-            found[name] = {
-                "registers": int(registers),
-                "spilled_bytes_stored": int(stores),
-                "spilled_bytes_loaded": int(loads),
-            }
+            worst = found.setdefault(
+                name, {"registers": 0, "spilled_stored": 0, "spilled_loaded": 0}
+            )
+            for key, value in zip(worst, (registers, stores, loads), strict=True):
+                worst[key] = max(worst[key], int(value))
     return found
 
 

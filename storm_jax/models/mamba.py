@@ -21,6 +21,7 @@ from storm_jax.config import MambaConfig
 from storm_jax.models.layers import Einsum, PairedLinear
 from storm_jax.ops.causal_conv import causal_conv
 from storm_jax.ops.selective_scan import selective_scan
+from storm_jax.sharding import constrain
 
 
 class MambaState(NamedTuple):
@@ -66,6 +67,7 @@ class MambaMixer(nnx.Module):
         """
         if state is not None and self.backward is not None:
             raise ValueError("a mixer of both directions needs its whole sequence at once")
+        u = constrain(u, "batch", None, None)  # the scan walks the whole length
         x, z = self.in_proj(u)  # 2 x [B, L, E]
         y, state = self.forward(x, segment_ids, state)
         if self.backward is not None:

@@ -22,6 +22,7 @@ from storm_jax.config import MambaConfig
 from storm_jax.models.layers import Einsum, PairedLinear
 from storm_jax.ops.causal_conv import causal_conv
 from storm_jax.ops.ssd import ssd
+from storm_jax.sharding import constrain
 
 
 class Mamba2State(NamedTuple):
@@ -60,6 +61,7 @@ class Mamba2Mixer(nnx.Module):
         """Mixes a sequence, or with `state` the next block of one (see `MambaMixer`)."""
         if state is not None and self.backward is not None:
             raise ValueError("a mixer of both directions needs its whole sequence at once")
+        u = constrain(u, "batch", None, None)  # the scan walks the whole length
         x, z = self.in_proj(u)  # 2 x [B, L, E]
         y, state = self.forward(u, x, segment_ids, state)
         if self.backward is not None:
