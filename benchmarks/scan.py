@@ -338,7 +338,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Time and memory with gradients over the length, for the width that most problems have."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     sizes = [Problem(*map(int, row["problem"].split("x"))) for row in rows]
     line = max(
         {s._replace(length=0) for s in sizes},
@@ -358,7 +358,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axis.set_xlabel("length")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(
         f"Forward and backward, batch {line.batch}, width {line.width}, state {line.state}, fp32"
     )
