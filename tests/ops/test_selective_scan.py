@@ -5,6 +5,7 @@ with the inputs and not with the states."""
 from __future__ import annotations
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -365,22 +366,39 @@ def test_a_kernel_lowers_for_its_chip(implementation):
     assert fastest(backend, state=16) == implementation
 
 
-def test_a_state_too_large_for_a_warp_is_left_to_xla():
-    assert fastest("gpu", state=64) == "chunked"
+def test_a_state_too_large_for_registers_is_left_to_xla():
+    assert fastest("gpu", state=64) == fastest("tpu", state=128) == "chunked"
 
 
-def test_a_kernel_that_does_not_lower_is_replaced_and_that_is_said_once(monkeypatch, caplog):
-    def refuse(*args, **kwargs):
-        raise NotImplementedError("no Triton here")
+def refuse(*args, **kwargs):
+    raise NotImplementedError("no Triton here")
 
-    monkeypatch.setattr(KERNELS["pallas_gpu"], "forward", refuse)
+
+@pytest.mark.parametrize("missing", ["what it lowers to", "what it is written in"])
+def test_a_kernel_that_fails_is_replaced_and_that_is_said_once(monkeypatch, caplog, missing):
+    if missing == "what it lowers to":
+        monkeypatch.setattr("storm_jax.ops.selective_scan.gpu.forward", refuse)
+    else:
+        monkeypatch.setitem(sys.modules, "storm_jax.ops.selective_scan.gpu", None)
     selective_scan_module._lowers.cache_clear()
     try:
         assert [fastest("gpu", state=16) for _ in range(2)] == ["chunked"] * 2
     finally:
         selective_scan_module._lowers.cache_clear()
     assert len(caplog.records) == 1
-    assert "no Triton here" in caplog.text
+    assert "pallas_gpu does not lower" in caplog.text
+
+
+def test_the_kernel_is_chosen_under_a_mesh_and_inside_a_trace():
+    selective_scan_module._lowers.cache_clear()
+
+    @jax.jit
+    def traced(x):
+        assert fastest("tpu", state=16) == "pallas_tpu"
+        return x
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=1, tensor=4))):
+        traced(1.0)
 
 
 def state_of_every_step(x, dt, A, B, C, D, dt_bias):

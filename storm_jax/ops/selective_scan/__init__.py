@@ -11,6 +11,7 @@ chunks of the length, and solves each chunk again; no [L, E, N] array exists at 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from storm_jax.ops.selective_scan import gpu, tpu, xla
+from storm_jax.ops.selective_scan import xla
 from storm_jax.ops.selective_scan.inputs import Inputs
 from storm_jax.ops.spans import segment_starts, varying_alike
 from storm_jax.sharding import spec_in_context
 
 CHUNK = {"sequential": 64, "chunked": 256}  # steps; "associative" takes the whole length at once
-KERNELS = {"pallas_gpu": gpu, "pallas_tpu": tpu}
+# The modules of kernels, and the largest state that fits into a core's registers there. They are
+# imported where they are used, since a newer JAX may lack what they are written in.
+KERNELS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+MAX_STATE = {"pallas_gpu": 32, "pallas_tpu": 64}
 IMPLEMENTATIONS = (*CHUNK, "associative", *KERNELS)
 
 
@@ -93,14 +97,12 @@ def selective_scan(
 
 def fastest(backend: str, state: int) -> str:
     """The implementation for a backend of JAX and a state size: "sequential" on CPU; on GPU and TPU
-    the kernel, or "chunked" where it does not lower (said once in the log) or on GPU where the
-    state does not fit into a warp's registers."""
+    the kernel, or "chunked" where it does not lower (said once in the log) or where the state is
+    larger than `MAX_STATE`."""
     if backend == "cpu":
         return "sequential"
-    name = "pallas_tpu" if backend == "tpu" else "pallas_gpu"
-    if name == "pallas_gpu" and state > gpu.MAX_STATE:
-        return "chunked"
-    return name if _lowers(name, "tpu" if backend == "tpu" else "cuda") else "chunked"
+    name, platform = ("pallas_tpu", "tpu") if backend == "tpu" else ("pallas_gpu", "cuda")
+    return name if state <= MAX_STATE[name] and _lowers(name, platform) else "chunked"
 
 
 @functools.cache
@@ -179,7 +181,7 @@ _scan.defvjp(_scan_forward, _scan_backward)
 def _passes(implementation: str, length: int, reverse: bool) -> tuple[Callable, Callable]:
     """The forward and backward pass of an implementation."""
     if implementation in KERNELS:
-        kernels = KERNELS[implementation]
+        kernels = importlib.import_module(f"{__name__}.{KERNELS[implementation]}")
         return _kernel(kernels.forward, reverse), _kernel(kernels.backward, reverse)
     how = xla.How(
         chunk=min(CHUNK.get(implementation, length), length),

@@ -34,7 +34,6 @@ LANES = 32  # channels per program
 CHUNK = 64  # steps between stored states
 GROUP = 8  # steps whose loads are issued together
 HELD = 4  # steps whose states the backward pass holds in registers
-MAX_STATE = 32  # a tile of the state has to fit into a warp's registers
 PROGRAMS = 2048  # enough warps to hide latency on 132 multiprocessors
 
 
