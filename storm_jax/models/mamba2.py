@@ -1,9 +1,7 @@
-"""A Mamba-2 mixer (Dao and Gu, arXiv 2405.21060) that reads a sequence in one or both directions.
+"""One direction of a Mamba-2 mixer (Dao and Gu, arXiv 2405.21060).
 
-    x, z   = in_proj(u)                                  shared by the directions
-    B, C   = split(bc_proj_d(u)), dt = dt_proj_d(u)      own projections, for each direction d
-    y_d    = ssd_d(silu(conv_d(x)), dt, silu(conv_d(B, C)))
-    out    = out_proj(RMSNorm((y_forward + y_backward) * silu(z)))    shared; starts at zero
+    B, C = split(silu(conv(bc_proj(u)))), dt = dt_proj(u)
+    y = ssd(silu(conv(x)), dt, A, B, C, D)      each head of channels decays at one rate
 
 It is another model than Mamba-1: a head of `head_dim` channels decays at one rate, and B and C come
 from the layer's input and are the same for all heads. In return its scan is made of matrix products.
@@ -19,70 +17,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from storm_jax.config import MambaConfig
-from storm_jax.models.layers import Einsum, PairedLinear
+from storm_jax.models.layers import Einsum
 from storm_jax.ops.causal_conv import causal_conv
 from storm_jax.ops.ssd import ssd
-from storm_jax.sharding import constrain
 
 
 class Mamba2State(NamedTuple):
-    """What a forward mixer remembers of a sequence."""
+    """What a direction remembers of a sequence."""
 
     conv_x: jax.Array  # [B, K-1, E], the last inputs of the convolutions
     conv_bc: jax.Array  # [B, K-1, 2 N]
     h: jax.Array  # [B, H, P, N] fp32
 
 
-class Mamba2Mixer(nnx.Module):
-    """[B, L, D] -> [B, L, D]; with a zero `out_proj`, as it starts, the output is zero."""
-
-    def __init__(self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        inner = config.expand * width
-        self.in_proj = PairedLinear(width, inner, rngs=rngs, dtype=dtype)
-        self.forward = DirectedSSD(inner, width, config, rngs=rngs, dtype=dtype)
-        self.backward = (
-            DirectedSSD(inner, width, config, rngs=rngs, dtype=dtype, reverse=True)
-            if config.direction == "both"
-            else None
-        )
-        self.norm = nnx.RMSNorm(inner, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.out_proj = Einsum(
-            "ble,ed->bld",
-            (inner, width),
-            ("inner", "embed"),
-            kernel_init=nnx.initializers.zeros,
-            rngs=rngs,
-            dtype=dtype,
-        )
-
-    def __call__(
-        self, u: jax.Array, segment_ids: jax.Array | None = None, state: Mamba2State | None = None
-    ) -> tuple[jax.Array, Mamba2State]:
-        """Mixes a sequence, or with `state` the next block of one (see `MambaMixer`)."""
-        if state is not None and self.backward is not None:
-            raise ValueError("a mixer of both directions needs its whole sequence at once")
-        u = constrain(u, "batch", None, None)  # the scan walks the whole length
-        x, z = self.in_proj(u)  # 2 x [B, L, E]
-        y, state = self.forward(u, x, segment_ids, state)
-        if self.backward is not None:
-            y += self.backward(u, x, segment_ids)[0]
-        return self.out_proj(self.norm(y * jax.nn.silu(z))), state
-
-    def initial_state(self, batch: int) -> Mamba2State:
-        """The state before the first block."""
-        scan = self.forward
-        taps, inner = scan.conv_x_kernel.shape
-        heads = inner // scan.head_dim
-        return Mamba2State(
-            conv_x=jnp.zeros((batch, taps - 1, inner), scan.dtype),
-            conv_bc=jnp.zeros((batch, taps - 1, 2 * scan.state), scan.dtype),
-            h=jnp.zeros((batch, heads, scan.head_dim, scan.state), jnp.float32),
-        )
-
-
 class DirectedSSD(nnx.Module):
-    """Convs, input-dependent (dt, B, C) and scan of one direction: [B, L, D] and [B, L, E] ->
-    [B, L, E], and the state after the last step that it reads."""
+    """One direction of a mixer: convs, input-dependent (dt, B, C) and scan."""
 
     def __init__(
         self,
@@ -128,6 +77,7 @@ class DirectedSSD(nnx.Module):
         segment_ids: jax.Array | None,
         state: Mamba2State | None = None,
     ) -> tuple[jax.Array, Mamba2State]:
+        """See `storm_jax.models.mamba.Direction`."""
         x, last_x = self._conv(
             x, self.conv_x_kernel, self.conv_x_bias, segment_ids, state and state.conv_x
         )
@@ -152,6 +102,15 @@ class DirectedSSD(nnx.Module):
             h0=state and state.h,
         )
         return y.reshape(x.shape), Mamba2State(last_x, last_bc, h)
+
+    def initial_state(self, batch: int) -> Mamba2State:
+        taps, inner = self.conv_x_kernel.shape
+        heads = inner // self.head_dim
+        return Mamba2State(
+            conv_x=jnp.zeros((batch, taps - 1, inner), self.dtype),
+            conv_bc=jnp.zeros((batch, taps - 1, 2 * self.state), self.dtype),
+            h=jnp.zeros((batch, heads, self.head_dim, self.state), jnp.float32),
+        )
 
     def _conv(
         self,

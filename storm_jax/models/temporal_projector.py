@@ -14,7 +14,7 @@ result as in one pass.
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,8 @@ from flax import nnx
 
 from storm_jax.config import MambaConfig, ModelConfig
 from storm_jax.models.layers import Einsum, run_layers, stack_layers
-from storm_jax.models.mamba import MambaMixer
-from storm_jax.models.mamba2 import Mamba2Mixer
+from storm_jax.models.mamba import MambaMixer, State
 from storm_jax.ops.pooling import pixel_shuffle
-
-MixerState = Any  # a MambaState or Mamba2State
 
 
 class TemporalMixer(Protocol):
@@ -70,7 +67,7 @@ class TemporalProjector(nnx.Module):
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
         return self.mixer(self._merge(x), frame_clip)
 
-    def extend(self, x: jax.Array, state: MixerState) -> tuple[jax.Array, MixerState]:
+    def extend(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
         """The next block of a clip's frames.
 
         Args:
@@ -86,7 +83,7 @@ class TemporalProjector(nnx.Module):
         """
         return self._streaming_mixer().extend(self._merge(x), state)
 
-    def initial_state(self, batch: int) -> MixerState:
+    def initial_state(self, batch: int) -> State:
         """The state before the first block, each array with a leading layer axis.
 
         Raises:
@@ -126,19 +123,19 @@ class MambaLayers(nnx.Module):
         segment_ids = jnp.repeat(frame_clip, x.shape[2], axis=1)  # [B, F * N]
         return self._run(x, segment_ids, None)[0]
 
-    def extend(self, x: jax.Array, state: MixerState) -> tuple[jax.Array, MixerState]:
+    def extend(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
         """The next block [B, F, N, D] of one clip a row."""
         return self._run(x, None, state)
 
-    def initial_state(self, batch: int) -> MixerState:
+    def initial_state(self, batch: int) -> State:
         return jax.vmap(lambda layer: layer.mixer.initial_state(batch))(self.layers)
 
     def _run(
-        self, x: jax.Array, segment_ids: jax.Array | None, state: MixerState | None
-    ) -> tuple[jax.Array, MixerState]:
+        self, x: jax.Array, segment_ids: jax.Array | None, state: State | None
+    ) -> tuple[jax.Array, State]:
         batch, frames, tokens, width = x.shape
 
-        def call(args: tuple, x: jax.Array) -> tuple[jax.Array, MixerState | None]:
+        def call(args: tuple, x: jax.Array) -> tuple[jax.Array, State | None]:
             layer, state = args
             x, after = layer(x, segment_ids, state)
             return x, None if state is None else after
@@ -149,19 +146,15 @@ class MambaLayers(nnx.Module):
 
 
 class MambaLayer(nnx.Module):
-    """x + mixer(LayerNorm(x)) on [B, L, D]."""
+    """x + MambaMixer(LayerNorm(x)) on [B, L, D]."""
 
     def __init__(self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.mixer: MambaMixer | Mamba2Mixer
-        if config.mixer == "mamba1":
-            self.mixer = MambaMixer(width, config, rngs=rngs, dtype=dtype)
-        else:
-            self.mixer = Mamba2Mixer(width, config, rngs=rngs, dtype=dtype)
+        self.mixer = MambaMixer(width, config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array | None, state: MixerState | None
-    ) -> tuple[jax.Array, MixerState]:
+        self, x: jax.Array, segment_ids: jax.Array | None, state: State | None
+    ) -> tuple[jax.Array, State]:
         y, state = self.mixer(self.norm(x), segment_ids, state)
         return x + y, state
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from scan_checks import TOLERANCE, assert_close
 
 from storm_jax.config import MeshConfig
 from storm_jax.ops import selective_scan as selective_scan_module
@@ -26,7 +27,6 @@ from storm_jax.ops.selective_scan import (
 )
 from storm_jax.sharding import make_mesh
 
-TOLERANCE = {"rtol": 0, "atol": 1e-5}  # of the largest value, where that is above one
 BFLOAT16 = {"rtol": 2**-8, "atol": 1e-5}  # one rounding of the output
 BATCH, WIDTH, STATE = 2, 3, 4
 ALL = ("dt_bias", "h0", "segment_ids")
@@ -163,17 +163,6 @@ def lengths(implementation):
         return 1, 128
     chunk = CHUNK.get(implementation, 64)
     return 1, 2, chunk - 1, chunk, chunk + 1, {64: 149, 256: 523}[chunk]
-
-
-def assert_close(got, expected):
-    """Equal trees, by the largest value of each array: sums over many steps cancel."""
-
-    def compare(path, got, expected):
-        scale = max(1.0, np.abs(expected).max())
-        name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(got / scale, expected / scale, **TOLERANCE, err_msg=name)
-
-    jax.tree_util.tree_map_with_path(compare, got, expected)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ and not with the states or the chunks' matrices."""
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,11 @@ import pytest
 import torch
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from scan_checks import TOLERANCE, assert_close
 
 from storm_jax.ops import ssd as ssd_module
 from storm_jax.ops.ssd import ssd
 
-TOLERANCE: dict[str, Any] = {
-    "rtol": 0,
-    "atol": 1e-5,
-}  # of the largest value, where that is above one
 BATCH, HEADS, WIDTH, GROUPS, STATE = 2, 4, 3, 2, 5
 CHUNK = 8
 SHORT = 61  # steps, one span: quick to compile
@@ -119,17 +115,6 @@ def gradients_of(function, inputs, dy, dh):
 @functools.partial(jax.jit, static_argnames=("reverse", "chunk"))
 def outputs_and_gradients(inputs, dy, dh, *, reverse=False, chunk=CHUNK):
     return gradients_of(lambda kw: ssd(**kw, reverse=reverse, chunk=chunk), inputs, dy, dh)
-
-
-def assert_close(got, expected):
-    """Equal trees, by the largest value of each array: sums over many steps cancel."""
-
-    def compare(path, got, expected):
-        scale = max(1.0, np.abs(expected).max())
-        name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(got / scale, expected / scale, **TOLERANCE, err_msg=name)
-
-    jax.tree_util.tree_map_with_path(compare, got, expected)
 
 
 LENGTHS = {  # to compile is what takes time: not every one in both directions

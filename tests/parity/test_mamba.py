@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from mixer_checks import gradient_of, max_error
 from transformers import MambaConfig as TorchMambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer as TorchMixer
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from storm_jax.config import MambaConfig
-from storm_jax.models.mamba import DirectedScan, MambaMixer
+from storm_jax.models.mamba import MambaMixer
+from storm_jax.models.mamba1 import DirectedScan
 from storm_jax.ops.selective_scan import selective_scan
 
 MAX_ERROR = 1e-4
@@ -64,19 +66,6 @@ def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
     for name in {"forward", "backward"} & params.keys():
         params[name]["dt_bias"] = params[name]["dt_bias"] - 3  # steps of 0.05: states live long
     return nnx.merge(graphdef, params), params
-
-
-def gradient_of(mixer: MambaMixer, u: np.ndarray, weights: np.ndarray) -> tuple:
-    """The mixer's output and the gradient of its weighted sum with respect to `u`."""
-    graphdef, state = nnx.split(mixer)
-    segment_ids = jnp.ones(u.shape[:2], jnp.int32)
-
-    def weighted(u: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, _ = nnx.merge(graphdef, state)(u, segment_ids)
-        return jnp.sum(y * weights), y
-
-    (_, y), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(u)
-    return y, gradient
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -168,12 +157,7 @@ def test_the_reverse_scan_is_the_flipped_one(randomise, rng):
     forward = nnx.merge(nnx.split(forward)[0], nnx.split(scan)[1])
     x = rng.standard_normal((2, 70, 40)).astype(np.float32)
     segments = np.repeat([[1, 2, 3]], 2, axis=0).repeat([30, 25, 15], axis=1)
-    call = nnx.jit(lambda scan, x, segments: scan(x, segments)[0])
+    call = nnx.jit(lambda scan, x, segments: scan(x, x, segments)[0])
     found = np.asarray(call(scan, x, segments))
     expected = np.asarray(call(forward, x[:, ::-1], segments[:, ::-1]))[:, ::-1]
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def max_error(found: jax.Array, expected: torch.Tensor) -> float:
-    assert found.shape == tuple(expected.shape)
-    return float(np.abs(np.asarray(found) - expected.detach().numpy()).max())

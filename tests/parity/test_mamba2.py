@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from mixer_checks import gradient_of, max_error
 from transformers import Mamba2Config as TorchConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TorchMixer
 
 from storm_jax.config import MambaConfig
-from storm_jax.models.mamba2 import Mamba2Mixer
+from storm_jax.models.mamba import MambaMixer
 
 MAX_ERROR = 1e-4
 WIDTH, HEADS, STATE = 20, 5, 16  # of 8 channels
@@ -55,8 +56,8 @@ def torch_mixer(params: dict, direction: str) -> TorchMixer:
     return mixer
 
 
-def jax_mixer(randomise, direction: str) -> tuple[Mamba2Mixer, dict]:
-    mixer = Mamba2Mixer(WIDTH, make_config(direction), rngs=nnx.Rngs(0), dtype=jnp.float32)
+def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
+    mixer = MambaMixer(WIDTH, make_config(direction), rngs=nnx.Rngs(0), dtype=jnp.float32)
     graphdef, state = nnx.split(randomise(mixer, scale=0.25))
     params = jax.device_get(nnx.to_pure_dict(state))
     for name in {"forward", "backward"} & params.keys():
@@ -82,18 +83,6 @@ def sum_of_directions(params: dict, clip: torch.Tensor) -> torch.Tensor:
     mixer = mixers["forward"]
     mixer.norm._forward_pre_hooks.clear()
     return mixer.out_proj(mixer.norm(y + y_backward.flip(1), gate))
-
-
-def gradient_of(mixer: Mamba2Mixer, u: np.ndarray, weights: np.ndarray) -> tuple:
-    graphdef, state = nnx.split(mixer)
-    segment_ids = jnp.ones(u.shape[:2], jnp.int32)
-
-    def weighted(u: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, _ = nnx.merge(graphdef, state)(u, segment_ids)
-        return jnp.sum(y * weights), y
-
-    (_, y), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(u)
-    return y, gradient
 
 
 @pytest.mark.parametrize("direction", ["forward", "both"])
@@ -124,8 +113,3 @@ def test_packed_clips_are_torch_mixers_of_their_own(randomise, rng):
         clips = torch.from_numpy(u).split(lengths, dim=1)
         expected = torch.cat([sum_of_directions(params, clip) for clip in clips], dim=1)
     assert max_error(found, expected) <= MAX_ERROR
-
-
-def max_error(found: jax.Array, expected: torch.Tensor) -> float:
-    assert found.shape == tuple(expected.shape)
-    return float(np.abs(np.asarray(found) - expected.detach().numpy()).max())
