@@ -7,7 +7,8 @@
 The real compilers run, on any CPU; nothing else does, so nothing is learnt of speed or numerics. Needs
 packages that requirements.txt leaves out, and says which. Writes OUT/TARGET.json: for each size and
 implementation the seconds of compilation and the temporary memory, in bytes and relative to an fp32
-array of x's shape; for sm_90 also the registers of each kernel and what it spills.
+array of x's shape; the same for a whole bidirectional mixer, with the number of its copies and
+transposes of arrays of x's size; for sm_90 also the registers of each kernel and what it spills.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -26,12 +28,17 @@ import sys
 import tempfile
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from storm_jax.config import MambaConfig
+from storm_jax.models.mamba import MambaMixer
+from storm_jax.ops import selective_scan as scan_module
 from storm_jax.ops.selective_scan import selective_scan
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
@@ -41,6 +48,7 @@ SIZES = (  # batch, length, width: frames x 256 tokens, inner width of a 1.5B an
     (8, 32_768, 2304),
     (1, 131_072, 7168),
 )
+MIXER = (1, 32_768, 1152)  # batch, length, width
 STATE = 16
 # Else libtpu looks for the machine that it would run on, and admits one process at a time.
 WITHOUT_A_TPU = {
@@ -137,6 +145,77 @@ def compile_scan(
     }
 
 
+def compile_mixer(chip: Any, implementation: str, gradients: bool) -> dict[str, Any]:
+    """Compiles a bidirectional Mamba-1 mixer in bfloat16, or the gradients of its parameters and
+    input, for one device."""
+    batch, length, width = MIXER
+    config = MambaConfig(d_state=STATE)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(chip))
+
+    graphdef, state = nnx.split(
+        nnx.eval_shape(
+            lambda: MambaMixer(width, config, rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16"))
+        )
+    )
+    params = jax.tree.map(lambda v: array(v.shape, v.dtype), nnx.to_pure_dict(state))
+    u, clip = array(MIXER, jnp.bfloat16), array((batch, length), jnp.int32)
+
+    def outputs(params: Any, u: jax.Array, clip: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params)(u, clip)[0]
+
+    def run(params: Any, u: jax.Array, clip: jax.Array, dy: jax.Array) -> Any:
+        if not gradients:
+            return outputs(params, u, clip)
+        y, pullback = jax.vjp(lambda params, u: outputs(params, u, clip), params, u)
+        return y, pullback(dy)
+
+    # The platform would choose the implementation, and here it is a CPU.
+    with mock.patch.object(scan_module, "fastest", lambda backend, state: implementation):
+        compiled: Any = jax.jit(run).lower(params, u, clip, u).compile()
+    inner = batch * length * config.expand * width
+    return {
+        "temporary_per_fp32_input": round(
+            compiled.memory_analysis().temp_size_in_bytes / (inner * 4), 2
+        ),
+        "copies": whole_copies(compiled.as_text(), inner),
+    }
+
+
+MOVES = {"copy", "transpose", "reverse"}
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = \w+\[([\d,]*)\]\S* ([\w-]+)\((.*)")
+
+
+def whole_copies(program: str, elements: int) -> int:
+    """Copies, transposes and reversals of at least so many elements that XLA has not fused with what
+    makes or reads the array."""
+    computations: dict[str, list[tuple[str, str, str]]] = {}
+    for line in program.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            inside = computations.setdefault(opened[1], [])
+        elif found := INSTRUCTION.match(line):
+            inside.append((found[1], found[2], found[3]))
+
+    def called(rest: str) -> str:
+        return re.search(r"calls=%?([\w.-]+)", rest)[1]  # type: ignore[index]
+
+    fusions = {called(r) for all_ in computations.values() for _, op, r in all_ if op == "fusion"}
+
+    def moves(op: str, rest: str) -> bool:
+        if op != "fusion":
+            return op in MOVES
+        operations = {op for _, op, _ in computations[called(rest)]}
+        return bool(operations & MOVES) and operations <= MOVES | {"parameter", "bitcast"}
+
+    return sum(
+        math.prod(int(n) for n in shape.split(",") if n) >= elements and moves(op, rest)
+        for name, instructions in computations.items()
+        if name not in fusions
+        for shape, op, rest in instructions
+    )
+
+
 def compile_all(target: str) -> dict[str, Any]:
     """The report on a target, without its kernels."""
     chip = device(target)
@@ -158,11 +237,17 @@ def compile_all(target: str) -> dict[str, Any]:
                 row["error"] = str(error).split("\n")[0]
             print(row, flush=True)
             programs.append(row)
+    mixers = []
+    for gradients in (False, True):
+        row = {"size": MIXER, "gradients": gradients}
+        mixers.append(row | compile_mixer(chip, KERNEL[target], gradients))
+        print(mixers[-1], flush=True)
     return {
         "target": target,
         "device": chip.device_kind,
         "jax": jax.__version__,
         "programs": programs,
+        "mixers": mixers,
     }
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import scan
+from benchmarks import scan, scan_compile
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
 
 
@@ -78,3 +78,14 @@ def test_a_missing_compiler_is_named():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "pip install --no-deps libtpu" in done.stderr
+
+
+def test_the_count_of_copies_sees_a_transpose_and_nothing_else():
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+
+    def program(function):
+        return jax.jit(function).lower(x).compile().as_text()
+
+    assert scan_compile.whole_copies(program(lambda x: x.T.reshape(32, 8, 8)), 64 * 32) == 1
+    assert scan_compile.whole_copies(program(lambda x: x.T.reshape(32, 8, 8)), 64 * 32 + 1) == 0
+    assert scan_compile.whole_copies(program(lambda x: jnp.tanh(x) + 1), 64 * 32) == 0

@@ -178,7 +178,7 @@ def test_values_equal_the_recurrence(rng, length, reverse, implementation):
 GRADIENT_CASES = {
     "forward": (300, ALL, False),
     "reverse": (300, ALL, True),
-    "forward, nothing optional": (150, (), False),
+    "forward, nothing optional": (60, (), False),
     "reverse, no segments": (257, ("dt_bias", "h0"), True),
 }
 

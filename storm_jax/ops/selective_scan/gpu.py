@@ -51,7 +51,10 @@ def forward(
     plan = _plan(inputs, reverse, interpret)
     call = functools.partial(_call, plan, inputs, reset)
     per_segment = (plan.batch, plan.segments, plan.state, plan.width)
-    ends, decays = call(_ends_kernel, [(per_segment, jnp.float32)] * 2)
+    if plan.segments > 1:
+        ends, decays = call(_ends_kernel, [(per_segment, jnp.float32)] * 2)
+    else:  # nobody reads them
+        ends = decays = jnp.zeros_like(h0, shape=per_segment)
     y, h, states = call(
         _outputs_kernel,
         [
@@ -81,7 +84,10 @@ def backward(
     call = functools.partial(_call, plan, inputs, reset)
     batch, length, segments = plan.batch, plan.length, plan.segments
     per_segment = (batch, segments, plan.state, plan.width)
-    (ends,) = call(_adjoint_ends_kernel, [(per_segment, jnp.float32)], dy)
+    if plan.segments > 1:
+        (ends,) = call(_adjoint_ends_kernel, [(per_segment, jnp.float32)], dy)
+    else:
+        ends = jnp.zeros_like(dh_last, shape=per_segment)
     per_tile = (plan.tiles, batch, length, plan.state)
     parked = (batch, plan.tiles, segments, CHUNK // HELD, plan.state_slots, LANES)
     dx, ddt, dA, dB, dC, dD, dbias, dh0, _ = call(
@@ -210,7 +216,9 @@ class _Step(NamedTuple):
 class _Tile:
     """A program's part of the arrays. Steps and segments are counted in the order of the scan."""
 
-    def __init__(self, plan: _Plan, x, dt, A, B, C, D, dt_bias, reset) -> None:
+    def __init__(
+        self, plan: _Plan, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, reset: Any
+    ) -> None:
         self.plan = plan
         self.x, self.dt, self.B, self.C, self.reset = x, dt, B, C, reset
         self.row, self.number, self.segment = (pl.program_id(axis) for axis in range(3))
