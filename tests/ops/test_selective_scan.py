@@ -432,3 +432,16 @@ def test_temporary_memory_grows_with_the_inputs_and_not_with_the_states(implemen
 def test_unknown_implementation_is_refused(rng):
     with pytest.raises(ValueError, match="parallel"):
         selective_scan(**make_inputs(rng, 2), implementation="parallel")
+
+
+@pytest.mark.parametrize("name", ["dt", "B", "C", "D", *ALL])
+def test_a_shape_that_does_not_fit_is_named(rng, name):
+    inputs = make_inputs(rng, 5, ALL)
+    inputs[name] = inputs[name][..., :-1]
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        selective_scan(**inputs)
+
+
+def test_a_sequence_without_steps_is_refused(rng):
+    with pytest.raises(ValueError, match="no steps"):
+        selective_scan(**make_inputs(rng, 0))

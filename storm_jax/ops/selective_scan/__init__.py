@@ -65,17 +65,26 @@ def selective_scan(
 
     Returns:
       y [B, L, E] in the dtype of `x`; h_last [B, E, N] fp32, the state after the last step.
+
+    Raises:
+      ValueError: unknown `implementation`, no steps, or shapes that do not fit together.
     """
     if implementation is None:
         implementation = fastest(jax.default_backend(), A.shape[1])
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: use one of {IMPLEMENTATIONS} or None")
     batch, length, width = x.shape
+    state = A.shape[1]
+    _check_shapes(
+        x,
+        {"dt": dt, "A": A, "B": B, "C": C, "D": D}
+        | {"dt_bias": dt_bias, "h0": h0, "segment_ids": segment_ids},
+    )
     reset = jnp.zeros((batch, length), jnp.bool_)
     if segment_ids is not None:
         reset = segment_starts(segment_ids, reverse)
     if h0 is None:
-        h0 = jnp.zeros((batch, width, A.shape[1]), jnp.float32)
+        h0 = jnp.zeros((batch, width, state), jnp.float32)
     inputs = Inputs(
         x=x,
         dt=dt,
@@ -93,6 +102,21 @@ def selective_scan(
     on_shards = _on_shards(run, inputs, h0) if implementation in KERNELS else run
     y, h = on_shards(inputs, reset, h0)
     return y, h.swapaxes(1, 2)
+
+
+def _check_shapes(x: jax.Array, others: dict[str, Any]) -> None:
+    (batch, length, width), state = x.shape, others["A"].shape[1]
+    if not length:
+        raise ValueError(f"x {x.shape} has no steps: the scan needs at least one")
+    steps = (batch, length, state)
+    expected = {"dt": x.shape, "A": (width, state), "B": steps, "C": steps, "D": (width,)}
+    expected |= {"dt_bias": (width,), "h0": (batch, width, state), "segment_ids": (batch, length)}
+    for name, v in others.items():
+        if v is not None and v.shape != expected[name]:
+            raise ValueError(
+                f"{name} is {v.shape} where x {x.shape} and A {others['A'].shape} ask for "
+                f"{expected[name]}"
+            )
 
 
 def fastest(backend: str, state: int) -> str:
