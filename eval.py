@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         predictor = Predictor(WORKDIR.value, STEP.value)
-        data = DATA.value or pathlib.Path(predictor.config.data.train).parent
+        data = DATA.value or pathlib.Path(predictor.config.data.train[0].path).parent
         benchmark = shapes.load(data)
         compression = chosen_compression(predictor.compression)
         folder = pathlib.Path(WORKDIR.value, "evals", benchmark.name)

@@ -8,7 +8,6 @@ Every field of the configuration can be set: --config.optim.learning_rate.projec
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -16,12 +15,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from storm_jax.config import ConfigError, RunConfig, from_dict
-from storm_jax.data.conversation import ConversationEncoder
-from storm_jax.data.pipeline import Dataset
-from storm_jax.data.sources import DataError
+from storm_jax.data.conversation import tokenizer_folder
+from storm_jax.data.mixture import open_mixture
+from storm_jax.data.sample import DataError
 from storm_jax.run import Run, RunError, inherit_model
 from storm_jax.sharding import make_mesh
-from storm_jax.train.loop import NonFiniteLossError, make_validation, row_shape, train
+from storm_jax.train.loop import NonFiniteLossError, make_validation, train
 from storm_jax.train.metrics import plot_curves
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -35,17 +34,6 @@ flags.mark_flag_as_required("config")
 
 # What a user can mend. Other errors, of a projector of their own say, keep their traceback.
 _EXPECTED = (ConfigError, DataError, RunError, NonFiniteLossError, OSError, ImportError)
-
-
-def tokenizer_folder(run: Run, config: RunConfig) -> pathlib.Path:
-    """A begun run's own, `data.tokenizer`, that of `init_from`, or the one beside the training file."""
-    if run.has_begun:
-        return run.tokenizer_path
-    if config.data.tokenizer:
-        return pathlib.Path(config.data.tokenizer)
-    if config.init_from:
-        return Run(config.init_from).tokenizer_path
-    return pathlib.Path(config.data.train).parent / "tokenizer"
 
 
 def with_inherited_model(config: RunConfig, run: Run) -> RunConfig:
@@ -67,16 +55,14 @@ def main(argv: Sequence[str]) -> None:
         run = Run(WORKDIR.value)
         if config.init_from:
             config = with_inherited_model(config, run)
-        run.prepare(config, tokenizer_folder(run, config))
+        run.prepare(config, run.tokenizer_path if run.has_begun else tokenizer_folder(config))
         mesh = make_mesh(config.mesh)
 
-        def evaluators(spec):
+        def evaluators(spec, pool):
             if not config.data.val or not config.train.eval_every:
                 return {}
-            encoder = ConversationEncoder(run.tokenizer(), config.data.system)
-            shape, limit = row_shape(config), config.data.max_skip_fraction
-            dataset = Dataset(config.data.val, config.data.media_root, encoder, shape, limit)
-            return {"validation": make_validation(run, spec, dataset)}
+            mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
+            return {"validation": make_validation(run, spec, mixture, pool)}
 
         train(run, mesh, evaluators)
         print(f"training curves: {plot_curves(run.path)}")

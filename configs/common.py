@@ -6,8 +6,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.mixtures import align, long, sft, sources
 from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 
+MIXTURES = {"align": align, "sft": sft, "long": long}
+# Rows of text and images, and rows that hold two videos.
+_ROWS = ({"tokens": 8192, "frames": 16}, {"tokens": 8192, "frames": 64})
 STAGES = ("align", "sft", "long")
 
 
@@ -41,9 +45,8 @@ def paper_config(model: ModelConfig, stage: str) -> ConfigDict:
             "model": to_dict(model),
             "compression": {"num_frames": frames, "temporal_pool": 4},
             "data": {
-                "train": f"data/{stage}.json",
-                "row_tokens": 16_384 if is_long else 8192,
-                "row_frames": frames if is_long else 64,
+                "train": sources(MIXTURES[stage].SETS),
+                "rows": [{"tokens": 16_384, "frames": 128}] if is_long else _ROWS,
             },
             "optim": {
                 "learning_rate": {

@@ -23,12 +23,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "model": to_dict(presets.tiny()),
             "compression": {"num_frames": frames, "temporal_pool": 4},
             "data": {
-                "train": "data/shapes/train.json",
-                "val": "data/shapes/val.json",
+                "train": [{"name": "shapes", "path": "data/shapes/train.json"}],
+                "val": [{"name": "shapes", "path": "data/shapes/val.json"}],
                 "system": "",
-                "row_tokens": 384,
-                "row_frames": 64,
-                "num_threads": 2,
+                "rows": [{"tokens": 384, "frames": 64}],
+                "num_workers": 2,
             },
             "optim": {
                 "learning_rate": {

@@ -7,7 +7,7 @@ device. A run keeps its configuration as `config.json` and is rebuilt from it.
     RunConfig
       model        ModelConfig: vision, projector (+ mamba), decoder, dtype
       compression  CompressionConfig: num_frames, temporal_pool, spatial_pool, temporal_sample
-      data         DataConfig: where samples are, how rows are packed
+      data         DataConfig: mixtures (SourceConfig), frames (FramesConfig), rows (RowConfig)
       optim        OptimConfig: AdamW, one learning rate per part (0 freezes the part)
       train        TrainConfig: steps, batch, saving, logging
       mesh         MeshConfig: data, fsdp, context, tensor
@@ -219,28 +219,135 @@ class CompressionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """LLaVA JSON files with their media, and the rows that samples are packed into.
+class SourceConfig:
+    """One data set of a mixture: a LLaVA .json or .jsonl file, a folder of .parquet files, of .tar
+    shards, or of a prepared TFDS data set (then `split` is read).
 
-    Media paths in a JSON file are relative to `media_root`, or to the file's own folder when it is
-    empty. `tokenizer` is a folder; when empty it is `tokenizer/` beside the training file, or the
-    tokenizer of `init_from`. `row_tokens` (S) and `row_frames` (F) are a row's slots.
+    Media names are relative to `media_root`, or to the folder of `path` when it is empty. How often
+    its samples come is set by at most one of `weight` (its share of the samples, whatever its size; then
+    every source has one), `repeat` (times that each sample comes in an epoch), `percent` and `cap` (how
+    much of it an epoch has, a part that the seed chooses). 0 = not set.
     """
 
-    train: str
-    val: str = ""
+    name: str
+    path: str
     media_root: str = ""
-    tokenizer: str = ""
-    system: str = "You are a helpful assistant"
-    row_tokens: int = 4096
-    row_frames: int = 32
-    max_skip_fraction: float = _at_least(0, 0.1)
-    num_threads: int = 8
+    split: str = "train"
+    weight: float = _at_least(0, 0.0)
+    repeat: float = _at_least(0, 0.0)
+    percent: float = _at_least(0, 0.0)
+    cap: int = _at_least(0, 0)
 
     def problems(self) -> list[str]:
+        found = []
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            found.append(f"name={self.name!r} must be letters, digits, '.', '-' and '_'")
+        chosen = {f: getattr(self, f) for f in ("weight", "repeat", "percent", "cap")}
+        chosen = {field: value for field, value in chosen.items() if value}
+        if len(chosen) > 1:
+            listed = ", ".join(f"{field}={value}" for field, value in chosen.items())
+            found.append(f"name={self.name!r} has {listed}: set one of them at most")
+        if self.percent > 100:
+            found.append(f"percent={self.percent} must be at most 100")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class FramesConfig:
+    """How videos are read. `fps` is the rate that frames are taken at, `compression.num_frames` at most
+    (0 = always so many). `time_text` tells the model when they are shown: "none", in one "sentence", or
+    "per_group" of pooled frames. `max_damage` is the fraction of a clip's frames that may be replaced by
+    the nearest readable one. A file that takes longer than `time_limit` seconds is skipped."""
+
+    fps: float = _at_least(0, 0.0)
+    time_text: str = "none"
+    max_damage: float = _at_least(0, 0.0)
+    time_limit: float = 120.0
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.time_text not in ("none", "sentence", "per_group"):
+            found.append(f"time_text={self.time_text!r} must be 'none', 'sentence' or 'per_group'")
+        if self.max_damage >= 1:
+            found.append(f"max_damage={self.max_damage} must be below 1")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RowConfig:
+    """Slots of a row for tokens (S) and frames (F)."""
+
+    tokens: int
+    frames: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The mixtures to train and validate on, and the rows that samples are packed into.
+
+    `rows` lists the shapes of rows, each compiled once; the last is the largest, and a row takes the
+    first that holds it. `tokenizer` is a folder; when empty it is `tokenizer/` beside the first
+    source, or the tokenizer of `init_from`. What was found out about a source (lengths, where its records
+    begin) is kept in `SOURCE.index/` beside it, or in `index_dir`. Media are read by `num_workers`
+    processes (0 = in the training process, without a time limit).
+    """
+
+    train: tuple[SourceConfig, ...]
+    val: tuple[SourceConfig, ...] = ()
+    tokenizer: str = ""
+    system: str = "You are a helpful assistant"
+    frames: FramesConfig = FramesConfig()
+    rows: tuple[RowConfig, ...] = (RowConfig(4096, 32),)
+    index_dir: str = ""
+    max_skip_fraction: float = _at_least(0, 0.1)
+    num_workers: int = _at_least(0, 8)
+
+    @property
+    def largest_row(self) -> RowConfig:
+        return self.rows[-1]
+
+    def problems(self) -> list[str]:
+        found = []
         if self.max_skip_fraction > 1:
-            return [f"max_skip_fraction={self.max_skip_fraction} must be at most 1"]
-        return []
+            found.append(f"max_skip_fraction={self.max_skip_fraction} must be at most 1")
+        if not self.train:
+            found.append("train is empty: it lists the sources to train on")
+        for field in ("train", "val"):
+            found += _mixture_problems(field, getattr(self, field))
+        if not self.rows:
+            return [*found, "rows is empty: it lists the shapes of rows"]
+        for smaller, larger in zip(self.rows, self.rows[1:], strict=False):
+            if (
+                smaller.tokens > larger.tokens
+                or smaller.frames > larger.frames
+                or smaller == larger
+            ):
+                found.append(
+                    f"rows: {larger.tokens} tokens and {larger.frames} frames must not be less than "
+                    f"{smaller.tokens} and {smaller.frames}, which stand before"
+                )
+        return found
+
+
+def _mixture_problems(field: str, sources: tuple[SourceConfig, ...]) -> list[str]:
+    found = []
+    names = [source.name for source in sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        found.append(
+            f"{field} has {names.count(name)} sources named {name!r}: each needs its own name"
+        )
+    weighted = [source.name for source in sources if source.weight]
+    unequal = [source.name for source in sources if source.weight or source.repeat]
+    if unequal and field == "val":
+        found.append(
+            f"val: {unequal[0]} has a weight or repeat, but every sample of val comes once"
+        )
+    elif weighted and len(weighted) < len(sources):
+        other = next(source.name for source in sources if not source.weight)
+        found.append(
+            f"{field}: {weighted[0]} has a weight and {other} has none; give one to all or none"
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,19 +446,23 @@ class RunConfig:
                 f"mesh.tensor={self.mesh.tensor} does not divide "
                 f"model.decoder.num_kv_heads={self.model.decoder.num_kv_heads}"
             )
-        if self.compression.num_frames > self.data.row_frames:
+        if self.compression.num_frames > self.data.largest_row.frames:
             found.append(
-                f"compression.num_frames={self.compression.num_frames} exceeds "
-                f"data.row_frames={self.data.row_frames}: no video would fit a row"
+                f"compression.num_frames={self.compression.num_frames} exceeds the "
+                f"{self.data.largest_row.frames} frames of the largest of data.rows: no video would fit"
             )
         if self.model.decoder.lora.rank and not self.optim.learning_rate.decoder:
             found.append(
                 f"model.decoder.lora.rank={self.model.decoder.lora.rank} with "
                 f"optim.learning_rate.decoder=0: the adapters would not be trained"
             )
-        for name in ("row_tokens", "row_frames"):
-            if getattr(self.data, name) % self.mesh.context:
-                found.append(f"mesh.context={self.mesh.context} does not divide data.{name}")
+        for i, row in enumerate(self.data.rows):
+            for name in ("tokens", "frames"):
+                if getattr(row, name) % self.mesh.context:
+                    found.append(
+                        f"mesh.context={self.mesh.context} does not divide "
+                        f"data.rows[{i}].{name}={getattr(row, name)}"
+                    )
         return found
 
 
@@ -391,6 +502,12 @@ def load(path: pathlib.Path) -> RunConfig:
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Fields that differ between two configs (or their dicts), by dotted name."""
+    if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
+        old, new = ({f"[{i}]": value for i, value in enumerate(values)} for values in (old, new))
+        return {
+            name.replace(".[", "["): values
+            for name, values in differences(old, new, prefix).items()
+        }
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found = {}
         for key in sorted({*old, *new}):
@@ -427,6 +544,8 @@ def _build(cls: type[T], mapping: Any, prefix: str, problems: list[str]) -> T:
 def _check(field: dataclasses.Field, hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, name + ".", problems)
+    if typing.get_origin(hint) is tuple:
+        return _build_tuple(typing.get_args(hint)[0], value, name, problems)
     if typing.get_origin(hint) is not None:  # Mapping[str, Any]
         plain = value.to_dict() if hasattr(value, "to_dict") else value
         if not isinstance(plain, Mapping):
@@ -443,12 +562,23 @@ def _check(field: dataclasses.Field, hint: Any, value: Any, name: str, problems:
         problems.append(f"{name}={value!r} must be {_ARTICLE[hint]}")
         return value
     if hint in (int, float):
-        minimum = field.metadata.get("minimum")
-        if minimum is None and value <= 0:
-            problems.append(f"{name}={value!r} must be positive")
-        elif minimum is not None and value < minimum:
-            problems.append(f"{name}={value!r} must be at least {minimum}")
+        problems += _number_problems(name, value, field.metadata.get("minimum"))
     return value
+
+
+def _number_problems(name: str, value: float, minimum: float | None) -> list[str]:
+    if minimum is None and value <= 0:
+        return [f"{name}={value!r} must be positive"]
+    if minimum is not None and value < minimum:
+        return [f"{name}={value!r} must be at least {minimum}"]
+    return []
+
+
+def _build_tuple(cls: type[T], value: Any, name: str, problems: list[str]) -> tuple[T, ...]:
+    if not isinstance(value, (list, tuple)):
+        problems.append(f"{name}={value!r} must be a list of sections")
+        return ()
+    return tuple(_build(cls, item, f"{name}[{i}].", problems) for i, item in enumerate(value))
 
 
 _ARTICLE: Mapping[type, str] = types.MappingProxyType(

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -39,8 +40,11 @@ from storm_jax.params import flatten, unflatten
 _MAY_CHANGE = (
     "mesh", "train.steps", "train.accumulation", "train.remat", "train.log_every",
     "train.eval_every", "train.save_every", "train.keep_last", "train.keep_best",
-    "train.tensorboard", "data.num_threads", "data.max_skip_fraction",
+    "train.tensorboard", "data.num_workers", "data.max_skip_fraction", "data.index_dir",
+    "data.frames.time_limit",
 )  # fmt: skip
+# Data may move to another place.
+_MAY_MOVE = re.compile(r"data\.(train|val)\[\d+\]\.(path|media_root)")
 _PIECE = 2**25  # bytes; larger ones are held, compressed and copied whole on their way to the disk
 
 
@@ -103,7 +107,7 @@ class Run:
         changed = {
             name: values
             for name, values in config_lib.differences(old, new).items()
-            if not name.startswith(_MAY_CHANGE)
+            if not name.startswith(_MAY_CHANGE) and not _MAY_MOVE.fullmatch(name)
         }
         if changed:
             listed = "\n  ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in changed.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -29,7 +30,6 @@ from configs import tiny
 from storm_jax import presets
 from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from storm_jax.data import shapes
-from storm_jax.data.sources import read_records
 from storm_jax.data.tokenizer import train_tokenizer
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
@@ -85,7 +85,7 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     )
     texts = [
         turn["value"]
-        for record in read_records(folder / "train.json")
+        for record in json.loads((folder / "train.json").read_text())
         for turn in record["conversations"]
     ]
     train_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
@@ -102,10 +102,10 @@ def small_config(small_model: ModelConfig, shapes_folder: pathlib.Path):
         fields = {
             "compression__num_frames": 8,
             "compression__temporal_pool": 2,
-            "data__train": str(shapes_folder / "train.json"),
-            "data__val": str(shapes_folder / "val.json"),
-            "data__row_tokens": 128,
-            "data__row_frames": 16,
+            "data__train": [{"name": "shapes", "path": str(shapes_folder / "train.json")}],
+            "data__val": [{"name": "shapes", "path": str(shapes_folder / "val.json")}],
+            "data__rows": [{"tokens": 128, "frames": 16}],
+            "data__num_workers": 0,
             "train__steps": 6,
             "train__batch_size": 8,
             "train__eval_every": 3,
@@ -125,5 +125,5 @@ def trained_run(small_config, shapes_folder, tmp_path_factory) -> pathlib.Path:
     config = small_config(train__steps=2, train__eval_every=0)
     run = Run(tmp_path_factory.mktemp("runs") / "trained")
     run.prepare(config, shapes_folder / "tokenizer")
-    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {})
+    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
     return run.path

@@ -10,6 +10,8 @@ from configs import tiny
 from storm_jax import config as config_lib
 from storm_jax.config import ConfigError, ModelConfig, RunConfig, from_dict, to_dict
 
+SOURCE = {"name": "a", "path": "a.json"}
+
 
 def fields(**changes) -> dict:
     made = tiny.get_config("stage=sft").to_dict()
@@ -60,17 +62,43 @@ def test_arguments_of_a_projector_read_back_as_they_were():
             "mamba.head_dim=50 must divide",
         ),
         ({"model__dtype": "float16"}, "dtype='float16'"),
-        ({"compression__num_frames": 100}, "exceeds data.row_frames=64"),
+        ({"compression__num_frames": 100}, "exceeds the 64 frames of the largest of data.rows"),
         ({"train__accumulation": 3}, "accumulation=3 does not divide batch_size=16"),
         ({"optim__warmup_fraction": 1.0}, "warmup_fraction=1.0 must be below 1"),
         ({"optim__decay_pattern": "*kernel"}, "decay_pattern='*kernel' is no regular expression"),
         ({"model__projector": "m:C", "model__projector_args": {"a": {1}}}, "must be plain JSON"),
         ({"model__projector": "m:C", "model__projector_args": None}, "must be a section of fields"),
         ({"data__max_skip_fraction": 1.5}, "max_skip_fraction=1.5 must be at most 1"),
+        ({"data__train": []}, "data.train is empty"),
+        ({"data__train": "a.json"}, "data.train='a.json' must be a list of sections"),
+        ({"data__train": [3]}, "data.train[0]=3 must be a section"),
+        ({"data__train": [{"name": "a"}]}, "data.train[0].path is missing"),
+        ({"data__train": [{**SOURCE, "wait": 3}]}, "data.train[0].wait is unknown"),
+        ({"data__train": [{**SOURCE, "name": "a/b"}]}, "data.train[0].name='a/b' must be"),
+        ({"data__train": [{**SOURCE, "cap": 2.5}]}, "data.train[0].cap=2.5 must be an integer"),
+        ({"data__train": [{**SOURCE, "repeat": -1.0}]}, "data.train[0].repeat=-1.0"),
+        ({"data__train": [{**SOURCE, "percent": 101}]}, "percent=101.0 must be at most 100"),
+        ({"data__train": [{**SOURCE, "cap": 2, "weight": 1}]}, "has weight=1.0, cap=2: set one"),
+        ({"data__train": [SOURCE, SOURCE]}, "data.train has 2 sources named 'a'"),
+        (
+            {"data__train": [SOURCE, {**SOURCE, "name": "b", "weight": 1}]},
+            "data.train: b has a weight and a has none",
+        ),
+        ({"data__val": [{**SOURCE, "weight": 1}]}, "every sample of val comes once"),
+        ({"data__val": [{**SOURCE, "repeat": 2}]}, "every sample of val comes once"),
+        ({"data__rows": []}, "data.rows is empty"),
+        ({"data__rows": [{"tokens": 0, "frames": 64}]}, "data.rows[0].tokens=0 must be positive"),
+        (
+            {"data__rows": [{"tokens": 9, "frames": 64}, {"tokens": 8, "frames": 64}]},
+            "8 tokens and 64 frames must not be less than 9 and 64",
+        ),
+        ({"data__frames__time_text": "all"}, "data.frames.time_text='all' must be"),
+        ({"data__frames__max_damage": 1.0}, "max_damage=1.0 must be below 1"),
+        ({"data__frames__fps": -1}, "data.frames.fps=-1.0 must be at least 0"),
         ({"mesh__fsdp": -1}, "data=-1 and fsdp=-1"),
         ({"mesh__data": 0}, "data=0 and fsdp=1"),
         ({"mesh__tensor": 3}, "mesh.tensor=3 does not divide"),
-        ({"mesh__context": 5}, "mesh.context=5 does not divide data.row_tokens"),
+        ({"mesh__context": 5}, "mesh.context=5 does not divide data.rows[0].tokens=384"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(changes, problem):
@@ -97,6 +125,15 @@ def test_rates_that_are_all_zero_train_nothing():
     rates = {f"optim__learning_rate__{part}": 0.0 for part in ("vision", "projector", "decoder")}
     with pytest.raises(ConfigError, match="nothing would be trained"):
         from_dict(RunConfig, fields(**rates))
+
+
+def test_differences_in_a_list_are_named_by_their_place():
+    old = fields(data__train=[SOURCE, {**SOURCE, "name": "b"}])
+    new = fields(data__train=[{**SOURCE, "path": "x"}])
+    assert config_lib.differences(old, new) == {
+        "data.train[0].path": ("a.json", "x"),
+        "data.train[1]": ({**SOURCE, "name": "b"}, None),
+    }
 
 
 def test_differences_name_what_changed():

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from configs import tiny
-from storm_jax.data.sources import parse_record
+from storm_jax.data.records import parse_record
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

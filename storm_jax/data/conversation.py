@@ -3,7 +3,8 @@
 The text comes from the tokenizer's own chat template. Each answer with its end marker is a span of
 that text, found by rendering the conversation up to it; spans are tokenised apart, so an answer has
 the ids that it has after a prompt at inference. Media placeholders never reach the tokenizer: they
-are cut out, and `num_tokens` slots stand in their place.
+are cut out, and what stands for a medium takes their place: slots of visual tokens, and text that
+tells when they are shown.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from collections.abc import Sequence
 import numpy as np
 import transformers
 
-from storm_jax.config import ConfigError
-from storm_jax.data.sources import PLACEHOLDER, Sample, SampleError, Turn
+from storm_jax.config import ConfigError, RunConfig
+from storm_jax.data.sample import PLACEHOLDER, Sample, SampleError, Turn
+
+# What stands for a medium: text, and numbers of slots.
+Pieces = Sequence[str | int]
 
 # Llama 3's templates show today's date unless they are given one; this is their own default.
 DATE = "26 Jul 2024"
@@ -41,6 +45,17 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def least(self) -> int:
+        """How many tokens from the start must be kept: all media, and the first of an answer."""
+        answers, media = np.flatnonzero(self.answer), np.flatnonzero(self.media >= 0)
+        first = answers[0] + 1 if len(answers) else len(self)
+        return int(max(first, media[-1] + 1 if len(media) else 0))
+
+    def cut(self, length: int) -> Encoded:
+        """The first `length` tokens; an answer that is cut has no end marker to learn."""
+        return Encoded(self.tokens[:length], self.answer[:length], self.media[:length])
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
@@ -93,6 +108,16 @@ def save_tokenizer(
     tokenizer.save_pretrained(folder)
     if (source / "generation_config.json").exists():
         shutil.copy(source / "generation_config.json", folder)
+
+
+def tokenizer_folder(config: RunConfig) -> pathlib.Path:
+    """Where a new run takes its tokenizer from: `data.tokenizer`, the run of `init_from`, or the folder
+    beside the first source."""
+    if config.data.tokenizer:
+        return pathlib.Path(config.data.tokenizer)
+    if config.init_from:
+        return pathlib.Path(config.init_from) / "tokenizer"
+    return pathlib.Path(config.data.train[0].path).parent / "tokenizer"
 
 
 def check_template(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
@@ -193,13 +218,13 @@ class ConversationEncoder:
     def end_of_turn(self) -> str | None:
         return end_of_turn(self.tokenizer)
 
-    def encode(self, sample: Sample, num_tokens: Sequence[int]) -> Encoded:
-        """Tokenises a sample whose n-th medium has `num_tokens[n]` visual tokens.
+    def encode(self, sample: Sample, media: Sequence[Pieces]) -> Encoded:
+        """Tokenises a sample; `media[n]` stands for its n-th medium.
 
         A sample that ends with a question (see `Sample.prompt`) ends with the template's opening of
         the assistant's turn.
         """
-        parts = _Parts(self.tokenizer, num_tokens)
+        parts = _Parts(self.tokenizer, media)
         for text, is_answer in self._spans(sample):
             parts.add(text, is_answer)
         return parts.encoded()
@@ -237,8 +262,8 @@ class ConversationEncoder:
 class _Parts:
     """Collects token ids span by span."""
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, num_tokens: Sequence[int]):
-        self.tokenizer, self.num_tokens = tokenizer, num_tokens
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, pieces: Sequence[Pieces]):
+        self.tokenizer, self.pieces = tokenizer, pieces
         self.tokens: list[int] = []
         self.answer: list[bool] = []
         self.media: list[int] = []
@@ -247,12 +272,19 @@ class _Parts:
     def add(self, text: str, is_answer: bool) -> None:
         for i, piece in enumerate(PLACEHOLDER.split(text)):
             if i > 0:
-                count = self.num_tokens[self.next_medium]
-                self._extend([self.tokenizer.pad_token_id] * count, False, self.next_medium)
+                for part in self.pieces[self.next_medium]:
+                    if isinstance(part, str):
+                        self._extend(self._ids(part), False, -1)
+                    else:
+                        pad = self.tokenizer.pad_token_id
+                        self._extend([pad] * part, False, self.next_medium)
                 self.next_medium += 1
             if piece:
-                ids = self.tokenizer(piece, add_special_tokens=False)["input_ids"]
-                self._extend(ids, is_answer, -1)
+                self._extend(self._ids(piece), is_answer, -1)
+
+    def _ids(self, text: str) -> list[int]:
+        # Without what the tokenizer's own call adds around it, which takes longer than the work.
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def _extend(self, ids: list[int], is_answer: bool, medium: int) -> None:
         self.tokens += ids

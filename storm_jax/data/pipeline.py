@@ -1,247 +1,151 @@
-"""From a LLaVA JSON file to batches of packed rows, served through Grain.
-
-Dataset    parses and measures every sample once; unusable ones become `Skip`s by cause
-TrainRows  rows of endless epochs: row i is the same for every process and thread count
-EvalRows   every sample once, in file order
-batches    decodes rows ahead of the consumer; what failed to decode travels with the batch
-"""
+"""From planned rows to batches, decoded ahead of the consumer and served through Grain."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import pathlib
 import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import time
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from storm_jax.data.conversation import ConversationEncoder, Encoded
-from storm_jax.data.image import ImageError, read_image
-from storm_jax.data.rows import RowSample, RowShape, build_row, plan_rows, stack_rows
-from storm_jax.data.sources import DataError, Sample, SampleError, parse_record, read_records
-from storm_jax.data.video import VideoError, read_video
-
-
-@dataclasses.dataclass(frozen=True)
-class Skip:
-    """A sample that was left out and why."""
-
-    sample_id: str
-    cause: str
-    message: str
+from storm_jax.data.accounting import Outcome
+from storm_jax.data.mixture import Mixture, Ref
+from storm_jax.data.plan import Plan
+from storm_jax.data.reader import MediaReader
+from storm_jax.data.rows import RowSample, RowShape, empty_rows, fill_row
+from storm_jax.data.sample import MediaError, SampleError, Skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of one step on this process, the samples in them and those that failed to decode."""
+    """Rows of one step on this process.
+
+    Attributes:
+      arrays: see `storm_jax.data.rows`.
+      shape: number of their shape among `data.rows`.
+      outcomes: what became of each of their samples.
+    """
 
     arrays: dict[str, np.ndarray]
-    sample_ids: list[str]
-    skips: list[Skip]
-
-
-class Dataset:
-    """The samples of one file. `skips` lists those that can never be used."""
-
-    def __init__(
-        self,
-        path: str,
-        media_root: str,
-        encoder: ConversationEncoder,
-        shape: RowShape,
-        max_skip_fraction: float,
-    ):
-        self.encoder, self.shape = encoder, shape
-        self.samples: list[Sample] = []
-        self.skips: list[Skip] = []
-        lengths = []
-        root = pathlib.Path(media_root or pathlib.Path(path).parent)
-        records = read_records(path)
-        for index, record in enumerate(records):
-            try:
-                sample = parse_record(record, root, index)
-                lengths.append(self._measure(sample))
-                self.samples.append(sample)
-            except SampleError as error:
-                self.skips.append(Skip(error.sample_id, error.cause, str(error)))
-        self.lengths = np.array(lengths, np.int64).reshape(-1, 2)
-        check_skips(self.skips, len(records), max_skip_fraction, f"{path} has")
-        if not self.samples:
-            raise DataError(f"{path} has no usable sample: {_causes(self.skips)}")
-
-    def encode(self, sample: Sample) -> Encoded:
-        frames = [medium.num_frames(self.num_frames) for medium in sample.media]
-        return self.encoder.encode(sample, [self.shape.clip_tokens(count) for count in frames])
+    shape: int
+    outcomes: list[Outcome]
 
     @property
-    def num_frames(self) -> int:
-        return self.shape.compression.num_frames
+    def sample_ids(self) -> list[str]:
+        return [outcome.sample for outcome in self.outcomes]
 
-    def fingerprint(self) -> str:
-        """Changes when the samples, their order, texts or lengths do; media may move."""
-        digest = hashlib.sha256(self.lengths.tobytes())
-        for sample in self.samples:
-            digest.update(repr((sample.id, sample.turns)).encode())
-        return digest.hexdigest()[:16]
+    @property
+    def skips(self) -> list[Skip]:
+        return [outcome.skip for outcome in self.outcomes if outcome.skip is not None]
 
-    def _measure(self, sample: Sample) -> tuple[int, int]:
-        tokens = len(self.encode(sample))
-        frames = sum(medium.num_frames(self.num_frames) for medium in sample.media)
-        if tokens > self.shape.tokens or frames > self.shape.frames:
-            raise SampleError(
-                sample.id,
-                "too_long",
-                f"{tokens} tokens and {frames} frames exceed a row's {self.shape.tokens} and "
-                f"{self.shape.frames} (data.row_tokens, data.row_frames)",
-            )
-        return tokens, frames
-
-
-def check_skips(skips: Sequence[Skip], read: int, max_fraction: float, subject: str) -> None:
-    """Raises DataError when more than the fraction (of at least 100 samples) was skipped."""
-    if len(skips) > max_fraction * max(read, 100):
-        raise DataError(
-            f"{subject} {len(skips)} unusable samples of {read} ({_causes(skips)}), over "
-            f"data.max_skip_fraction={max_fraction}; the first: {skips[0].message}"
-        )
-
-
-def _causes(skips: Sequence[Skip]) -> str:
-    return ", ".join(f"{n} {cause}" for cause, n in Counter(s.cause for s in skips).most_common())
-
-
-def decode(
-    sample: Sample, encoded: Encoded, num_frames: int, image_size: int
-) -> tuple[RowSample, list[np.ndarray]]:
-    """Reads a sample's media.
-
-    Returns:
-      The sample ready for a row, and each medium's frame times in seconds.
-
-    Raises:
-      VideoError, ImageError: when a file cannot be read.
-    """
-    clips, times = [], []
-    for medium in sample.media:
-        if medium.kind == "image":
-            clips.append(read_image(medium.path, image_size)[None])
-            times.append(np.zeros(1))
-        else:
-            clip = read_video(medium.path, num_frames, image_size)
-            clips.append(clip.frames)
-            times.append(clip.times)
-    return RowSample(encoded, clips), times
-
-
-class RowPlan(Protocol):
-    """Which samples stand in global row i."""
-
-    def __getitem__(self, row: int) -> Sequence[int]: ...
-
-
-class TrainRows:
-    """Rows of one epoch after another, each in its own seeded order."""
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self._dataset, self._seed = dataset, seed
-        self._rows: list[list[int]] = []
-        self._epochs = 0
-        self._lock = threading.Lock()
-
-    def __getitem__(self, row: int) -> Sequence[int]:
-        with self._lock:
-            while row >= len(self._rows):
-                self._rows += self._plan_epoch(self._epochs)
-                self._epochs += 1
-        return self._rows[row]
-
-    def _plan_epoch(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng([self._seed, epoch])
-        shape = self._dataset.shape
-        order = rng.permutation(len(self._dataset.samples))
-        rows = plan_rows(self._dataset.lengths, order, shape.tokens, shape.frames)
-        # First fit closes rows of long samples early: without this they would come first.
-        return [rows[i] for i in rng.permutation(len(rows))]
-
-
-class EvalRows:
-    """Every sample once in file order, then empty rows."""
-
-    def __init__(self, dataset: Dataset):
-        shape = dataset.shape
-        order = range(len(dataset.samples))
-        self._rows = plan_rows(dataset.lengths, order, shape.tokens, shape.frames)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> Sequence[int]:
-        return self._rows[row] if row < len(self._rows) else []
+    def waste(self) -> dict[str, float]:
+        """Fractions of the token and frame slots that nothing fills."""
+        return {
+            "token_waste": float((self.arrays["segment_ids"] == 0).mean()),
+            "frame_waste": float((self.arrays["frame_clip"] == 0).mean()),
+        }
 
 
 def batches(
-    dataset: Dataset,
-    plan: RowPlan,
+    mixture: Mixture,
+    plan: Plan,
     steps: range,
     batch_size: int,
+    reader: MediaReader,
     *,
-    num_threads: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """This process's share of the rows of `steps`, decoded ahead by threads.
+    """This process's share of the rows of `steps`, decoded ahead.
 
-    Step t of all processes together is rows t * batch_size and on; `batch_size` is global.
+    `batch_size` is global: rows of all processes together. Whatever the number of workers, a step has
+    the same rows.
     """
     local = batch_size // process_count
-    source = _RowSource(dataset, plan, steps, batch_size, local, process_index)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * local)
+    source = _RowSource(mixture, plan, steps, local, process_index, reader)
+    options = reader.read_options(2 * local)
     rows = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-    for _ in steps:
-        parts = list(itertools.islice(rows, local))
-        yield Batch(
-            stack_rows([part.arrays for part in parts]),
-            [sample_id for part in parts for sample_id in part.sample_ids],
-            [skip for part in parts for skip in part.skips],
-        )
+    for step in steps:
+        outcomes = list(itertools.chain(*itertools.islice(rows, local)))
+        yield Batch(source.take(step), plan[step].shape, outcomes)
 
 
-@dataclasses.dataclass(frozen=True)
 class _RowSource:
-    """Random access to this process's rows, as Grain wants it; items are one-row Batches."""
+    """Random access to this process's rows, as Grain wants it: each is written into the batch of its
+    step, and what became of its samples is returned."""
 
-    dataset: Dataset
-    plan: RowPlan
-    steps: range
-    batch_size: int
-    local: int
-    process_index: int
+    def __init__(
+        self,
+        mixture: Mixture,
+        plan: Plan,
+        steps: range,
+        local: int,
+        process_index: int,
+        reader: MediaReader,
+    ):
+        self._mixture, self._plan, self._steps = mixture, plan, steps
+        self._local, self._process_index, self._reader = local, process_index, reader
+        self._batches: dict[int, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.steps) * self.local
+        return len(self._steps) * self._local
 
-    def __getitem__(self, index: int) -> Batch:
-        step, offset = divmod(int(index), self.local)
-        row = self.steps[step] * self.batch_size + self.process_index * self.local + offset
-        return self._build(self.plan[row])
+    def __getitem__(self, index: int) -> list[Outcome]:
+        position, offset = divmod(int(index), self._local)
+        step = self._steps[position]
+        planned = self._plan[step]
+        number = self._process_index * self._local + offset
+        refs = planned.rows[number] if number < len(planned.rows) else []
+        shape = self._mixture.shapes[planned.shape]
+        read = [read_sample(self._mixture, ref, self._reader) for ref in refs]
+        fill_row(self._batch(step, shape), offset, [sample for sample, _ in read], shape)
+        return [outcome for _, outcome in read]
 
-    def _build(self, indices: Sequence[int]) -> Batch:
-        dataset = self.dataset
-        pad_id = dataset.encoder.tokenizer.pad_token_id
-        samples: list[RowSample | None] = []
-        skips = []
-        for sample in (dataset.samples[index] for index in indices):
-            try:
-                encoded = dataset.encode(sample)
-                decoded = decode(sample, encoded, dataset.num_frames, dataset.shape.image_size)
-                samples.append(decoded[0])
-            except (VideoError, ImageError) as error:
-                samples.append(None)
-                skips.append(Skip(sample.id, error.cause, str(error)))
-        arrays = build_row(samples, pad_id, dataset.shape)
-        return Batch(arrays, [dataset.samples[index].id for index in indices], skips)
+    def _batch(self, step: int, shape: RowShape) -> dict[str, np.ndarray]:
+        pad_id = self._mixture.encoder.text.tokenizer.pad_token_id
+        with self._lock:
+            if step not in self._batches:
+                self._batches[step] = empty_rows(self._local, pad_id, shape)
+            return self._batches[step]
+
+    def take(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step, whose rows were all read."""
+        with self._lock:
+            return self._batches.pop(step)
+
+
+def read_sample(
+    mixture: Mixture, ref: Ref, reader: MediaReader
+) -> tuple[RowSample | None, Outcome]:
+    """Parses, reads and encodes one sample; None when it has to be left out."""
+    part = mixture.parts[ref.source]
+    planned = min(int(part.lengths.tokens[ref.item]), mixture.shapes[-1].tokens)
+    name, seconds = str(ref.item), 0.0
+    try:
+        sample = mixture.sample(ref)
+        name = sample.id
+        began = time.monotonic()
+        counts = part.lengths.counts_of(ref.item)
+        clips = [reader.read(m, n) for m, n in zip(sample.media, counts, strict=True)]
+        seconds = time.monotonic() - began
+        encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
+        is_cut = len(encoded) > planned
+        if is_cut and planned < mixture.shapes[-1].tokens:
+            raise SampleError(
+                name, "too_long", f"{len(encoded)} tokens, where {planned} were planned"
+            )
+    except (MediaError, SampleError) as error:
+        where = part.source.where(ref.item)
+        file = error.medium.name if isinstance(error, MediaError) else ""
+        skip = Skip(part.config.name, name, where, error.cause, str(error), file)
+        return None, Outcome(part.config.name, name, skip, seconds=seconds)
+    encoded = encoded.cut(planned)
+    outcome = Outcome(
+        part.config.name, name, None, len(encoded), sum(counts), is_cut,
+        sum(clip.damaged for clip in clips), seconds,
+    )  # fmt: skip
+    return RowSample(encoded, [clip.frames for clip in clips]), outcome

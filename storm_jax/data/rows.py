@@ -1,7 +1,7 @@
 """Packing: several samples share a row of S token slots and F frame slots.
 
-`plan_rows` decides on lengths alone, before anything is decoded, so that row i of a run is the same
-for every process and worker. `build_row` fills one row; the arrays of a batch are
+`plan_rows` decides on lengths alone, before anything is decoded, so that a row is the same for every
+process and worker. `fill_row` fills one row; the arrays of a batch are
 
     tokens, targets            int32 [B, S]    ids; the pad id where a visual token stands
     loss_weights               float32 [B, S]  1 where the target is an answer token or end marker
@@ -48,10 +48,6 @@ class RowShape:
         per_group = pooled_side(self.side, self.compression.spatial_pool) ** 2
         return max(1, min(self.frames, self.tokens // per_group))
 
-    def clip_tokens(self, num_frames: int) -> int:
-        """Visual tokens that a clip of `num_frames` frames puts into the text."""
-        return plan_clip(num_frames, self.side, self.compression).num_tokens
-
 
 @dataclasses.dataclass(frozen=True)
 class RowSample:
@@ -61,19 +57,28 @@ class RowSample:
     clips: Sequence[np.ndarray]
 
 
+def smallest_fit(lengths: np.ndarray, shapes: Sequence[RowShape]) -> np.ndarray:
+    """Index of the first shape that holds each of `lengths` int [M, 2] (tokens, frames)."""
+    slots = np.array([(shape.tokens, shape.frames) for shape in shapes])
+    return (lengths.reshape(-1, 1, 2) <= slots).all(axis=2).argmax(axis=1)
+
+
 def plan_rows(
-    lengths: np.ndarray, order: Iterable[int], row_tokens: int, row_frames: int
+    lengths: np.ndarray, order: Iterable[int], shapes: Sequence[RowShape]
 ) -> list[list[int]]:
     """First fit of samples, taken in `order`, into rows of which `OPEN_ROWS` are open at a time.
 
+    A sample for which no open row has room opens one of the first shape that holds it.
+
     Args:
-      lengths: int [M, 2], token and frame slots of each sample; none exceeds a row.
+      lengths: int [M, 2], token and frame slots of each sample; none exceeds the last shape.
 
     Returns:
       Sample indices of each row. Each sample of `order` is in exactly one row, and rows close in
       the order in which they opened.
     """
     rows: list[list[int]] = []
+    homes = smallest_fit(lengths, shapes)
     free = np.zeros((0, 2), np.int64)  # of the open rows, oldest first
     for index in order:
         need = lengths[index]
@@ -82,20 +87,37 @@ def plan_rows(
             slot = int(fits[0])
         else:
             rows.append([])
-            free = np.concatenate([free, [[row_tokens, row_frames]]])[-OPEN_ROWS:]
+            shape = shapes[homes[index]]
+            free = np.concatenate([free, [[shape.tokens, shape.frames]]])[-OPEN_ROWS:]
             slot = len(free) - 1
         free[slot] -= need
         rows[len(rows) - len(free) + slot].append(int(index))
     return rows
 
 
-def build_row(samples: Sequence[RowSample | None], pad_id: int, shape: RowShape) -> dict:
-    """Fills one row. None is a sample that failed to decode: it leaves nothing behind.
+def empty_rows(count: int, pad_id: int, shape: RowShape) -> dict[str, np.ndarray]:
+    """A batch of `count` rows of padding: the arrays above."""
+    tokens, frames = (count, shape.tokens), (count, shape.frames)
+    size = shape.image_size
+    return {
+        "tokens": np.full(tokens, pad_id, np.int32),
+        "targets": np.full(tokens, pad_id, np.int32),
+        "loss_weights": np.zeros(tokens, np.float32),
+        "positions": np.zeros(tokens, np.int32),
+        "segment_ids": np.zeros(tokens, np.int32),
+        "visual_index": np.full(tokens, -1, np.int32),
+        "frames": np.zeros((*frames, size, size, 3), np.uint8),
+        "frame_clip": np.zeros(frames, np.int32),
+        "frame_group": np.full(frames, -1, np.int32),
+    }
 
-    Returns:
-      The arrays above without their batch axis.
-    """
-    row = empty_row(pad_id, shape)
+
+def fill_row(
+    batch: dict[str, np.ndarray], number: int, samples: Sequence[RowSample | None], shape: RowShape
+) -> None:
+    """Fills one row of a batch of padding. None is a sample that failed to decode: it leaves nothing
+    behind."""
+    row = {name: array[number] for name, array in batch.items()}
     token, frame, group, clip = 0, 0, 0, 0
     for segment, sample in enumerate(samples, start=1):
         if sample is None:
@@ -116,7 +138,6 @@ def build_row(samples: Sequence[RowSample | None], pad_id: int, shape: RowShape)
             frame, group = frame + len(frames), group + plan.num_groups
         _fill_text(row, sample.encoded, token, segment, indices)
         token += len(sample.encoded)
-    return row
 
 
 def _fill_text(
@@ -131,24 +152,3 @@ def _fill_text(
     row["segment_ids"][slots] = segment
     for medium, index in enumerate(indices):
         row["visual_index"][slots][encoded.media == medium] = index
-
-
-def empty_row(pad_id: int, shape: RowShape) -> dict:
-    """A row of padding."""
-    size = shape.image_size
-    return {
-        "tokens": np.full(shape.tokens, pad_id, np.int32),
-        "targets": np.full(shape.tokens, pad_id, np.int32),
-        "loss_weights": np.zeros(shape.tokens, np.float32),
-        "positions": np.zeros(shape.tokens, np.int32),
-        "segment_ids": np.zeros(shape.tokens, np.int32),
-        "visual_index": np.full(shape.tokens, -1, np.int32),
-        "frames": np.zeros((shape.frames, size, size, 3), np.uint8),
-        "frame_clip": np.zeros(shape.frames, np.int32),
-        "frame_group": np.full(shape.frames, -1, np.int32),
-    }
-
-
-def stack_rows(rows: Sequence[dict]) -> dict:
-    """Rows to a batch: a leading B on every array."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,4 +1,4 @@
-"""Trains a small byte-level BPE tokenizer with a ChatML template on the text of a LLaVA JSON file.
+"""Trains a small byte-level BPE tokenizer with a ChatML template on the text of a data set.
 
 For models trained from scratch, such as the `tiny` preset; a pretrained decoder brings its own.
 """
@@ -12,7 +12,9 @@ from collections.abc import Iterable
 import tokenizers
 import transformers
 
-from storm_jax.data.sources import PLACEHOLDER, DataError, SampleError, parse_record, read_records
+from storm_jax.config import SourceConfig
+from storm_jax.data.sample import PLACEHOLDER, DataError, SampleError
+from storm_jax.data.sources import open_source
 
 CHATML = (
     "{% for message in messages %}"
@@ -57,7 +59,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> transformers.PreTr
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m storm_jax.data.tokenizer", description=__doc__)
-    parser.add_argument("--data", required=True, help="LLaVA JSON file whose text is learned")
+    parser.add_argument(
+        "--data", required=True, help="data set whose text is learned, such as a LLaVA JSON file"
+    )
     parser.add_argument("--out", required=True, help="folder to write the tokenizer to")
     parser.add_argument(
         "--vocab_size", type=int, default=512, help="entries (at least 259); default 512"
@@ -69,21 +73,21 @@ def main() -> None:
         )
     texts = ["system\nuser\nassistant\nYou are a helpful assistant"]
     try:
-        records = read_records(args.data)
+        source = open_source(SourceConfig("data", args.data))
     except DataError as error:
         parser.error(str(error))
-    root, unusable = pathlib.Path(args.data).parent, 0
-    for index, record in enumerate(records):
+    unusable = 0
+    for index in range(len(source)):
         try:
-            turns = parse_record(record, root, index).turns
+            turns = source.sample(index).turns
         except SampleError:
             unusable += 1
             continue
         texts += [PLACEHOLDER.sub("", turn.text) for turn in turns]
-    if unusable == len(records):
+    if unusable == len(source):
         parser.error(f"{args.data}: all {unusable} samples are malformed (docs/data.md)")
     if unusable:
-        print(f"{args.data}: {unusable} of {len(records)} samples are malformed and left out")
+        print(f"{args.data}: {unusable} of {len(source)} samples are malformed and left out")
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(pathlib.Path(args.out))
     print(f"{args.out}: a tokenizer of {len(tokenizer)} entries from {len(texts) - 1} texts")

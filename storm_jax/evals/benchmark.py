@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from storm_jax.config import CompressionConfig
-from storm_jax.data.sources import Sample
+from storm_jax.data.sample import Sample
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storm_jax.data.sources import PLACEHOLDER
-
-COLUMNS = 8
-MAX_FRAMES = 16
+from storm_jax.data.contact_sheet import draw_frames, sheet_height
+from storm_jax.data.sample import PLACEHOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,32 +26,22 @@ class Panel:
 
 
 def draw_contact_sheet(path: pathlib.Path, panels: Sequence[Panel]) -> None:
-    """Draws the panels below each other; of long clips, `MAX_FRAMES` evenly spaced frames."""
+    """Draws the panels below each other."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    picks = [_pick(len(panel.frames)) for panel in panels]
-    heights = [0.75 + 1.2 * -(-len(pick) // COLUMNS) for pick in picks]
+    heights = [0.75 + sheet_height(len(panel.frames)) for panel in panels]
     figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(panels), height_ratios=heights, squeeze=False)[:, 0]
-    for part, panel, pick in zip(rows, panels, picks, strict=True):
+    for part, panel in zip(rows, panels, strict=True):
         question = " ".join(PLACEHOLDER.sub("", panel.question).split())
         part.suptitle(
             f"{panel.title}: {question}\nanswer {panel.answer!r}, model {panel.prediction!r}",
             fontsize=9,
             color="darkgreen" if panel.right else "firebrick",
         )
-        axes = part.subplots(-(-len(pick) // COLUMNS), COLUMNS, squeeze=False).ravel()
-        for axis in axes:
-            axis.axis("off")
-        for axis, index in zip(axes, pick, strict=False):
-            axis.imshow(panel.frames[index])
-            axis.set_title(f"{panel.times[index]:.2f} s", fontsize=6)
+        draw_frames(part, panel.frames, panel.times)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _pick(count: int) -> np.ndarray:
-    return np.unique(np.linspace(0, count - 1, min(count, MAX_FRAMES)).round().astype(int))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pathlib
 
-from storm_jax.config import CompressionConfig
+from storm_jax.config import CompressionConfig, SourceConfig
 from storm_jax.data import shapes
-from storm_jax.data.sources import parse_record, read_records
+from storm_jax.data.sources import open_source
 from storm_jax.evals.benchmark import Benchmark, Question, exact_match
 
 
@@ -19,8 +19,9 @@ def load(folder: str | pathlib.Path, split: str = "test") -> Benchmark:
     folder = pathlib.Path(folder)
     settings = shapes.read_settings(folder)
     questions = []
-    for index, record in enumerate(read_records(folder / f"{split}.json")):
-        sample = parse_record(record, folder, index)
+    source = open_source(SourceConfig("shapes", str(folder / f"{split}.json")))
+    for index in range(len(source)):
+        sample = source.sample(index)
         options = tuple(sample.extra.get("options", ()))
         questions.append(
             Question(sample.prompt(), sample.answer(), options, sample.extra["family"])

@@ -3,7 +3,7 @@
     storm = storm_jax.load("runs/sft")
     storm.answer("clip.mp4", "Which flash came first?")
 
-Samples that need the same shapes are answered together; files are decoded ahead by threads.
+Samples that need the same shapes are answered together; files are decoded ahead by processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import jax
@@ -20,12 +20,13 @@ import numpy as np
 from flax import nnx
 
 from storm_jax.config import CompressionConfig, MeshConfig
-from storm_jax.data.conversation import ConversationEncoder, Encoded, stop_ids
-from storm_jax.data.image import IMAGE_SUFFIXES, ImageError
-from storm_jax.data.pipeline import decode
-from storm_jax.data.rows import RowSample, RowShape, build_row, empty_row, stack_rows
-from storm_jax.data.sources import PLACEHOLDER, Media, Sample, SampleError, Turn
-from storm_jax.data.video import VideoError
+from storm_jax.data.conversation import ConversationEncoder, stop_ids
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.image import IMAGE_SUFFIXES
+from storm_jax.data.reader import MediaReader
+from storm_jax.data.rows import RowSample, RowShape, empty_rows, fill_row
+from storm_jax.data.sample import PLACEHOLDER, Media, MediaError, Sample, SampleError, Turn
+from storm_jax.data.workers import WorkerPool
 from storm_jax.inference.generate import Sampling, generate
 from storm_jax.models.storm import VisualShape
 from storm_jax.params import abstract_model, compute_dtypes, with_sharding
@@ -81,8 +82,9 @@ class Predictor:
         """
         run = Run(workdir)
         self.config = run.config
-        self.encoder = ConversationEncoder(run.tokenizer(), self.config.data.system)
-        self._stop_ids = stop_ids(run.tokenizer_path, self.encoder.tokenizer)
+        self._text = ConversationEncoder(run.tokenizer(), self.config.data.system)
+        self._pool = WorkerPool(self.config.data.num_workers)
+        self._stop_ids = stop_ids(run.tokenizer_path, self._text.tokenizer)
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
         self._graphdef, abstract = abstract_model(self.config.model)
         target = with_sharding(
@@ -115,7 +117,7 @@ class Predictor:
         path = pathlib.Path(media)
         kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
         turn = Turn("user", f"<{kind}>\n{PLACEHOLDER.sub('', question)}")
-        sample = Sample(path.name, (turn,), (Media(kind, path),), {})
+        sample = Sample(path.name, (turn,), (Media.file(kind, path),), {})
         _, prediction = next(
             self.predict(
                 [sample], compression=compression, sampling=sampling, seed=seed, batch_size=1
@@ -140,20 +142,22 @@ class Predictor:
         """
         compression = compression or self.compression
         sampling = sampling or Sampling()
-        shape = self._row_shape(0, 0, compression)
-        encoded: dict[int, Encoded] = {}
+        encoder = SampleEncoder(
+            self._text, self.config.model.side, compression, self.config.data.frames
+        )
+        counts: dict[int, list[int]] = {}
         buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, sample in enumerate(samples):
-            frames = [medium.num_frames(compression.num_frames) for medium in sample.media]
+            counts[index] = encoder.frame_counts(sample)
             try:
-                encoded[index] = self.encoder.encode(sample, [shape.clip_tokens(n) for n in frames])
+                planned = encoder.plan(sample, counts[index])
             except SampleError as error:
                 yield index, Prediction(error=str(error))
                 continue
-            tokens = max(_SMALLEST_PROMPT, _power_of_two(len(encoded[index])))
-            buckets[tokens, _power_of_two(sum(frames))].append(index)
+            tokens = max(_SMALLEST_PROMPT, _power_of_two(len(planned)))
+            buckets[tokens, _power_of_two(sum(counts[index]))].append(index)
         for batch_number, (bucket, batch) in enumerate(
-            self._decoded(samples, encoded, buckets, compression, batch_size)
+            self._decoded(samples, encoder, counts, buckets, batch_size)
         ):
             for item in batch:
                 if isinstance(item, _Failed):
@@ -171,27 +175,32 @@ class Predictor:
     def _decoded(
         self,
         samples: Sequence[Sample],
-        encoded: dict[int, Encoded],
-        buckets: dict[tuple[int, int], list[int]],
-        compression: CompressionConfig,
+        encoder: SampleEncoder,
+        counts: Mapping[int, Sequence[int]],
+        buckets: Mapping[tuple[int, int], list[int]],
         batch_size: int,
     ) -> Iterator[tuple[tuple[int, int], list[_Prepared | _Failed]]]:
-        """Batches of one bucket each, their media read by threads two batches ahead."""
+        """Batches of one bucket each, their media read two batches ahead."""
         size = self.config.model.vision.image_size
+        reader = MediaReader(self._pool, size, self.config.data.frames)
 
         def prepare(index: int) -> _Prepared | _Failed:
+            sample = samples[index]
             try:
-                row, times = decode(samples[index], encoded[index], compression.num_frames, size)
-            except (VideoError, ImageError) as error:
+                clips = [
+                    reader.read(medium, count)
+                    for medium, count in zip(sample.media, counts[index], strict=True)
+                ]
+            except MediaError as error:
                 return _Failed(index, str(error))
-            return _Prepared(index, row, tuple(times))
+            times = tuple(clip.times for clip in clips)
+            row = RowSample(encoder.encode(sample, times), [clip.frames for clip in clips])
+            return _Prepared(index, row, times)
 
         order = [index for _, members in sorted(buckets.items()) for index in members]
         if not order:
             return
-        options = grain.ReadOptions(
-            num_threads=self.config.data.num_threads, prefetch_buffer_size=2 * batch_size
-        )
+        options = reader.read_options(2 * batch_size)
         items = iter(grain.MapDataset.source(order).map(prepare).to_iter_dataset(options))
         for bucket, members in sorted(buckets.items()):
             for start in range(0, len(members), batch_size):
@@ -206,12 +215,13 @@ class Predictor:
         batch_size: int,
     ) -> list[str]:
         """The answers to the items of one batch, which empty rows fill up to `batch_size`."""
-        tokenizer = self.encoder.tokenizer
-        rows = [build_row([item.row], tokenizer.pad_token_id, shape) for item in items]
-        rows += [empty_row(tokenizer.pad_token_id, shape)] * (batch_size - len(rows))
+        tokenizer = self._text.tokenizer
+        rows = empty_rows(batch_size, tokenizer.pad_token_id, shape)
+        for number, item in enumerate(items):
+            fill_row(rows, number, [item.row], shape)
         lengths = np.zeros(batch_size, np.int32)
         lengths[: len(items)] = [len(item.row.encoded) for item in items]
-        arrays = {**stack_rows(rows), "lengths": lengths}
+        arrays = {**rows, "lengths": lengths}
         arrays = {name: arrays[name] for name in _PROMPT}
         batch = {
             name: jax.device_put(array, batch_sharding(self.mesh, array))

@@ -11,7 +11,8 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,18 +21,14 @@ from jax.sharding import Mesh
 
 from storm_jax import config as config_lib
 from storm_jax.config import ConfigError, RunConfig
-from storm_jax.data.conversation import ConversationEncoder
-from storm_jax.data.pipeline import (
-    Batch,
-    Dataset,
-    EvalRows,
-    Skip,
-    TrainRows,
-    batches,
-    check_skips,
-)
+from storm_jax.data.accounting import Accounting
+from storm_jax.data.mixture import Mixture, open_mixture
+from storm_jax.data.pipeline import Batch, batches
+from storm_jax.data.plan import EvalPlan, TrainPlan
+from storm_jax.data.reader import LASTING, MediaReader
 from storm_jax.data.rows import RowShape
-from storm_jax.data.sources import DataError
+from storm_jax.data.sample import DataError, Skip
+from storm_jax.data.workers import WorkerPool
 from storm_jax.models.lora import is_adapter, merge
 from storm_jax.models.storm import VisualShape
 from storm_jax.params import abstract_model, flatten, random_params, unflatten, with_sharding
@@ -49,19 +46,10 @@ class NonFiniteLossError(FloatingPointError):
     """The loss or its gradient is not a number; the batch is saved beside the run."""
 
 
-def row_shape(config: RunConfig) -> RowShape:
-    """The rows that a configuration trains on; temporal sampling is for test time only."""
-    return RowShape(
-        tokens=config.data.row_tokens,
-        frames=config.data.row_frames,
-        image_size=config.model.vision.image_size,
-        side=config.model.side,
-        compression=dataclasses.replace(config.compression, temporal_sample=1),
-    )
-
-
 def train(
-    run: Run, mesh: Mesh, make_evaluators: Callable[[StateSpec], Mapping[str, Evaluator]]
+    run: Run,
+    mesh: Mesh,
+    make_evaluators: Callable[[StateSpec, WorkerPool], Mapping[str, Evaluator]],
 ) -> None:
     """Trains the run's configuration to its last step, from its last checkpoint if it has one.
 
@@ -73,48 +61,43 @@ def train(
     config = run.config
     _check_batch(config, mesh)
     spec = StateSpec.make(config, mesh)
-    encoder = ConversationEncoder(run.tokenizer(), config.data.system)
-    dataset = Dataset(
-        config.data.train,
-        config.data.media_root,
-        encoder,
-        row_shape(config),
-        config.data.max_skip_fraction,
-    )
-    checkpointer = Checkpointer(run, spec)
-    try:
-        state, start = _begin(run, spec, checkpointer, dataset)
-        _describe(spec, dataset, start)
-        loop = _Loop(run, spec, dataset, checkpointer, start)
-        loop.run(state, make_evaluators(spec))
-    finally:
-        checkpointer.close()
+    with WorkerPool(config.data.num_workers) as pool:
+        mixture = open_mixture(config, config.data.train, run.tokenizer(), pool)
+        checkpointer = Checkpointer(run, spec)
+        try:
+            state, start, data = _begin(run, spec, checkpointer, mixture)
+            _describe(spec, mixture, start)
+            loop = _Loop(run, spec, mixture, pool, checkpointer, start, data)
+            loop.run(state, make_evaluators(spec, pool))
+        finally:
+            checkpointer.close()
 
 
-def make_validation(run: Run, spec: StateSpec, dataset: Dataset) -> Evaluator:
-    """Mean loss and token accuracy over every sample of a dataset; it raises DataError when too many
+def make_validation(run: Run, spec: StateSpec, mixture: Mixture, pool: WorkerPool) -> Evaluator:
+    """Mean loss and token accuracy over every sample of a mixture; it raises DataError when too many
     are unusable."""
     config, mesh = spec.config, spec.mesh
     log = _SkipLog(run.path)
-    log.write(dataset.skips)
-    shape = _visual_shape(dataset.shape)
-    step = make_eval_step(spec, shape)
-    rows = EvalRows(dataset)
+    log.write(mixture.skips)
+    steps_by_shape = [make_eval_step(spec, _visual_shape(shape)) for shape in mixture.shapes]
     size = config.train.batch_size // config.train.accumulation
-    steps = range(-(-len(rows) // size))
+    plan = EvalPlan(mixture, size)
+    steps = range(len(plan))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         totals = {"loss": 0.0, "weight": 0.0, "right": 0.0}
-        skips: list[Skip] = []
-        for batch in batches(dataset, rows, steps, size, **_share(config)):
-            skips += batch.skips
+        accounting = Accounting([part.config.name for part in mixture.parts])
+        reader = _reader(config, pool, log)
+        for batch in batches(mixture, plan, steps, size, reader, **_share()):
+            accounting.add(batch.outcomes)
+            log.write(batch.skips)
+            step = steps_by_shape[batch.shape]
             sums = jax.device_get(step(state, place(batch.arrays, mesh)))
             totals = {name: totals[name] + float(sums[name]) for name in totals}
-        log.write(skips)
-        check_skips(skips, len(dataset.samples), config.data.max_skip_fraction, "validation met")
+        accounting.check(config.data.max_skip_fraction, "validation met")
         weight = totals["weight"]
         if not weight:
-            raise DataError(f"no sample of data.val={config.data.val} could be read")
+            raise DataError("no sample of data.val could be read")
         return {"val_loss": totals["loss"] / weight, "val_accuracy": totals["right"] / weight}
 
     return evaluate
@@ -132,25 +115,33 @@ class _Loop:
     """State of one pass through the loop that is not the model's."""
 
     def __init__(
-        self, run: Run, spec: StateSpec, dataset: Dataset, checkpointer: Checkpointer, start: int
+        self,
+        run: Run,
+        spec: StateSpec,
+        mixture: Mixture,
+        pool: WorkerPool,
+        checkpointer: Checkpointer,
+        start: int,
+        data: Mapping[str, Any],
     ):
         config = run.config
         self.run_path, self.spec, self.start = run.path, spec, start
-        self.config = config.train
-        self.dataset, self.checkpointer = dataset, checkpointer
+        self.config, self.data_config = config.train, config.data
+        self.mixture, self.pool, self.checkpointer = mixture, pool, checkpointer
         self.metrics = MetricsWriter(run.path, start, config.train.tensorboard)
         self.progress = Progress(start, config.train.steps, config.train.log_every)
-        self.skips: list[Skip] = []
-        self.samples_read = 0
+        self.plan = TrainPlan(mixture, config.train.batch_size, data.get("plan"))
+        names = [part.config.name for part in mixture.parts]
+        self.accounting = Accounting(names, data.get("accounting"))
+        self.step_functions: dict[int, Any] = {}  # jitted, by number of their shape
         self.skip_log = _SkipLog(run.path)
-        self.skip_log.write(dataset.skips)
+        self.skip_log.write(mixture.skips)
 
     def run(self, state: TrainState, evaluators: Mapping[str, Evaluator]) -> None:
         config, mesh = self.config, self.spec.mesh
-        step_fn = make_train_step(self.spec, _visual_shape(self.dataset.shape))
-        stream = self._stream()
-        if self.start < config.steps:
-            print("compiling the first step", flush=True)
+        reader = _reader(self.spec.config, self.pool, self.skip_log)
+        steps = range(self.start, config.steps)
+        stream = batches(self.mixture, self.plan, steps, config.batch_size, reader, **_share())
         pending: tuple[int, Batch, dict] | None = None
         for step in range(self.start, config.steps + 1):
             last, resumed = step == config.steps, step == self.start
@@ -173,24 +164,25 @@ class _Loop:
             batch = next(stream)
             self._count(batch)
             with jax.set_mesh(mesh):
-                state, metrics = step_fn(state, place(batch.arrays, mesh))
+                step_function = self._step_function(batch.shape)
+                state, metrics = step_function(state, place(batch.arrays, mesh))
             self._finish(pending)  # one step late, so that the device is never waited for
             pending = step + 1, batch, metrics
         self.metrics.close()
+        print(self.accounting.table(), flush=True)
+
+    def _step_function(self, number: int) -> Callable:
+        """The compiled step of one shape of rows."""
+        if number not in self.step_functions:
+            shape = self.mixture.shapes[number]
+            print(f"compiling rows of {shape.tokens} tokens and {shape.frames} frames", flush=True)
+            self.step_functions[number] = make_train_step(self.spec, _visual_shape(shape))
+        return self.step_functions[number]
 
     def _count(self, batch: Batch) -> None:
-        self.samples_read += len(batch.sample_ids)
-        self.skips += batch.skips
+        self.accounting.add(batch.outcomes)
         self.skip_log.write(batch.skips)
-        limit = self.spec.config.data.max_skip_fraction
-        check_skips(self.skips, self.samples_read, limit, "training met")
-
-    def _stream(self) -> Iterator[Batch]:
-        plan = TrainRows(self.dataset, self.config.seed)
-        steps = range(self.start, self.config.steps)
-        return batches(
-            self.dataset, plan, steps, self.config.batch_size, **_share(self.spec.config)
-        )
+        self.accounting.check(self.data_config.max_skip_fraction, "training met")
 
     def _finish(self, pending: tuple[int, Batch, dict] | None) -> None:
         if pending is None:
@@ -205,6 +197,10 @@ class _Loop:
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples "
                 f"{', '.join(batch.sample_ids)}; the batch is in {path}"
             )
+        values |= batch.waste()
+        values["compilations"] = sum(f._cache_size() for f in self.step_functions.values())
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            values |= self.accounting.metrics()
         self.metrics.write(step, values)
         self.progress.report(step, values)
 
@@ -222,10 +218,12 @@ class _Loop:
             print(f"step {step:>6}  {listed}  ({duration(time.monotonic() - began)})", flush=True)
         return results
 
-    def _data_state(self, step: int) -> dict[str, int | str]:
+    def _data_state(self, step: int) -> dict[str, Any]:
+        self.plan.forget(step)
         return {
-            "row": step * self.config.batch_size,
-            "fingerprint": self.dataset.fingerprint(),
+            "plan": self.plan.state(step),
+            "sources": self.mixture.fingerprint(),
+            "accounting": self.accounting.state(),
         }
 
 
@@ -240,22 +238,25 @@ def _check_batch(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _begin(
-    run: Run, spec: StateSpec, checkpointer: Checkpointer, dataset: Dataset
-) -> tuple[TrainState, int]:
-    """The last checkpoint; else the parameters of `init_from`; else random ones."""
+    run: Run, spec: StateSpec, checkpointer: Checkpointer, mixture: Mixture
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """State, step and data position of the last checkpoint; else the parameters of `init_from`; else
+    random ones."""
     restored = checkpointer.restore_latest()
     if restored is not None:
         state, data = restored
-        if data["fingerprint"] != dataset.fingerprint():
+        now = mixture.fingerprint()
+        changed = [name for name, told in data["sources"].items() if now.get(name) != told]
+        if changed:
             raise DataError(
-                f"{run.config.data.train} is not the data that {run.path} began with: samples were "
-                f"added, removed, reordered or changed in length. Restore it, or start a new run "
-                f"with --config.init_from={run.path}"
+                f"data source {', '.join(changed)} is not what {run.path} began with: samples were "
+                f"added, removed, reordered or changed in text or length. Restore it, or start a new "
+                f"run with --config.init_from={run.path}"
             )
-        return state, int(state.step)
+        return state, int(state.step), data
     if run.config.init_from:
-        return spec.from_params(load_params(Run(run.config.init_from), spec)), 0
-    return spec.init(), 0
+        return spec.from_params(load_params(Run(run.config.init_from), spec)), 0, {}
+    return spec.init(), 0, {}
 
 
 def load_params(source: Run, spec: StateSpec) -> dict:
@@ -300,19 +301,23 @@ def load_params(source: Run, spec: StateSpec) -> dict:
     return unflatten(merged | new)
 
 
-def _describe(spec: StateSpec, dataset: Dataset, start: int) -> None:
+def _describe(spec: StateSpec, mixture: Mixture, start: int) -> None:
     trained = sum(leaf.size for leaf in spec.shapes.trained.values())
     frozen = sum(leaf.size for leaf in spec.shapes.frozen.values())
-    shape, decoder = dataset.shape, spec.config.model.decoder
-    if shape.tokens > decoder.max_positions:
+    tokens, decoder = mixture.shapes[-1].tokens, spec.config.model.decoder
+    if tokens > decoder.max_positions:
         logging.warning(
-            "data.row_tokens=%d: a sample may be longer than the %d positions that the decoder was "
-            "trained for (model.decoder.max_positions)", shape.tokens, decoder.max_positions
+            "a sample may be longer than the %d positions that the decoder was trained for "
+            "(model.decoder.max_positions): data.rows has %d tokens", decoder.max_positions, tokens
         )  # fmt: skip
+    shapes = ", ".join(
+        f"{shape.tokens} tokens and {shape.frames} frames" for shape in mixture.shapes
+    )
+    sources = ", ".join(f"{p.config.name} {len(p.usable):,}" for p in mixture.parts)
     print(
-        f"{len(dataset.samples):,} samples ({len(dataset.skips)} unusable), rows of "
-        f"{shape.tokens} tokens and {shape.frames} frames; parameters: {trained:,} trained, "
-        f"{frozen:,} frozen; mesh {dict(spec.mesh.shape)}; from step {start}",
+        f"{len(mixture):,} samples ({sources}; {len(mixture.skips)} unusable), rows of {shapes}; "
+        f"parameters: {trained:,} trained, {frozen:,} frozen; mesh {dict(spec.mesh.shape)}; from step "
+        f"{start}",
         flush=True,
     )
 
@@ -321,32 +326,43 @@ def _visual_shape(shape: RowShape) -> VisualShape:
     return VisualShape(shape.num_groups, shape.compression.spatial_pool)
 
 
-def _share(config: RunConfig) -> dict[str, int]:
-    return {
-        "num_threads": config.data.num_threads,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
+def _share() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _reader(config: RunConfig, pool: WorkerPool, log: _SkipLog) -> MediaReader:
+    return MediaReader(pool, config.model.vision.image_size, config.data.frames, log.lasting)
 
 
 class _SkipLog:
-    """Warns of each unusable sample once, and lists it in skipped.jsonl."""
+    """Warns of each unusable sample once, and lists it in skipped.jsonl.
+
+    `lasting` are the causes of media that hung or crashed a worker, by name: they are not tried again.
+    """
 
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / "skipped.jsonl"
-        self._logged: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str, str]] = set()
+        self.lasting: dict[str, str] = {}
         if self._path.exists():
             lines = read_lines(self._path)
-            self._logged = {(line["sample"], line["message"]) for line in lines}
+            for line in lines:
+                self._remember(Skip(**line))
             # A last line that was cut off goes.
             write_lines(self._path, lines)
 
     def write(self, skips: Sequence[Skip]) -> None:
-        for skip in skips:
-            if (skip.sample_id, skip.message) in self._logged:
-                continue
-            self._logged.add((skip.sample_id, skip.message))
-            logging.warning("skipped (%s): %s", skip.cause, skip.message)
-            line = {"sample": skip.sample_id, "cause": skip.cause, "message": skip.message}
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        new = [skip for skip in skips if self._remember(skip)]
+        for skip in new:
+            logging.warning("skipped (%s): %s: %s", skip.cause, skip.where, skip.message)
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in new)
+
+    def _remember(self, skip: Skip) -> bool:
+        """Whether it is new."""
+        if skip.cause in LASTING:
+            self.lasting[skip.file] = skip.cause
+        key = (skip.source, skip.where, skip.cause)
+        known = key in self._logged
+        self._logged.add(key)
+        return not known

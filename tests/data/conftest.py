@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 import av
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 import transformers
 
-from storm_jax.data.conversation import load_tokenizer
+from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
+from storm_jax.data.conversation import ConversationEncoder, load_tokenizer
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.mixture import Mixture
+from storm_jax.data.rows import RowShape
+from storm_jax.data.workers import WorkerPool
+
+# Eight frames by two are four groups of one token; an image has four.
+SHAPE = RowShape(160, 24, 32, 2, CompressionConfig(8, 2, 2, 1))
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +52,48 @@ def encode_video():
         return path
 
     return encode
+
+
+@pytest.fixture(scope="session")
+def make_mixture(tokenizer):
+    """Opens sources (paths or SourceConfigs) as a mixture for a small model."""
+
+    def make(*sources, shapes=(SHAPE,), seed=0, skip=0.1, frames=None, pool=None, index_dir=""):
+        configs = [
+            source if isinstance(source, SourceConfig) else SourceConfig(f"s{i}", str(source))
+            for i, source in enumerate(sources)
+        ]
+        text = ConversationEncoder(tokenizer, "")
+        first = shapes[0]
+        return Mixture(
+            configs,
+            SampleEncoder(text, first.side, first.compression, frames or FramesConfig()),
+            shapes,
+            seed=seed,
+            index_dir=index_dir,
+            max_skip_fraction=skip,
+            pool=pool or WorkerPool(0),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_texts():
+    """Writes a source of `count` short questions; `long` makes each longer than the last."""
+
+    def write(path: pathlib.Path, count: int, long: bool = False) -> pathlib.Path:
+        records = [
+            {
+                "id": f"{path.stem} {i}",
+                "conversations": [
+                    {"from": "human", "value": "Why? " * (1 + long * i)},
+                    {"from": "gpt", "value": "So."},
+                ],
+            }
+            for i in range(count)
+        ]
+        path.write_text("\n".join(json.dumps(record) for record in records))
+        return path
+
+    return write

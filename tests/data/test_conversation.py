@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from storm_jax.config import ConfigError
 from storm_jax.data.conversation import ConversationEncoder, Encoded, load_tokenizer, stop_ids
-from storm_jax.data.sources import Media, Sample, SampleError, Turn
+from storm_jax.data.sample import Media, Sample, SampleError, Turn
 from storm_jax.data.tokenizer import train_tokenizer
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -37,7 +37,7 @@ def sample_of(*pairs: tuple[str, str], system: str = "", media: int = 0) -> Samp
     turns = [Turn("system", system)] if system else []
     for question, answer in pairs:
         turns += [Turn("user", question), Turn("assistant", answer)]
-    files = tuple(Media("image", pathlib.Path(f"{i}.png")) for i in range(media))
+    files = tuple(Media.file("image", f"{i}.png") for i in range(media))
     return Sample("a", tuple(turns), files, {})
 
 
@@ -140,7 +140,7 @@ def test_prompt_is_what_training_sees_before_the_last_answer(tokenizer, pairs: l
 def test_prompt_with_media_is_a_prefix_too(tokenizer):
     sample = sample_of(("<image> and\n<image>?", "So."), ("Why?", "Because."), media=2)
     encoder = ConversationEncoder(tokenizer, "")
-    prompt, full = encoder.encode(sample.prompt(), [5, 3]), encoder.encode(sample, [5, 3])
+    prompt, full = encoder.encode(sample.prompt(), [[5], [3]]), encoder.encode(sample, [[5], [3]])
     for name in ("tokens", "answer", "media"):
         start = getattr(full, name)[: len(prompt)]
         np.testing.assert_array_equal(getattr(prompt, name), start)
@@ -161,7 +161,9 @@ def test_prompt_with_media_is_a_prefix_too(tokenizer):
 )
 def test_visual_slots_stand_where_the_placeholder_stood(tokenizer, question: str, counts: list):
     sample = sample_of((question, "So."), media=len(counts))
-    encoded = ConversationEncoder(tokenizer, "Be brief.").encode(sample, counts)
+    encoded = ConversationEncoder(tokenizer, "Be brief.").encode(
+        sample, [[count] for count in counts]
+    )
     expected_tokens, expected_media = [], []
     start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
     pieces = re.split("<image>|<video>", start + question + EOS + "\n<|im_start|>assistant\n")
@@ -179,7 +181,7 @@ def test_visual_slots_stand_where_the_placeholder_stood(tokenizer, question: str
 
 def test_media_of_later_turns_keep_their_order_and_carry_no_loss(tokenizer):
     sample = sample_of(("<image>?", "As <video> shows."), ("<image>?", "So."), media=3)
-    encoded = ConversationEncoder(tokenizer, "").encode(sample, [2, 3, 4])
+    encoded = ConversationEncoder(tokenizer, "").encode(sample, [[2], [3], [4]])
     slots = encoded.media[encoded.media >= 0]
     assert slots.tolist() == [0] * 2 + [1] * 3 + [2] * 4
     assert not encoded.answer[encoded.media >= 0].any()
@@ -189,7 +191,7 @@ def test_media_of_later_turns_keep_their_order_and_carry_no_loss(tokenizer):
 
 def test_placeholder_never_reaches_the_tokenizer(tokenizer):
     encoder = ConversationEncoder(tokenizer, "")
-    encoded = encoder.encode(sample_of(("<image>Why?", "So."), media=1), [0])
+    encoded = encoder.encode(sample_of(("<image>Why?", "So."), media=1), [[0]])
     assert "image" not in tokenizer.decode(encoded.tokens)
 
 

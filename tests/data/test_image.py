@@ -1,5 +1,5 @@
 """Protects image files: transparency, depth and orientation become upright 8-bit RGB, and every bad
-file is one `ImageError`."""
+file is one `MediaError`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storm_jax.data.image import IMAGE_SUFFIXES, ImageError, read_image
+from storm_jax.data import image as image_lib
+from storm_jax.data.image import IMAGE_SUFFIXES
+from storm_jax.data.sample import Media, MediaError
 
 SIDE = 16
 
@@ -19,6 +21,10 @@ SIDE = 16
 @pytest.fixture
 def pixels(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+
+
+def read_image(path: pathlib.Path, size: int) -> np.ndarray:
+    return image_lib.read_image(Media.file("image", path), size)
 
 
 def save(image: Image.Image, path: pathlib.Path, **options) -> pathlib.Path:
@@ -122,15 +128,15 @@ def test_bad_file_is_an_image_error_with_its_cause(tmp_path: pathlib.Path, conte
         path.write_bytes(content)
     elif content:
         path.mkdir()
-    with pytest.raises(ImageError) as caught:
+    with pytest.raises(MediaError) as caught:
         read_image(path, SIDE)
     assert caught.value.cause == cause
-    assert caught.value.path == str(path) and str(path) in str(caught.value)
+    assert caught.value.medium.path == path and str(path) in str(caught.value)
 
 
 def test_decompression_bomb_is_named_as_one(tmp_path: pathlib.Path):
     (tmp_path / "bomb.png").write_bytes(_bomb())
-    with pytest.raises(ImageError, match="decompression bomb"):
+    with pytest.raises(MediaError, match="decompression bomb"):
         read_image(tmp_path / "bomb.png", SIDE)
 
 
@@ -144,7 +150,7 @@ def test_file_cut_anywhere_is_an_image_error(
     data = save(Image.fromarray(noise), path, format=kind).read_bytes()
     for size in np.linspace(1, len(data) * 0.98, 40).astype(int):
         path.write_bytes(data[:size])
-        with pytest.raises(ImageError) as caught:
+        with pytest.raises(MediaError) as caught:
             read_image(path, SIDE)
         assert caught.value.cause == "unreadable"
 
@@ -163,5 +169,5 @@ def test_damaged_file_is_an_image_or_an_image_error(
         path.write_bytes(bytes(damaged))
         try:
             assert read_image(path, SIDE).shape == (SIDE, SIDE, 3)
-        except ImageError as error:
+        except MediaError as error:
             assert error.cause == "unreadable"

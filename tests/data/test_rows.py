@@ -7,22 +7,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_by_hand import build_row, build_rows
 
+from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data import rows as module
 from storm_jax.data.conversation import Encoded
 from storm_jax.data.rows import (
     RowSample,
     RowShape,
-    build_row,
-    empty_row,
+    empty_rows,
     plan_rows,
-    stack_rows,
+    smallest_fit,
 )
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 PAD, IMAGE = 1, 4  # pad id; side of a frame in pixels
 TOKENS, FRAMES = 50, 12
+LARGE = RowShape(TOKENS, FRAMES, IMAGE, 2, CompressionConfig(4))
+SMALL = RowShape(TOKENS // 2, FRAMES // 4, IMAGE, 2, CompressionConfig(4))
+SHAPES = st.sampled_from([(LARGE,), (SMALL, LARGE)])
 
 
 # Planning.
@@ -37,44 +41,48 @@ def plans(draw) -> tuple[np.ndarray, list[int]]:
     return np.array(lengths, np.int64), order[: draw(st.integers(0, len(order)))]
 
 
-def first_fit(lengths: np.ndarray, order: list[int], open_rows: int) -> list[list[int]]:
+def first_fit(lengths: np.ndarray, order: list[int], shapes, open_rows: int) -> list[list[int]]:
     """Written for clarity: every row is looked at, the last `open_rows` are open."""
-    made: list[list[int]] = []
+    made: list[tuple[RowShape, list[int]]] = []
     for index in order:
-        for row in made[-open_rows:]:
-            if ((lengths[[*row, index]].sum(0)) <= (TOKENS, FRAMES)).all():
+        for shape, row in made[-open_rows:]:
+            if ((lengths[[*row, index]].sum(0)) <= (shape.tokens, shape.frames)).all():
                 row.append(index)
                 break
         else:
-            made.append([index])
-    return made
+            fits = [s for s in shapes if (lengths[index] <= (s.tokens, s.frames)).all()]
+            made.append((fits[0], [index]))
+    return [row for _, row in made]
 
 
 @PROPERTY
-@given(plans())
-def test_each_sample_is_in_exactly_one_row(plan):
+@given(plans(), SHAPES)
+def test_each_sample_is_in_exactly_one_row(plan, shapes):
     lengths, order = plan
-    made = plan_rows(lengths, order, TOKENS, FRAMES)
+    made = plan_rows(lengths, order, shapes)
     assert sorted(index for row in made for index in row) == sorted(order)
     assert all(made)
 
 
 @PROPERTY
-@given(plans())
-def test_no_row_is_over_its_capacity(plan):
+@given(plans(), SHAPES)
+def test_no_row_is_over_its_capacity_and_the_smallest_shape_is_found(plan, shapes):
     lengths, order = plan
-    for row in plan_rows(lengths, order, TOKENS, FRAMES):
-        assert (lengths[row].sum(0) <= (TOKENS, FRAMES)).all()
+    made = plan_rows(lengths, order, shapes)
+    totals = np.array([lengths[row].sum(0) for row in made]).reshape(-1, 2)
+    for total, number in zip(totals, smallest_fit(totals, shapes), strict=True):
+        fits = [(total <= (s.tokens, s.frames)).all() for s in shapes]
+        assert any(fits) and number == fits.index(True)
 
 
 @PROPERTY
-@given(plans(), st.sampled_from([1, 3, 64]))
-def test_rows_are_first_fit_among_the_open_ones(plan, open_rows: int):
+@given(plans(), SHAPES, st.sampled_from([1, 3, 64]))
+def test_rows_are_first_fit_among_the_open_ones(plan, shapes, open_rows: int):
     lengths, order = plan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "OPEN_ROWS", open_rows)
-        made = plan_rows(lengths, order, TOKENS, FRAMES)
-    assert made == first_fit(lengths, order, open_rows)
+        made = plan_rows(lengths, order, shapes)
+    assert made == first_fit(lengths, order, shapes, open_rows)
 
 
 @PROPERTY
@@ -82,15 +90,15 @@ def test_rows_are_first_fit_among_the_open_ones(plan, open_rows: int):
 def test_planning_is_deterministic_and_leaves_lengths_alone(plan):
     lengths, order = plan
     before = lengths.copy()
-    first = plan_rows(lengths, order, TOKENS, FRAMES)
-    assert plan_rows(lengths, iter(order), TOKENS, FRAMES) == first
+    first = plan_rows(lengths, order, [LARGE])
+    assert plan_rows(lengths, iter(order), [LARGE]) == first
     np.testing.assert_array_equal(lengths, before)
 
 
 def test_full_samples_get_a_row_each_and_small_ones_share():
     full = np.array([[TOKENS, FRAMES]] * 2)
-    assert plan_rows(full, range(2), TOKENS, FRAMES) == [[0], [1]]
-    assert plan_rows(np.full((4, 2), (TOKENS // 2, 1)), range(4), TOKENS, FRAMES) == [
+    assert plan_rows(full, range(2), [LARGE]) == [[0], [1]]
+    assert plan_rows(np.full((4, 2), (TOKENS // 2, 1)), range(4), [LARGE]) == [
         [0, 1],
         [2, 3],
     ]
@@ -99,11 +107,15 @@ def test_full_samples_get_a_row_each_and_small_ones_share():
 # Building.
 
 
+def clip_tokens(shape: RowShape, frames: int) -> int:
+    return plan_clip(frames, shape.side, shape.compression).num_tokens
+
+
 def make_sample(rng: np.random.Generator, shape: RowShape, lengths: list[int]) -> RowSample:
     """Text with a clip of each length in it; frames and text are random, so all differ."""
     media: list[int] = [-1] * int(rng.integers(1, 4))
     for i, length in enumerate(lengths):
-        media += [i] * shape.clip_tokens(length) + [-1] * int(rng.integers(0, 3))
+        media += [i] * clip_tokens(shape, length) + [-1] * int(rng.integers(0, 3))
     media += [-1] * int(rng.integers(1, 4))
     slots = np.array(media, np.int32)
     tokens = np.where(slots < 0, rng.integers(2, 1000, len(slots)), PAD).astype(np.int32)
@@ -230,7 +242,7 @@ def test_visual_slots_are_as_many_as_planned_and_index_their_own_groups(case):
         for medium, frames in enumerate(sample.clips):
             clip += 1
             index = here[sample.encoded.media == medium]
-            assert len(index) == shape.clip_tokens(len(frames))
+            assert len(index) == clip_tokens(shape, len(frames))
             of_clip = row["frame_group"][row["frame_clip"] == clip]
             emitted = sorted(set(of_clip.tolist()) - {-1})
             if len(frames) == 1 and is_unpooled:
@@ -290,7 +302,7 @@ def test_failed_sample_leaves_nothing_behind(case, data):
 
 def test_row_of_failed_samples_is_an_empty_row():
     shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
-    got, expected = build_row([None, None], PAD, shape), empty_row(PAD, shape)
+    got, expected = build_row([None, None], PAD, shape), build_row([], PAD, shape)
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
     assert (got["tokens"] == PAD).all() and not got["loss_weights"].any()
@@ -299,7 +311,7 @@ def test_row_of_failed_samples_is_an_empty_row():
 
 def test_arrays_have_their_documented_shapes_and_types():
     shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
-    batch = stack_rows([empty_row(PAD, shape)] * 3)
+    batch = empty_rows(3, PAD, shape)
     expected = dict.fromkeys(
         ("tokens", "targets", "positions", "segment_ids", "visual_index"), ((3, 20), np.int32)
     )
@@ -309,11 +321,12 @@ def test_arrays_have_their_documented_shapes_and_types():
     assert {name: (array.shape, array.dtype.type) for name, array in batch.items()} == expected
 
 
-def test_stacking_keeps_the_order_of_rows():
+def test_rows_of_a_batch_do_not_touch_each_other():
     shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
     rng = np.random.default_rng(0)
-    made = [build_row([make_sample(rng, shape, [])], PAD, shape) for _ in range(2)]
-    batch = stack_rows(made)
+    samples = [[make_sample(rng, shape, [])] for _ in range(2)]
+    batch = build_rows(samples, PAD, shape)
+    made = [build_row(members, PAD, shape) for members in samples]
     for name, array in batch.items():
         for i in range(2):
             np.testing.assert_array_equal(array[i], made[i][name])

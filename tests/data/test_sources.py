@@ -1,187 +1,342 @@
-"""Protects the parsing of LLaVA JSON: what is accepted, in which order media come, and under which
-cause each unusable record is counted."""
+"""Protects every kind of source: what it gives, that records are found in any file, and that what is
+broken is one bad sample or one clear error."""
 
 from __future__ import annotations
 
+import json
 import pathlib
+import pickle
+import time
 
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from media_files import numbers, write_numbered
+from source_files import conversation, picture, write_parquet, write_shard, write_tfds
 
-from storm_jax.data.sources import Media, SampleError, Turn, parse_record, read_records
-
-ROOT = pathlib.Path("/data")
-ASK, ANSWER = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}
-LOOK = {"from": "human", "value": "<image>\nWhy?"}
-
-
-def record(*turns, **fields) -> dict:
-    return {"id": "a", "conversations": list(turns), **fields}
+from storm_jax.config import SourceConfig
+from storm_jax.data.media import read_media
+from storm_jax.data.sample import DataError, Sample, SampleError
+from storm_jax.data.sources import json_file, open_source
 
 
-# Files.
+def opened(path: pathlib.Path, **fields):
+    return open_source(SourceConfig("some", str(path), **fields))
+
+
+def shown(sample: Sample, frames: int = 1) -> list[int]:
+    """The numbers in a sample's pictures."""
+    return [n for m in sample.media for n in numbers(read_media(m, frames, 32, 0.0).frames)]
+
+
+# JSON and JSON lines.
+
+RECORDS = [
+    {"id": "é", "conversations": conversation("Why?")},
+    {"id": 'a "quoted" ] , [ {', "conversations": conversation("Why\n?")},
+    {"conversations": conversation("Third")},
+]
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("layout", ["list", "indented", "lines", "lines with gaps", "mark"])
+def test_records_are_found_in_every_layout(tmp_path: pathlib.Path, layout: str, ascii_only: bool):
+    texts = [json.dumps(record, ensure_ascii=ascii_only) for record in RECORDS]
+    content = {
+        "list": json.dumps(RECORDS, ensure_ascii=ascii_only),
+        "indented": "\n " + json.dumps(RECORDS, ensure_ascii=ascii_only, indent=2) + "\n\n",
+        "lines": "\n".join(texts),
+        "lines with gaps": f"{texts[0]}\r\n\n  {texts[1]}\n\r\n{texts[2]}\n\n",
+        "mark": "\ufeff" + json.dumps(RECORDS, ensure_ascii=ascii_only),
+    }[layout]
+    path = tmp_path / "a.json"  # whatever its suffix says
+    path.write_bytes(content.encode())
+    source = opened(path)
+    assert [source.record(i) for i in range(len(source))] == RECORDS
+    assert [source.sample(i).id for i in range(3)] == ["é", 'a "quoted" ] , [ {', "2"]
+    lines = content.replace("\r", "").split("\n")
+    for i in range(3):
+        line = int(source.where(i).split(" ")[-3].rstrip(","))
+        text = "\n".join(lines[line - 1 :])
+        assert text.lstrip("\ufeff [").startswith("{")
+    assert source.where(2).startswith(f"{path} line ")
+
+
+@hypothesis.given(
+    records=st.lists(
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=6),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+            max_leaves=8,
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    indent=st.sampled_from([None, 0, 3]),
+    ascii_only=st.booleans(),
+)
+def test_any_list_is_split_into_its_items(tmp_path_factory, records, indent, ascii_only):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    try:
+        path.write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only), "utf-8")
+    except UnicodeEncodeError:
+        hypothesis.reject()
+    spans = json_file.find_records(path)
+    data = path.read_bytes()
+    assert [json.loads(data[at : at + size]) for at, size, _ in spans.tolist()] == records
+    assert [line for _, _, line in spans.tolist()] == [
+        data[:at].count(b"\n") + 1 for at, _, _ in spans.tolist()
+    ]
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe\x00", b"[]", b"{}", b'{"id": 1}', b'"text"', b"null", b"3", None],
-)
-def test_bad_file_is_a_value_error_that_names_it(tmp_path: pathlib.Path, content: bytes | None):
-    path = tmp_path / "train.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train\.json"):
-        read_records(path)
-
-
-def test_folder_instead_of_a_file_is_a_value_error(tmp_path: pathlib.Path):
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        read_records(tmp_path)
-
-
-def test_records_come_as_they_are(tmp_path: pathlib.Path):
-    (tmp_path / "a.json").write_text('[{"id": "é"}, 3]', encoding="utf-8")
-    assert read_records(tmp_path / "a.json") == [{"id": "é"}, 3]
-
-
-# Records that are fine.
-
-
-@pytest.mark.parametrize("human", ["human", "user"])
-@pytest.mark.parametrize("gpt", ["gpt", "assistant"])
-def test_both_ways_to_name_who_speaks(human: str, gpt: str):
-    turns = (
-        {"from": "system", "value": "Be brief."},
-        {"from": human, "value": "Why?"},
-        {"from": gpt, "value": "So."},
-    )
-    parsed = parse_record(record(*turns), ROOT, 0)
-    assert parsed.turns == (
-        Turn("system", "Be brief."),
-        Turn("user", "Why?"),
-        Turn("assistant", "So."),
-    )
-
-
-@pytest.mark.parametrize(
-    ("fields", "text", "media"),
     [
-        ({}, "Why?", []),
-        ({"image": "i/a.png"}, "<image>\nWhy?", [("image", "/data/i/a.png")]),
-        ({"video": "a.mp4"}, "Why? <video>", [("video", "/data/a.mp4")]),
-        ({"video": "a.mp4"}, "<image>", [("video", "/data/a.mp4")]),  # LLaVA-Video writes it so
-        ({"image": "/other/a.png"}, "<image>", [("image", "/other/a.png")]),
-        ({"image": "", "video": None}, "Why?", []),
-        (
-            {"image": ["b.png", "a.png", "b.png"]},
-            "<image> or <image>? <image>",
-            [("image", "/data/b.png"), ("image", "/data/a.png"), ("image", "/data/b.png")],
-        ),
-        (
-            {"video": ["a.mp4", "b.mp4"]},
-            "<video><video>",
-            [("video", "/data/a.mp4"), ("video", "/data/b.mp4")],
-        ),
-        (
-            {"video": "v.mp4", "image": "i.png"},
-            "<image> <video>",
-            [("image", "/data/i.png"), ("video", "/data/v.mp4")],
-        ),
-        (
-            {"video": "v.mp4", "image": "i.png"},
-            "<video> <image>",
-            [("video", "/data/v.mp4"), ("image", "/data/i.png")],
-        ),
-    ],
-)
-def test_media_stand_in_the_order_of_their_placeholders(fields: dict, text: str, media: list):
-    parsed = parse_record(record({"from": "human", "value": text}, ANSWER, **fields), ROOT, 0)
-    assert parsed.media == tuple(Media(kind, pathlib.Path(path)) for kind, path in media)
-
-
-def test_placeholders_may_stand_in_several_turns():
-    parsed = parse_record(record(LOOK, ANSWER, LOOK, ANSWER, image=["a.png", "b.png"]), ROOT, 0)
-    assert [medium.path.name for medium in parsed.media] == ["a.png", "b.png"]
-
-
-@pytest.mark.parametrize(("kind", "frames"), [("image", 1), ("video", 8)])
-def test_frames_of_a_medium(kind: str, frames: int):
-    assert Media(kind, ROOT).num_frames(8) == frames
-
-
-@pytest.mark.parametrize(("fields", "expected"), [({"id": 7}, "7"), ({"id": "x"}, "x"), ({}, "5")])
-def test_id_is_a_string_or_else_the_index(fields: dict, expected: str):
-    assert parse_record({"conversations": [ASK, ANSWER], **fields}, ROOT, 5).id == expected
-
-
-def test_other_fields_are_kept_apart():
-    parsed = parse_record(record(LOOK, ANSWER, image="a.png", family="order", options=[1]), ROOT, 0)
-    assert parsed.extra == {"family": "order", "options": [1]}
-
-
-def test_prompt_leaves_out_the_last_answer_only():
-    last = {"from": "gpt", "value": "Because."}
-    parsed = parse_record(record(LOOK, ANSWER, ASK, last, image="a.png"), ROOT, 0)
-    assert parsed.answer() == "Because."
-    assert parsed.prompt().turns == parsed.turns[:3]
-    assert (parsed.prompt().id, parsed.prompt().media) == (parsed.id, parsed.media)
-
-
-# Records that are not.
-
-
-@pytest.mark.parametrize(
-    ("bad", "cause"),
-    [
-        (3, "malformed"),
-        (None, "malformed"),
-        ([ASK, ANSWER], "malformed"),
-        (record("Why?", ANSWER), "malformed"),
-        (record(None, ANSWER), "malformed"),
-        (record({"value": "Why?"}, ANSWER), "malformed"),
-        (record({"from": "human"}, ANSWER), "malformed"),
-        (record({"from": "bird", "value": "?"}, ANSWER), "malformed"),
-        (record({"from": ["human"], "value": "?"}, ANSWER), "malformed"),
-        (record(ASK), "malformed"),
-        (record(ANSWER), "malformed"),
-        (record(ANSWER, ASK), "malformed"),
-        (record(ASK, ASK, ANSWER), "malformed"),
-        (record(ASK, ANSWER, ASK), "malformed"),
-        (record({"from": "system", "value": "Be brief."}), "malformed"),
-        ({"id": "a", "conversations": "Why? So."}, "malformed"),
-        (record(), "empty_conversation"),
-        ({"id": "a"}, "empty_conversation"),
-        ({"id": "a", "conversations": None}, "empty_conversation"),
-        ({"id": "a", "conversations": 3}, "empty_conversation"),
-        (record(ASK, {"from": "gpt", "value": ""}), "empty_conversation"),
-        (record(ASK, {"from": "gpt", "value": " \n"}), "empty_conversation"),
-        (record(ASK, ANSWER, ASK, {"from": "gpt", "value": ""}), "empty_conversation"),
-        (record(ASK, ANSWER, image="a.png"), "placeholder"),
-        (record(LOOK, ANSWER), "placeholder"),
-        (record(LOOK, ANSWER, image=["a.png", "b.png"]), "placeholder"),
-        (record(LOOK, ANSWER, image=[]), "placeholder"),
-        (record(LOOK, ANSWER, LOOK, ANSWER, image="a.png"), "placeholder"),
-        (record(LOOK, ANSWER, image="a.png", video="a.mp4"), "placeholder"),
-        (record(ASK, {"from": "gpt", "value": "See <image>"}), "placeholder"),
-        (
-            record(LOOK, ANSWER, image=5), "malformed",
-        ),
-        (
-            record(LOOK, ANSWER, image={"path": "a.png"}), "malformed",
-        ),
-        (
-            record(LOOK, ANSWER, image=[None]), "malformed",
-        ),
-        (
-            record(ASK, {"from": "gpt", "value": None}), "malformed",
-        ),
-        (
-            record(ASK, ANSWER, {"from": "system", "value": "s"}), "malformed",
-        ),
+        b"", b"\xff\xfe\x00", b"[]", b"[", b"[{}", b"[{},]", b"[{} {}]", b'[{"id": 1}', b"[1,\n2,\n]x]",
+        b'"text"', b"null", b"3", b"\n\n",
     ],
 )  # fmt: skip
-def test_unusable_record_is_counted_under_its_cause(bad, cause: str):
-    with pytest.raises(SampleError) as caught:
-        parse_record(bad, ROOT, 9)
-    assert caught.value.cause == cause
-    assert caught.value.sample_id == ("a" if isinstance(bad, dict) else "9")
-    assert repr(caught.value.sample_id) in str(caught.value)
+def test_bad_file_is_an_error_that_names_it(tmp_path: pathlib.Path, content: bytes):
+    path = tmp_path / "train.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.json"):
+        opened(path)
+
+
+def test_error_in_a_list_has_its_line(tmp_path: pathlib.Path):
+    (tmp_path / "a.json").write_text('[\n{"id": 1},\n{"id": 2}\n{"id": 3}]')
+    with pytest.raises(DataError, match=r"a.json line 4 is not JSON"):
+        opened(tmp_path / "a.json")
+
+
+def test_a_bad_line_is_a_bad_sample(tmp_path: pathlib.Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1\n' + json.dumps(RECORDS[0]) + "\n" + "[" * 100_000 + "\n")
+    source = opened(path)
+    for i in (0, 2):
+        with pytest.raises(SampleError, match="not JSON") as caught:
+            source.sample(i)
+        assert caught.value.cause == "malformed"
+    assert source.sample(1).id == "é" and source.where(2).endswith("line 3, record 2")
+
+
+def test_index_of_a_large_file_is_kept_and_made_again_when_it_changes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(json_file, "_SMALL", 0)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in RECORDS))
+    assert len(opened(path)) == 3
+    kept = list((tmp_path / "a.jsonl.index").iterdir())
+    monkeypatch.setattr(json_file, "find_records", None)
+    assert opened(path).sample(1).turns[0].text == "Why\n?"
+    monkeypatch.undo()
+    monkeypatch.setattr(json_file, "_SMALL", 0)
+    path.write_text(json.dumps(RECORDS[0]) + "\n" * 3)
+    assert len(opened(path)) == 1
+    assert len(list((tmp_path / "a.jsonl.index").iterdir())) == len(kept) + 1
+    elsewhere = open_source(SourceConfig("some", str(path)), str(tmp_path / "indices"))
+    assert len(elsewhere) == 1 and (tmp_path / "indices/some").is_dir()
+
+
+def test_an_index_that_cannot_be_written_says_what_to_set(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(json_file, "_SMALL", 0)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(RECORDS[0]))
+    (tmp_path / "a.jsonl.index").write_text("a file stands in its place")
+    with pytest.raises(DataError, match=r"set data.index_dir"):
+        opened(path)
+
+
+def test_a_million_lines_open_in_seconds_and_are_read_at_random(tmp_path: pathlib.Path):
+    path = tmp_path / "a.jsonl"
+    line = json.dumps({"id": "x", "conversations": conversation("Why?")})
+    path.write_text((line + "\n") * 1_000_000)
+    began = time.monotonic()
+    source = opened(path)
+    assert len(source) == 1_000_000
+    assert time.monotonic() - began < 10
+    assert source.sample(999_999).id == "x" and "line 1000000, " in source.where(999_999)
+    assert isinstance(source._spans, np.memmap)
+
+
+def test_media_root_replaces_the_folder_of_the_file(tmp_path: pathlib.Path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"image": "x/a.png", "conversations": conversation()}]))
+    assert opened(path).sample(0).media[0].path == tmp_path / "x/a.png"
+    assert opened(path, media_root="/other").sample(0).media[0].name == "/other/x/a.png"
+
+
+# Parquet.
+
+
+def test_parquet_rows_are_records_with_their_media(tmp_path: pathlib.Path):
+    rows = [
+        {
+            "id": f"row {i}",
+            "image": {"bytes": picture(i), "path": f"{i}.png"} if i % 3 else None,
+            "conversations": conversation("<image>\nWhat?" if i % 3 else "Why?"),
+            "data_source": "x",
+        }
+        for i in range(7)
+    ]
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data/train-00000.parquet", rows[:5], row_group_size=2)
+    write_parquet(tmp_path / "data/train-00001.parquet", rows[5:])
+    source = opened(tmp_path)
+    assert len(source) == 7
+    for i in (6, 0, 3, 1, 5, 4, 2):
+        sample = source.sample(i)
+        assert sample.id == f"row {i}" and sample.extra == {"data_source": "x"}
+        assert shown(sample) == ([i] if i % 3 else [])
+        pickle.dumps(sample)  # media cross to the workers unread
+    assert source.where(3).endswith("train-00000.parquet row 1 of group 1")
+
+
+def test_parquet_columns_may_be_lists_of_media(tmp_path: pathlib.Path):
+    rows = [
+        {
+            "images": [{"bytes": picture(10 * i + k), "path": None} for k in range(i)],
+            "conversations": conversation("<image>" * i + "What?"),
+        }
+        for i in range(4)
+    ]
+    write_parquet(tmp_path / "a.parquet", rows)
+    source = opened(tmp_path)
+    assert [shown(source.sample(i)) for i in range(4)] == [[], [10], [20, 21], [30, 31, 32]]
+
+
+def test_parquet_may_name_files_instead(tmp_path: pathlib.Path):
+    (tmp_path / "b.png").write_bytes(picture(9))
+    image = {"bytes": None, "path": "b.png"}
+    rows = [{"image": image, "conversations": conversation()}]
+    schema = pa.schema(
+        [
+            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            (
+                "conversations",
+                pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())])),
+            ),
+        ]
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
+    assert shown(opened(tmp_path).sample(0)) == [9]
+
+
+def test_a_broken_parquet_file_is_one_bad_sample(tmp_path: pathlib.Path):
+    write_parquet(tmp_path / "a.parquet", [{"conversations": conversation("Why?")}] * 3)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    source = opened(tmp_path)
+    assert len(source) == 4 and source.sample(2).answer() == "So."
+    with pytest.raises(SampleError, match="no parquet file"):
+        source.sample(3)
+
+
+# Tar shards.
+
+
+def record_bytes(text: str, **fields) -> bytes:
+    return json.dumps({"conversations": conversation(text), **fields}).encode()
+
+
+def test_members_of_a_key_are_one_sample(tmp_path: pathlib.Path):
+    video = write_numbered(tmp_path / "v.mp4", 8).read_bytes()
+    write_shard(
+        tmp_path / "shard-000.tar",
+        {
+            "a/001.json": record_bytes("<video>"),
+            "a/001.mp4": video,
+            "002.0.png": picture(20),
+            "002.1.png": picture(21),
+            "002.json": record_bytes("<image><image>"),
+            "003.json": record_bytes("Why?", id="own id"),
+        },
+    )
+    write_shard(
+        tmp_path / "shard-001.tar",
+        {
+            "004.png": picture(40),
+            "004.mp4": video,
+            "004.json": record_bytes(
+                "<image><video>", image="004.png", video={"path": "mp4", "start": 0.5}
+            ),
+        },
+    )
+    source = opened(tmp_path)
+    assert [source.sample(i).id for i in range(len(source))] == ["a/001", "002", "own id", "004"]
+    assert shown(source.sample(0), 8) == list(range(8))
+    assert shown(source.sample(1)) == [20, 21]
+    assert shown(source.sample(2)) == []
+    assert shown(source.sample(3)) == [40, 5]
+    assert source.where(3) == f"{tmp_path}/shard-001.tar!004"
+    assert source.sample(0).media[0].name == f"{tmp_path}/shard-000.tar!a/001.mp4"
+    assert len(opened(tmp_path / "shard-001.tar")) == 1
+
+
+def test_broken_members_and_shards_are_bad_samples(tmp_path: pathlib.Path):
+    write_shard(
+        tmp_path / "a.tar",
+        {"1.png": picture(1), "2.json": b"{", "3.json": record_bytes("<image>"), "4.txt": b"x"},
+    )
+    (tmp_path / "b.tar").write_bytes(b"no tar at all" * 100)
+    write_shard(tmp_path / "c.tar", {"1.json": record_bytes("Why?"), "2.json": b" " * 5000})
+    cut = (tmp_path / "c.tar").read_bytes()
+    (tmp_path / "c.tar").write_bytes(cut[: cut.index(b"2.json") + 2048])
+    source = opened(tmp_path)
+    causes = []
+    for i in range(len(source)):
+        try:
+            causes.append(source.sample(i).id)
+        except SampleError as error:
+            causes.append(error.cause)
+            assert source.where(i)
+    assert causes == [
+        "malformed",
+        "malformed",
+        "placeholder",
+        "malformed",
+        "malformed",
+        "1",
+        "malformed",  # its record is cut off
+        "malformed",  # and so is the shard
+    ]
+
+
+# TFDS.
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    records = [
+        {"id": "item 0", "image": picture(0), "conversations": conversation()},
+        {"id": "item 1", "video": "v.mp4", "conversations": conversation("<video>")},
+        {"id": "item 2", "image": picture(2), "conversations": conversation()},
+    ]
+    return write_tfds(tmp_path_factory.mktemp("tfds"), {"train": records, "test": records[:1]})
+
+
+def test_tfds_items_are_records(tfds_folder: pathlib.Path):
+    write_numbered(tfds_folder / "v.mp4", 8)
+    source = opened(tfds_folder)
+    samples = {sample.id: sample for sample in map(source.sample, range(len(source)))}
+    assert sorted(samples) == ["item 0", "item 1", "item 2"]
+    assert shown(samples["item 0"]) == [0] and shown(samples["item 2"]) == [2]
+    assert shown(samples["item 1"], 3) == [0, 4, 7] or shown(samples["item 1"], 3) == [0, 3, 7]
+    assert len(opened(tfds_folder, split="test")) == 1
+    with pytest.raises(DataError, match=r"no split 'validation'; there are .*train"):
+        opened(tfds_folder, split="validation")
+
+
+# What is no source.
+
+
+def test_what_is_no_source_is_named(tmp_path: pathlib.Path):
+    with pytest.raises(DataError, match=r"none.json is missing: data source 'some'"):
+        opened(tmp_path / "none.json")
+    with pytest.raises(DataError, match=r"without .parquet files, .tar shards"):
+        opened(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from storm_jax.data.sources import Sample
+from storm_jax.data.sample import Sample
 from storm_jax.evals.benchmark import Question, exact_match, wilson_interval
 
 SAMPLE = Sample("1", (), (), {})

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rows_by_hand import build_rows
 
 from storm_jax import presets
+from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data.conversation import Encoded
-from storm_jax.data.rows import RowSample, RowShape, build_row, stack_rows
+from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.inference.generate import Sampling, choose, decode_step, generate, prefill
 from storm_jax.models.storm import Storm, VisualShape
 
@@ -25,14 +27,14 @@ def batch() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     rows, lengths = [], []
     for frames, words in ((0, 11), (8, 21), (7, 40)):
-        visual = SHAPE.clip_tokens(frames) if frames else 0
+        visual = plan_clip(frames, SHAPE.side, SHAPE.compression).num_tokens if frames else 0
         tokens = np.concatenate([np.zeros(visual, int), rng.integers(1, 500, words)])
         media = np.where(np.arange(visual + words) < visual, 0, -1)
         clips = [rng.integers(0, 256, (frames, 32, 32, 3)).astype(np.uint8)] if frames else []
         encoded = Encoded(tokens.astype(np.int32), media < 0, media)
-        rows.append(build_row([RowSample(encoded, clips)], 0, SHAPE))
+        rows.append([RowSample(encoded, clips)])
         lengths.append(len(encoded))
-    arrays = stack_rows(rows) | {"lengths": np.array(lengths, np.int32)}
+    arrays = build_rows(rows, 0, SHAPE) | {"lengths": np.array(lengths, np.int32)}
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rows_by_hand import build_rows
 
 from storm_jax import presets
+from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, ConfigError
 from storm_jax.data.conversation import Encoded
-from storm_jax.data.rows import RowSample, RowShape, build_row, stack_rows
+from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model
 
@@ -25,7 +27,7 @@ def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24
 
 def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
     """A clip of `frames` frames with `words` text tokens before and after it."""
-    visual = shape.clip_tokens(frames)
+    visual = plan_clip(frames, shape.side, shape.compression).num_tokens
     text = rng.integers(1, 500, 2 * words)
     tokens = np.concatenate([text[:words], np.zeros(visual, int), text[words:]]).astype(np.int32)
     media = np.full(len(tokens), -1, np.int32)
@@ -35,8 +37,8 @@ def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
 
 
 def run(model: Storm, samples_per_row: list[list[RowSample]], shape: RowShape) -> np.ndarray:
-    rows = [build_row(samples, 0, shape) for samples in samples_per_row]
-    batch = {name: jnp.asarray(array) for name, array in stack_rows(rows).items()}
+    batch = build_rows(samples_per_row, 0, shape)
+    batch = {name: jnp.asarray(array) for name, array in batch.items()}
     visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
     return np.asarray(nnx.jit(lambda model, batch: model(batch, visual))(model, batch))
 
@@ -131,8 +133,8 @@ def test_sampled_out_frames_still_reach_the_kept_tokens(small_model, randomise, 
 def test_gradients_reach_every_trained_parameter(small_model, randomise, rng):
     model = randomise(Storm(small_model, rngs=nnx.Rngs(0)))
     shape = row_shape(CompressionConfig(8, temporal_pool=4))
-    rows = [build_row([make_sample(rng, shape, 8, 6)], 0, shape)]
-    batch = {name: jnp.asarray(array) for name, array in stack_rows(rows).items()}
+    batch = build_rows([[make_sample(rng, shape, 8, 6)]], 0, shape)
+    batch = {name: jnp.asarray(array) for name, array in batch.items()}
     graphdef, params = nnx.split(model)
 
     def loss(params):

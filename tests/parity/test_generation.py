@@ -22,7 +22,7 @@ from reference_models import (
 )
 
 from storm_jax.data.conversation import ConversationEncoder, load_tokenizer
-from storm_jax.data.sources import Sample, Turn
+from storm_jax.data.sample import Sample, Turn
 from storm_jax.inference.generate import Sampling, generate
 from storm_jax.models.storm import VisualShape
 from storm_jax.weights.importer import Sources, import_run

@@ -18,6 +18,7 @@ from transformers import AutoConfig, SiglipImageProcessorPil, SiglipVisionModel
 
 from storm_jax.config import VisionConfig
 from storm_jax.data.image import read_image
+from storm_jax.data.sample import Media
 from storm_jax.models.siglip import SigLIP
 from storm_jax.ops.attention import QUERY_CHUNK
 from storm_jax.params import flatten
@@ -91,7 +92,9 @@ def test_pixels_equal_those_of_transformers(kind, size, tmp_path):
     """Within 1/255 of the range, as the tower sees them."""
     image = images()[kind]
     image.save(tmp_path / "image.png")
-    ours = read_image(tmp_path / "image.png", size).astype(np.float32) / 127.5 - 1
+    ours = (
+        read_image(Media.file("image", tmp_path / "image.png"), size).astype(np.float32) / 127.5 - 1
+    )
     config = dataclasses.replace(ODD_GRID, image_size=size)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor_json(config)))
     processor = SiglipImageProcessorPil.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,9 +18,9 @@ import numpy as np
 import pytest
 
 from storm_jax.config import ConfigError
-from storm_jax.data.conversation import ConversationEncoder
-from storm_jax.data.pipeline import Dataset
-from storm_jax.data.sources import DataError
+from storm_jax.data.mixture import open_mixture
+from storm_jax.data.sample import DataError
+from storm_jax.data.workers import WorkerPool
 from storm_jax.params import unflatten
 from storm_jax.run import Run, RunError, inherit_model, read_lines
 from storm_jax.sharding import make_mesh
@@ -31,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def start_training(config, workdir, shapes_folder):
     run = Run(workdir)
     run.prepare(config, shapes_folder / "tokenizer")
-    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {})
+    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
     return run
 
 
@@ -40,23 +41,49 @@ def losses(workdir) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def source(path: pathlib.Path, media_root: pathlib.Path | str = "", **fields) -> dict:
+    return {"name": path.stem, "path": str(path), "media_root": str(media_root), **fields}
+
+
+# Leaves a digest of every batch that was trained on.
 TRAINER = """
-import jax, sys, time
+import hashlib, jax, sys
 from storm_jax import config
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
 run = Run(sys.argv[1])
-loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec: {})
+place = loop.place
+def noted(arrays, mesh):
+    digest = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
+    with (run.path / "batches.txt").open("a") as file:
+        print(digest.hexdigest(), file=file)
+    return place(arrays, mesh)
+loop.place = noted
+loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 """
 
 
 def test_killed_training_continues_bit_for_bit(small_config, shapes_folder, tmp_path):
-    config = small_config(train__steps=9, train__save_every=2, train__eval_every=0)
-    whole = start_training(config, tmp_path / "whole", shapes_folder)
-    killed = Run(tmp_path / "killed")
-    killed.prepare(config, shapes_folder / "tokenizer")
+    """With workers, two sources and two shapes of rows, and in the middle of an epoch."""
+    rows = [{"tokens": 128, "frames": 4}, {"tokens": 128, "frames": 16}]
+    texts = tmp_path / "texts.jsonl"
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    texts.write_text(f"{json.dumps({'conversations': turns})}\n" * 90)
+    sources = [source(shapes_folder / "train.json", weight=2), source(texts, weight=5)]
+    config = small_config(
+        train__steps=9,
+        train__save_every=2,
+        train__eval_every=0,
+        data__train=sources,
+        data__rows=rows,
+        data__num_workers=2,
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
+    for run in (whole, killed):
+        run.prepare(config, shapes_folder / "tokenizer")
+    subprocess.run([sys.executable, "-c", TRAINER, str(whole.path)], env=environment, check=True)
     log = killed.path / "metrics.jsonl"
     for kill_after in (3, 6):
         process = subprocess.Popen(
@@ -72,6 +99,20 @@ def test_killed_training_continues_bit_for_bit(small_config, shapes_folder, tmp_
     subprocess.run([sys.executable, "-c", TRAINER, str(killed.path)], env=environment, check=True)
     assert losses(killed.path) == losses(whole.path)
     assert sorted(losses(killed.path)) == list(range(1, 10))
+    batches, again = (
+        (run.path / "batches.txt").read_text().splitlines() for run in (whole, killed)
+    )
+    assert len(batches) == 9 < len(again)  # some were trained on again
+    assert again[-1] == batches[-1] and set(again) == set(batches)
+    books, same = (final_metrics(run.path) for run in (whole, killed))
+    assert books == same and books["data/texts/read"] > books["data/train/read"] > 0
+    assert books["compilations"] == 2
+
+
+def final_metrics(workdir: pathlib.Path) -> dict[str, float]:
+    """The last line, but for what depends on time and on restarts."""
+    last = [line for line in read_lines(workdir / "metrics.jsonl") if "data/train/read" in line][-1]
+    return {k: v for k, v in last.items() if not k.endswith("/seconds")}
 
 
 def test_last_and_best_checkpoints_are_kept(small_config, shapes_folder, tmp_path):
@@ -84,7 +125,7 @@ def test_last_and_best_checkpoints_are_kept(small_config, shapes_folder, tmp_pat
     loop.train(
         run,
         make_mesh(config.mesh, jax.devices()[:1]),
-        lambda spec: {"fake": lambda state: {"val_loss": next(values)}},
+        lambda spec, pool: {"fake": lambda state: {"val_loss": next(values)}},
     )
     kept = sorted(int(path.name) for path in run.checkpoints_path.iterdir() if path.name.isdigit())
     assert kept == [2, 5]
@@ -111,7 +152,10 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(
 
 def test_a_start_that_failed_holds_no_configuration(small_config, shapes_folder, tmp_path):
     run = Run(tmp_path)
-    run.prepare(small_config(data__train="dtaa/train.json"), shapes_folder / "tokenizer")
+    run.prepare(
+        small_config(data__train=[{"name": "a", "path": "dtaa/train.json"}]),
+        shapes_folder / "tokenizer",
+    )
     run.prepare(small_config(), shapes_folder / "tokenizer")
     assert run.config == small_config()
 
@@ -121,7 +165,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(small_config, shapes_fold
     run = Run(tmp_path)
     run.prepare(config, shapes_folder / "tokenizer")
     with pytest.raises(ConfigError, match=r"train.batch_size=12 .* 8 devices"):
-        loop.train(run, make_mesh(config.mesh), lambda spec: {})
+        loop.train(run, make_mesh(config.mesh), lambda spec, pool: {})
 
 
 def test_a_workdir_that_cannot_be_written_is_an_error(small_config, shapes_folder, tmp_path):
@@ -137,7 +181,7 @@ def test_a_checkpoint_of_another_shape_names_the_parameters(small_config, shapes
     (run.path / "config.json").write_text(text.replace('"mlp_dim": 32', '"mlp_dim": 48'))
     changed = Run(run.path)
     with pytest.raises(RunError, match=r"decoder/layers/down/kernel is \(2, 32, 32\)"):
-        loop.train(changed, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {})
+        loop.train(changed, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 
 
 def test_init_from_takes_the_parameters_and_refuses_another_model(
@@ -197,12 +241,21 @@ def test_changed_data_is_not_continued(small_config, shapes_folder, tmp_path):
     config = small_config(
         train__steps=1,
         train__eval_every=0,
-        data__train=str(train),
-        data__media_root=str(shapes_folder),
+        data__train=[source(train, shapes_folder)],
     )
     start_training(config, tmp_path / "run", shapes_folder)
+    moved = tmp_path / "moved.json"
+    moved.write_text(json.dumps(records))
+    elsewhere = {**source(moved, shapes_folder), "name": "train"}
+    start_training(
+        dataclasses.replace(
+            config, data=small_config(train__eval_every=0, data__train=[elsewhere]).data
+        ),
+        tmp_path / "run",
+        shapes_folder,
+    )
     train.write_text(json.dumps(records[1:]))
-    with pytest.raises(DataError, match="is not the data"):
+    with pytest.raises(DataError, match=r"data source train is not what .* began with"):
         start_training(config, tmp_path / "run", shapes_folder)
 
 
@@ -222,13 +275,14 @@ def test_bad_samples_are_counted_by_cause_and_logged_once(
         train__batch_size=4,
         train__eval_every=0,
         train__save_every=20,
-        data__train=str(train),
-        data__media_root=str(shapes_folder),
+        data__train=[source(train, shapes_folder)],
     )
     run = start_training(config, tmp_path / "run", shapes_folder)
     skipped = [json.loads(line) for line in (run.path / "skipped.jsonl").read_text().splitlines()]
-    assert sorted(line["cause"] for line in skipped) == ["empty_conversation", "unreadable"]
-    assert str(broken) in "".join(line["message"] for line in skipped)
+    assert {line["cause"]: (line["where"], line["file"]) for line in skipped} == {
+        "empty_conversation": (f"{train} line 1, record 1", ""),
+        "unreadable": (f"{train} line 1, record 0", str(broken)),
+    }
     assert len(losses(run.path)) == 20
 
 
@@ -242,7 +296,7 @@ def test_too_many_bad_samples_stop_the_run(small_config, shapes_folder, tmp_path
     config = small_config(
         train__steps=60,
         train__eval_every=0,
-        data__train=str(media / "train.json"),
+        data__train=[source(media / "train.json")],
         data__max_skip_fraction=0.05,
     )
     with pytest.raises(DataError, match="missing"):
@@ -253,23 +307,22 @@ def test_validation_without_media_stops_the_run(small_config, shapes_folder, tmp
     """A loss of zero would make it the best checkpoint for good."""
     val = tmp_path / "val.json"
     val.write_text((shapes_folder / "val.json").read_text())  # its media are not beside it
-    config = small_config(data__val=str(val))
-    run = Run(tmp_path / "run")
+    config = small_config(data__val=[source(val)])
+    run, pool = Run(tmp_path / "run"), WorkerPool(0)
     run.prepare(config, shapes_folder / "tokenizer")
-    encoder = ConversationEncoder(run.tokenizer(), "")
-    dataset = Dataset(str(val), "", encoder, loop.row_shape(config), 0.1)
+    mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
     spec = loop.StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
-    evaluate = loop.make_validation(run, spec, dataset)
+    evaluate = loop.make_validation(run, spec, mixture, pool)
     with jax.set_mesh(spec.mesh), pytest.raises(DataError, match=r"validation met .* missing"):
         evaluate(spec.init())
     lines = (run.path / "skipped.jsonl").read_text().splitlines()
-    assert len(lines) == len(dataset.samples)
+    assert len(lines) == len(mixture)
     with (run.path / "skipped.jsonl").open("a") as file:
         file.write(lines[0][:10])  # as a killed process leaves it
-    loop.make_validation(run, spec, dataset)
+    loop.make_validation(run, spec, mixture, pool)
     assert (run.path / "skipped.jsonl").read_text().splitlines() == lines
     (run.path / "skipped.jsonl").write_text(lines[0][:10])
-    loop.make_validation(run, spec, dataset)
+    loop.make_validation(run, spec, mixture, pool)
     assert (run.path / "skipped.jsonl").read_text() == ""
 
 
@@ -281,7 +334,7 @@ def test_validation_that_fails_loses_no_training(small_config, shapes_folder, tm
     config = small_config(train__steps=4, train__save_every=4, train__eval_every=2)
     run.prepare(config, shapes_folder / "tokenizer")
     with pytest.raises(DataError, match="the disk is gone"):
-        loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {"val": fail})
+        loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {"val": fail})
     assert run.checkpoint_step() == 2
 
 
@@ -292,7 +345,7 @@ def test_a_damaged_checkpoint_is_named(trained_run, tmp_path):
         if data.is_file():
             data.write_bytes(data.read_bytes()[:20])
     with pytest.raises(RunError, match=r"checkpoint 2 of .* cannot be read"):
-        loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec: {})
+        loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch(

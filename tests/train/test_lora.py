@@ -81,7 +81,7 @@ def tuned(trained_run, small_config, shapes_folder, tmp_path_factory) -> Run:
     config = small_config(**LORA, train__steps=4, init_from=str(trained_run))
     run = Run(tmp_path_factory.mktemp("runs") / "tuned")
     run.prepare(config, shapes_folder / "tokenizer")
-    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec: {})
+    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
     return run
 
 

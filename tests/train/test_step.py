@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 from storm_jax.config import MeshConfig
-from storm_jax.data.conversation import ConversationEncoder, load_tokenizer
-from storm_jax.data.pipeline import Dataset, TrainRows, batches
+from storm_jax.data.conversation import load_tokenizer
+from storm_jax.data.mixture import open_mixture
+from storm_jax.data.pipeline import batches
+from storm_jax.data.plan import TrainPlan
+from storm_jax.data.reader import MediaReader
+from storm_jax.data.workers import WorkerPool
 from storm_jax.models.storm import VisualShape
 from storm_jax.sharding import make_mesh
-from storm_jax.train.loop import place, row_shape
+from storm_jax.train.loop import place
 from storm_jax.train.state import StateSpec
 from storm_jax.train.step import make_train_step
 
@@ -22,15 +26,16 @@ def train_steps(shapes_folder):
 
     def run(config, devices: int):
         mesh = make_mesh(config.mesh, jax.devices()[:devices])
-        encoder = ConversationEncoder(load_tokenizer(shapes_folder / "tokenizer"), "")
-        shape = row_shape(config)
-        dataset = Dataset(config.data.train, "", encoder, shape, 0.1)
+        pool, size = WorkerPool(0), config.train.batch_size
+        tokenizer = load_tokenizer(shapes_folder / "tokenizer")
+        mixture = open_mixture(config, config.data.train, tokenizer, pool)
+        (shape,) = mixture.shapes
         spec = StateSpec.make(config, mesh)
         state = spec.init()
         step = make_train_step(spec, VisualShape(shape.num_groups, shape.compression.spatial_pool))
         history = []
-        rows = TrainRows(dataset, seed=0)
-        for batch in batches(dataset, rows, range(2), config.train.batch_size, num_threads=1):
+        reader = MediaReader(pool, shape.image_size, config.data.frames)
+        for batch in batches(mixture, TrainPlan(mixture, size), range(2), size, reader):
             with jax.set_mesh(mesh):
                 state, metrics = step(state, place(batch.arrays, mesh))
             history.append({name: float(value) for name, value in metrics.items()})

@@ -78,7 +78,7 @@ def test_from_public_weights_to_a_shared_model(shapes_folder, tmp_path):
 
     trained = call(
         "train.py", config, f"--workdir={tuned}", f"--config.init_from={run}",
-        f"--config.data.train={shapes_folder}/train.json", "--config.data.val=",
+        f"--config.data.train[0].path={shapes_folder}/train.json", "--config.train.eval_every=0",
         "--config.train.steps=2", "--config.train.batch_size=2",
         "--config.model.decoder.lora.rank=4",
     )  # fmt: skip

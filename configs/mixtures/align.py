@@ -1,0 +1,19 @@
+"""Alignment: image-text pairs.
+
+The paper contradicts itself: section 4.1 has 95,000 pairs and cites SVIT, section 8.4 has
+LLaVA-CC3M-Pretrain-595K. The latter is taken, since it can be identified.
+"""
+
+from __future__ import annotations
+
+from configs.mixtures import PublicSet
+
+SETS = (
+    PublicSet(
+        "llava_cc3m",
+        "llava_cc3m/chat.json",
+        "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K",
+        samples=595_375,
+        note="unpack images.zip beside chat.json",
+    ),
+)

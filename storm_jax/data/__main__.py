@@ -1,0 +1,88 @@
+"""Looks at the data of a configuration without training, and without an accelerator.
+
+Read all of it: errors with file and line, missing media, lengths, what is cut or skipped, packing:
+
+    python -m storm_jax.data check --config=configs/tiny.py:stage=sft --out=OUT
+
+See one sample as the model does, as a picture and a text:
+
+    python -m storm_jax.data show --config=configs/tiny.py:stage=sft --source=NAME --index=3 --out=OUT
+
+Every field of the configuration can be set: --config.data.rows[0].tokens=512
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import transformers
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from storm_jax.config import ConfigError, RunConfig, SourceConfig, from_dict
+from storm_jax.data.check import check
+from storm_jax.data.conversation import load_tokenizer, tokenizer_folder
+from storm_jax.data.mixture import Ref, open_mixture
+from storm_jax.data.reader import MediaReader
+from storm_jax.data.sample import DataError, MediaError, SampleError
+from storm_jax.data.show import show
+from storm_jax.data.workers import WorkerPool
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, with the stage: configs/NAME.py:stage=align|sft|long."
+)
+OUT = flags.DEFINE_string("out", "data_report", "Folder for pictures and lists.")
+SPLIT = flags.DEFINE_enum("split", "train", ["train", "val"], "Which sources of the configuration.")
+READ_MEDIA = flags.DEFINE_integer(
+    "read_media", 0, "check: media to read of each source, not only to look for; -1 = all."
+)
+SOURCE = flags.DEFINE_string("source", "", "show: name of a source; the first by default.")
+INDEX = flags.DEFINE_integer("index", 0, "show: number of the sample in its source.", lower_bound=0)
+flags.mark_flag_as_required("config")
+
+
+def main(argv: Sequence[str]) -> None:
+    command = argv[1] if len(argv) == 2 else None
+    if command not in ("check", "show"):
+        raise app.UsageError("say `check` or `show` (--help shows examples)")
+    logging.set_verbosity(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    try:
+        config = from_dict(RunConfig, CONFIG.value)
+        sources = getattr(config.data, SPLIT.value)
+        if not sources:
+            raise ConfigError(f"data.{SPLIT.value} is empty: it lists the sources")
+        tokenizer = load_tokenizer(tokenizer_folder(config))
+        if command == "check":
+            found = check(config, sources, tokenizer, pathlib.Path(OUT.value), READ_MEDIA.value)
+            sys.exit(1 if found.failures else 0)
+        for path in _show(config, _named(sources, SOURCE.value), tokenizer):
+            print(path)
+    except (ConfigError, DataError, MediaError, SampleError, OSError) as error:
+        sys.exit(f"{command}: {error}")
+
+
+def _named(sources: Sequence[SourceConfig], name: str) -> SourceConfig:
+    for source in sources:
+        if name in ("", source.name):
+            return source
+    known = ", ".join(source.name for source in sources)
+    raise ConfigError(f"--source={name} is none of data.{SPLIT.value}: {known}")
+
+
+def _show(
+    config: RunConfig, source: SourceConfig, tokenizer: transformers.PreTrainedTokenizerBase
+) -> list[pathlib.Path]:
+    with WorkerPool(config.data.num_workers) as pool:
+        mixture = open_mixture(config, [source], tokenizer, pool)
+        part = mixture.parts[0]
+        if INDEX.value >= len(part.source):
+            raise DataError(f"--index={INDEX.value}: {source.name} has {len(part.source)} samples")
+        reader = MediaReader(pool, config.model.vision.image_size, config.data.frames)
+        return show(mixture, Ref(0, INDEX.value), reader, pathlib.Path(OUT.value))
+
+
+if __name__ == "__main__":
+    app.run(main)

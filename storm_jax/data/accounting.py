@@ -1,0 +1,137 @@
+"""What became of every sample that was read, by source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from storm_jax.data.sample import DataError, Skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one sample of a row.
+
+    Attributes:
+      skip: why it was left out; None = it was used.
+      tokens, frames: slots that it fills.
+      is_cut: whether its last answer was cut.
+      damaged: frames that stand in for unreadable ones.
+      seconds: time that reading its media took.
+    """
+
+    source: str
+    sample: str
+    skip: Skip | None
+    tokens: int = 0
+    frames: int = 0
+    is_cut: bool = False
+    damaged: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Totals:
+    """Sums over the outcomes of one source; `read` is `used` plus all of `skipped`."""
+
+    read: int = 0
+    used: int = 0
+    cut: int = 0
+    tokens: int = 0
+    frames: int = 0
+    damaged: int = 0
+    seconds: float = 0.0
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def add(self, outcome: Outcome) -> None:
+        self.read += 1
+        self.seconds += outcome.seconds
+        if outcome.skip is not None:
+            self.skipped[outcome.skip.cause] += 1
+            return
+        self.used += 1
+        self.cut += outcome.is_cut
+        self.tokens += outcome.tokens
+        self.frames += outcome.frames
+        self.damaged += outcome.damaged
+
+
+class Accounting:
+    """Totals by source; `state` goes into checkpoints, so that they cover a run that was continued."""
+
+    def __init__(self, sources: Sequence[str], state: Mapping[str, Any] | None = None):
+        self.totals = {name: Totals() for name in sources}
+        for name, values in (state or {}).items():
+            self.totals[name] = Totals(**{**values, "skipped": Counter(values["skipped"])})
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            self.totals[outcome.source].add(outcome)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            name: {**vars(totals), "skipped": dict(totals.skipped)}
+            for name, totals in self.totals.items()
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers such as "data/NAME/used", and "data/NAME/skipped/missing"."""
+        found: dict[str, float] = {}
+        for name, values in self.state().items():
+            skipped = values.pop("skipped")
+            found |= {f"data/{name}/{field}": value for field, value in values.items()}
+            found |= {f"data/{name}/skipped/{cause}": n for cause, n in skipped.items()}
+        return found
+
+    def check(self, max_skip_fraction: float, subject: str) -> None:
+        """Raises DataError when more than the fraction of a source (of at least 100 samples) was
+        skipped."""
+        for name, totals in self.totals.items():
+            skipped = sum(totals.skipped.values())
+            if skipped > max_skip_fraction * max(totals.read, 100):
+                raise DataError(
+                    f"{subject} {skipped} unusable samples of {totals.read} in data source {name!r} "
+                    f"({_listed(totals.skipped)}), over data.max_skip_fraction={max_skip_fraction}"
+                )
+
+    def table(self) -> str:
+        """One line a source."""
+        heads = (
+            "source",
+            "read",
+            "used",
+            "skipped",
+            "cut",
+            "tokens",
+            "frames",
+            "damaged",
+            "read s",
+        )
+        rows: list[tuple[str, ...]] = [heads]
+        for name, t in self.totals.items():
+            counts = (t.read, t.used, sum(t.skipped.values()), t.cut, t.tokens, t.frames, t.damaged)
+            rows.append((name, *(f"{n:,}" for n in counts), f"{t.seconds:,.1f}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+        lines = []
+        for row in rows:
+            cells = [row[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            causes = self.totals[row[0]].skipped if row is not heads else Counter()
+            lines.append("  ".join(cells) + (f"   {_listed(causes)}" if causes else ""))
+        return "\n".join(lines)
+
+
+def check_skips(skips: Sequence[Skip], read: int, max_fraction: float, subject: str) -> None:
+    """Raises DataError when more than the fraction (of at least 100 samples) was skipped."""
+    if len(skips) > max_fraction * max(read, 100):
+        causes = Counter(skip.cause for skip in skips)
+        raise DataError(
+            f"{subject} {len(skips)} unusable samples of {read} ({_listed(causes)}), over "
+            f"data.max_skip_fraction={max_fraction}; the first, {skips[0].where}: {skips[0].message}"
+        )
+
+
+def _listed(causes: Counter[str]) -> str:
+    return ", ".join(f"{n} {cause}" for cause, n in causes.most_common())

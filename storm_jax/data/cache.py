@@ -1,0 +1,78 @@
+"""Arrays on disk that are made once and memory-mapped afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from storm_jax.data.sample import DataError
+
+
+def cached_arrays(
+    folder: pathlib.Path, name: str, key: str, make: Callable[[], Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """What `make` gives, read from `folder` when it was made for the same key before.
+
+    The folder may be deleted at any time; it appears whole or not at all.
+
+    Raises:
+      DataError: when it cannot be written.
+    """
+    target = folder / f"{name}-{digest(key)}"
+    arrays = _load(target)
+    if arrays is None:
+        made = make()
+        try:
+            _write(target, made)
+        except OSError as error:
+            raise DataError(
+                f"{folder} cannot be written ({error}): set data.index_dir to a folder that can"
+            ) from error
+        arrays = _load(target)
+    assert arrays is not None
+    return arrays
+
+
+def _write(target: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Several processes may do this at once: the first one's arrays stay."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        if target.exists() and _load(target) is None:
+            shutil.rmtree(target)  # damaged
+        try:
+            partial.rename(target)
+        except OSError:
+            if _load(target) is None:
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
+    if not folder.is_dir():
+        return None
+    try:
+        return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    except (OSError, ValueError):  # cut off by a full disk
+        return None
+
+
+def digest(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
+
+
+def file_stamp(paths: Iterable[pathlib.Path]) -> str:
+    """Changes when a file is added, removed, renamed or written."""
+    facts = []
+    for path in paths:
+        stat = path.stat()
+        facts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+    return digest("\n".join(facts))

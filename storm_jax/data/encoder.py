@@ -1,0 +1,71 @@
+"""A sample to tokens: how many frames its media give, what stands for them, and the text around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from storm_jax.compression import plan_clip
+from storm_jax.config import CompressionConfig, FramesConfig
+from storm_jax.data.conversation import ConversationEncoder, Encoded, Pieces
+from storm_jax.data.media import count_frames
+from storm_jax.data.sample import Media, MediaError, Sample
+
+# No video is longer; the text of a time has at most these digits.
+_LONGEST = 99_999.9
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleEncoder:
+    """Encodes samples for a model of `side` x `side` tokens a frame before spatial pooling."""
+
+    text: ConversationEncoder
+    side: int
+    compression: CompressionConfig
+    frames: FramesConfig
+
+    def frame_counts(self, sample: Sample) -> list[int]:
+        """Frames of each medium. Where that depends on a header that cannot be read, it is the most that
+        it can be: reading the medium will tell what is wrong."""
+        return [self._frame_count(medium) for medium in sample.media]
+
+    def _frame_count(self, medium: Media) -> int:
+        limit = self.compression.num_frames
+        try:
+            return count_frames(medium, limit, self.frames)
+        except MediaError:
+            return limit
+
+    def plan(self, sample: Sample, counts: Sequence[int]) -> Encoded:
+        """The sample with as many tokens as it can have, before anything is decoded: the text of a
+        time has no more tokens than bytes. Its tokens are not to be used where there is such text."""
+        times = [np.full(count, _LONGEST) for count in counts]
+        pieces = [
+            [len(part.encode()) if isinstance(part, str) else part for part in parts]
+            for parts in self._pieces(sample, times)
+        ]
+        return self.text.encode(sample, pieces)
+
+    def encode(self, sample: Sample, times: Sequence[np.ndarray]) -> Encoded:
+        """The sample whose n-th medium has frames at `times[n]` seconds."""
+        return self.text.encode(sample, self._pieces(sample, times))
+
+    def _pieces(self, sample: Sample, times: Sequence[np.ndarray]) -> list[Pieces]:
+        return [self._medium(m, t) for m, t in zip(sample.media, times, strict=True)]
+
+    def _medium(self, medium: Media, times: np.ndarray) -> Pieces:
+        plan = plan_clip(len(times), self.side, self.compression)
+        style = self.frames.time_text if medium.kind == "video" else "none"
+        if style == "sentence":
+            listed = ", ".join(f"{time:.1f}" for time in times)
+            text = (
+                f"The video lasts {times[-1]:.1f} s. Its {len(times)} frames are at {listed} s.\n"
+            )
+            return [text, plan.num_tokens]
+        if style == "per_group":
+            first = [int(np.argmax(plan.frame_group == g)) for g in range(plan.num_groups)]
+            pairs = [(f"{times[i]:.1f} s: ", plan.tokens_per_group) for i in first]
+            return [part for pair in pairs for part in pair]
+        return [plan.num_tokens]

@@ -1,0 +1,197 @@
+"""The lengths index: tokens and frames of every sample of a source, measured once and kept.
+
+Rows are planned on it before anything is decoded. It is made by all workers, kept in the source's index
+folder, and made again when the files, the tokenizer or what decides a sample's length change.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
+from storm_jax.data.cache import cached_arrays, digest
+from storm_jax.data.conversation import DATE, ConversationEncoder, load_tokenizer
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.sample import SampleError, Skip
+from storm_jax.data.sources import Source, index_folder, open_source
+from storm_jax.data.workers import WorkerPool
+
+_VERSION = 1
+_CHUNK = 1024  # samples measured in one call
+_PATIENCE = 5.0  # seconds between lines of progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Of M samples:
+
+    Attributes:
+      tokens: int32 [M], 0 where a sample cannot be used.
+      least: int32 [M], how many of them a row must hold: media and the start of an answer.
+      frames: int32 [M], of all media of a sample.
+      counts, ends: frames of every medium of all samples, and int64 [M], where each sample's end.
+      skips: by index, the samples that cannot be used.
+      digest: changes with the samples, their order, texts and lengths; media may move.
+    """
+
+    tokens: np.ndarray
+    least: np.ndarray
+    frames: np.ndarray
+    counts: np.ndarray
+    ends: np.ndarray
+    skips: dict[int, Skip]
+    digest: str
+
+    def counts_of(self, index: int) -> list[int]:
+        start = self.ends[index - 1] if index else 0
+        return self.counts[start : self.ends[index]].tolist()
+
+
+def read_lengths(
+    config: SourceConfig,
+    source: Source,
+    encoder: SampleEncoder,
+    index_dir: str,
+    pool: WorkerPool,
+) -> Lengths:
+    """The index of a source, measured when there is none.
+
+    Raises:
+      DataError: when it cannot be written.
+    """
+    arrays = cached_arrays(
+        index_folder(config, index_dir),
+        "lengths",
+        _key(source, encoder),
+        lambda: _measure_all(config, source, encoder, index_dir, pool),
+    )
+    skips = json.loads(arrays["skips"].tobytes())
+    return Lengths(
+        arrays["tokens"],
+        arrays["least"],
+        arrays["frames"],
+        arrays["counts"],
+        arrays["ends"],
+        {index: Skip(source.name, *facts) for index, *facts in skips},
+        arrays["digest"].tobytes().decode(),
+    )
+
+
+def _key(source: Source, encoder: SampleEncoder) -> str:
+    tokenizer = encoder.text.tokenizer
+    tokens = digest(tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template))
+    frames, compression = encoder.frames, encoder.compression
+    facts = (
+        _VERSION, source.stamp, tokens, encoder.text.system, DATE, encoder.side, frames.fps,
+        frames.time_text, compression,
+    )  # fmt: skip
+    return repr(facts)
+
+
+# One chunk: arrays by name, skips as (index, sample, where, cause, message), and its digest.
+_Chunk = tuple[dict[str, np.ndarray], list[tuple], bytes]
+
+
+def _measure_all(
+    config: SourceConfig,
+    source: Source,
+    encoder: SampleEncoder,
+    index_dir: str,
+    pool: WorkerPool,
+) -> dict[str, np.ndarray]:
+    starts = range(0, len(source), _CHUNK)
+    if pool.count and len(starts) > 2:
+        job = _Job(
+            config, index_dir, str(encoder.text.tokenizer.name_or_path), encoder.text.system,
+            encoder.side, encoder.compression, encoder.frames,
+        )  # fmt: skip
+        with concurrent.futures.ThreadPoolExecutor(pool.count) as threads:
+            chunks = threads.map(lambda start: pool.call(_measure_chunk, job, start), starts)
+            return _join(_with_progress(chunks, config.name, len(source)))
+    measured = (_measure(source, encoder, start) for start in starts)
+    return _join(_with_progress(measured, config.name, len(source)))
+
+
+def _with_progress(chunks: Iterable[_Chunk], name: str, total: int) -> list[_Chunk]:
+    done: list[_Chunk] = []
+    began = shown = time.monotonic()
+    for chunk in chunks:
+        done.append(chunk)
+        now, count = time.monotonic(), min(total, len(done) * _CHUNK)
+        if now - shown > _PATIENCE:
+            left = (now - began) / count * (total - count)
+            print(
+                f"measuring {name}: {count:,} of {total:,} samples, {left:.0f} s left", flush=True
+            )
+            shown = now
+    return done
+
+
+def _join(chunks: Sequence[_Chunk]) -> dict[str, np.ndarray]:
+    arrays = {name: np.concatenate([chunk[0][name] for chunk in chunks]) for name in chunks[0][0]}
+    skips = json.dumps([skip for chunk in chunks for skip in chunk[1]]).encode()
+    whole = hashlib.sha256(b"".join(chunk[2] for chunk in chunks)).hexdigest()[:16]
+    return {
+        **{name: arrays[name] for name in ("tokens", "least", "frames", "counts")},
+        "ends": np.cumsum(arrays["media"], dtype=np.int64),
+        "skips": np.frombuffer(skips, np.uint8),
+        "digest": np.frombuffer(whole.encode(), np.uint8),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What another process needs to measure samples."""
+
+    config: SourceConfig
+    index_dir: str
+    tokenizer: str
+    system: str
+    side: int
+    compression: CompressionConfig
+    frames: FramesConfig
+
+
+def _measure_chunk(job: _Job, start: int) -> _Chunk:
+    return _measure(*_prepare(job), start)
+
+
+@functools.lru_cache(4)
+def _prepare(job: _Job) -> tuple[Source, SampleEncoder]:
+    text = ConversationEncoder(load_tokenizer(job.tokenizer), job.system)
+    encoder = SampleEncoder(text, job.side, job.compression, job.frames)
+    return open_source(job.config, job.index_dir), encoder
+
+
+def _measure(source: Source, encoder: SampleEncoder, start: int) -> _Chunk:
+    indices = range(start, min(start + _CHUNK, len(source)))
+    tokens, least, frames, media = (np.zeros(len(indices), np.int32) for _ in range(4))
+    counts: list[int] = []
+    skips: list[tuple] = []
+    told = hashlib.sha256()
+    for row, index in enumerate(indices):
+        try:
+            sample = source.sample(index)
+            told.update(repr((sample.id, sample.turns)).encode())
+            of_media = encoder.frame_counts(sample)
+            encoded = encoder.plan(sample, of_media)
+        except SampleError as error:
+            skips.append((index, error.sample_id, source.where(index), error.cause, str(error)))
+            continue
+        tokens[row], least[row], frames[row] = len(encoded), encoded.least, sum(of_media)
+        media[row] = len(of_media)
+        counts += of_media
+    told.update(tokens.tobytes() + frames.tobytes())
+    arrays = {
+        "tokens": tokens, "least": least, "frames": frames, "media": media,
+        "counts": np.array(counts, np.int32),
+    }  # fmt: skip
+    return arrays, skips, told.digest()

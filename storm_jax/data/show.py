@@ -1,0 +1,139 @@
+"""One sample as the model sees it: frames, tokens, and what is learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from storm_jax.data.contact_sheet import draw_frames, sheet_height
+from storm_jax.data.conversation import Encoded
+from storm_jax.data.mixture import Mixture, Ref
+from storm_jax.data.reader import MediaReader
+
+LEARNED, GIVEN, VISUAL = "#bfe8bf", "#eeeeee", "#bcd4f5"
+_COLUMNS = 175  # characters in a line of the picture
+_LINES = 60
+_INCH = 0.17  # height of a line
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token, or a run of visual tokens, and what it is to the model: one of the colours above."""
+
+    position: int
+    text: str
+    ids: str
+    colour: str
+
+
+def show(mixture: Mixture, ref: Ref, reader: MediaReader, out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes a picture and a text of one sample into `out`.
+
+    Raises:
+      DataError, MediaError, SampleError: when it cannot be used.
+    """
+    part = mixture.parts[ref.source]
+    sample = mixture.sample(ref)
+    clips = [
+        reader.read(medium, count)
+        for medium, count in zip(sample.media, part.lengths.counts_of(ref.item), strict=True)
+    ]
+    encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
+    is_cut = len(encoded) > mixture.shapes[-1].tokens
+    encoded = encoded.cut(mixture.shapes[-1].tokens)
+    tokens = describe(encoded, mixture)
+    title = f"{part.config.name} {ref.item}: sample {sample.id}, {part.source.where(ref.item)}"
+    facts = (
+        f"{len(encoded):,} tokens{', cut' if is_cut else ''}, {int((encoded.media >= 0).sum()):,} of "
+        f"them visual, {int(encoded.answer.sum()):,} learned"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"{part.config.name}_{ref.item}"
+    text, picture = stem.with_suffix(".txt"), stem.with_suffix(".png")
+    lines = [title, facts]
+    lines += [f"{m.kind} {m.name}: {len(clip.frames)} frames at {_listed(clip.times)} s"
+              for m, clip in zip(sample.media, clips, strict=True)]  # fmt: skip
+    lines += ["", "position       id  loss  text"]
+    lines += [
+        f"{token.position:>8} {token.ids:>8}  {'*' if token.colour == LEARNED else ' ':>4}  {token.text!r}"
+        for token in tokens
+    ]
+    text.write_text("\n".join(lines) + "\n")
+    _draw(picture, f"{title}\n{facts}", [(c.frames, c.times) for c in clips], tokens)
+    return [text, picture]
+
+
+def _listed(times: np.ndarray) -> str:
+    return ", ".join(f"{time:.2f}" for time in times)
+
+
+def describe(encoded: Encoded, mixture: Mixture) -> list[Token]:
+    """The tokens in order; visual tokens of one medium that touch are one entry."""
+    tokenizer = mixture.encoder.text.tokenizer
+    found: list[Token] = []
+    position = 0
+    while position < len(encoded):
+        medium = encoded.media[position]
+        if medium < 0:
+            number = int(encoded.tokens[position])
+            colour = LEARNED if encoded.answer[position] else GIVEN
+            found.append(Token(position, str(tokenizer.decode([number])), str(number), colour))
+            position += 1
+            continue
+        end = position
+        while end < len(encoded) and encoded.media[end] == medium:
+            end += 1
+        text = f"[{end - position} visual tokens of medium {medium}]"
+        found.append(Token(position, text, "", VISUAL))
+        position = end
+    return found
+
+
+def _draw(
+    path: pathlib.Path,
+    title: str,
+    clips: list[tuple[np.ndarray, np.ndarray]],
+    tokens: list[Token],
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = _wrapped(tokens)
+    heights = [sheet_height(len(frames)) for frames, _ in clips] + [_INCH * len(lines) + 0.3]
+    figure = pyplot.figure(figsize=(11, sum(heights) + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+    for part, (frames, times) in zip(parts, clips, strict=False):
+        draw_frames(part, frames, times)
+    axis = parts[-1].subplots()
+    axis.set(xlim=(0, _COLUMNS), ylim=(len(lines), 0))
+    axis.axis("off")
+    for row, line in enumerate(lines):
+        for column, text, colour in line:
+            axis.text(
+                column, row + 0.5, text.replace("$", r"\$"), family="monospace", fontsize=7, va="center",
+                bbox={"facecolor": colour, "edgecolor": "white", "pad": 1.0, "linewidth": 0.5},
+            )  # fmt: skip
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _wrapped(tokens: list[Token]) -> list[list[tuple[int, str, str]]]:
+    """Tokens in lines of (column, text, colour); what does not fit the picture is left out."""
+    lines: list[list[tuple[int, str, str]]] = [[]]
+    column = 0
+    for token in tokens:
+        text = token.text.replace("\n", "\\n").replace("\t", "\\t")
+        if column and column + len(text) > _COLUMNS:
+            lines.append([])
+            column = 0
+        if len(lines) > _LINES:
+            lines[-1] = [(0, f"... from position {token.position} on: see the text", GIVEN)]
+            return lines
+        lines[-1].append((column, text, token.colour))
+        column += len(text)
+    return lines

@@ -1,0 +1,131 @@
+"""LLaVA JSON (one list) and JSON lines: the file is memory-mapped, records are parsed when read."""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from storm_jax.config import SourceConfig
+from storm_jax.data.cache import cached_arrays, file_stamp
+from storm_jax.data.records import parse_record
+from storm_jax.data.sample import DataError, Sample, SampleError
+
+_CHUNK = 2**26
+_MARK = b"\xef\xbb\xbf"  # byte order
+_SMALL = 2**24  # bytes that are searched in less time than an index is kept
+
+
+class JsonFile:
+    """The records of one file; where each begins is found once and kept in `index_folder`."""
+
+    def __init__(self, config: SourceConfig, index_folder: pathlib.Path):
+        self.name = config.name
+        self.path = pathlib.Path(config.path)
+        self.stamp = file_stamp([self.path])
+        self._root = pathlib.Path(config.media_root or self.path.parent)
+        if self.path.stat().st_size < _SMALL:
+            self._spans = find_records(self.path)
+        else:
+            make = lambda: {"spans": find_records(self.path)}  # noqa: E731
+            self._spans = cached_arrays(index_folder, "records", self.stamp, make)["spans"]
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def record(self, index: int) -> Any:
+        """The parsed JSON of one record."""
+        offset, size, _ = self._spans[index].tolist()
+        try:
+            return json.loads(self._bytes[offset : offset + size])
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise SampleError(str(index), "malformed", f"it is not JSON: {error}") from None
+
+    def sample(self, index: int) -> Sample:
+        return parse_record(self.record(index), self._root, index)
+
+    def where(self, index: int) -> str:
+        return f"{self.path} line {self._spans[index, 2]}, record {index}"
+
+    @functools.cached_property
+    def _bytes(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def find_records(path: pathlib.Path) -> np.ndarray:
+    """Offset, size (bytes) and line of each record, int64 [M, 3].
+
+    Raises:
+      DataError: when the file is empty, cannot be read, or is a list that is not JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_CHUNK).removeprefix(_MARK).lstrip()[:1]
+        spans = _find_items(path) if start == b"[" else _find_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if start not in (b"[", b"{"):
+        raise DataError(f"{path} is not JSON: it begins with {start!r}, not with '[' or '{{'")
+    if not len(spans):
+        raise DataError(f"{path} holds no sample")
+    return spans
+
+
+def _find_lines(path: pathlib.Path) -> np.ndarray:
+    """Records on lines of their own; blank lines are none."""
+    newlines, offset = [], 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + offset)
+            offset += len(chunk)
+    ends = np.concatenate([*newlines, [offset]])
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    spans = np.stack([starts, ends - starts, np.arange(1, len(ends) + 1)], axis=1)
+    short = np.flatnonzero(spans[:, 1] <= 2)  # a blank line, or "\r"
+    with path.open("rb") as file:
+        blank = [i for i in short.tolist() if not _read(file, *spans[i, :2].tolist()).strip()]
+    return np.delete(spans, blank, axis=0)
+
+
+def _read(file: Any, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _find_items(path: pathlib.Path) -> np.ndarray:
+    """Records of one list; the file is read whole, once."""
+    data = path.read_bytes()
+    text = data.removeprefix(_MARK).decode()
+    decoder = json.JSONDecoder()
+    spans: list[tuple[int, int, int]] = []
+    position, offset, line = text.index("[") + 1, len(data) - len(data.removeprefix(_MARK)), 1
+    seen = 0  # characters that `offset` and `line` are counted up to
+    expects = True
+    try:
+        while True:
+            while text[position] in " \t\r\n":
+                position += 1
+            if text[position] == "]" and not (expects and spans):
+                break
+            if not expects:
+                if text[position] != ",":
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+                position, expects = position + 1, True
+                continue
+            _, end = decoder.raw_decode(text, position)
+            offset += len(text[seen:position].encode())
+            line += text.count("\n", seen, position)
+            size = len(text[position:end].encode())
+            spans.append((offset, size, line))
+            line += text.count("\n", position, end)
+            offset, seen, position, expects = offset + size, end, end, False
+    except (json.JSONDecodeError, IndexError, RecursionError) as error:
+        where = text.count("\n", 0, position) + 1
+        told = "it ends before its list does" if isinstance(error, IndexError) else error
+        raise DataError(f"{path} line {where} is not JSON: {told}") from None
+    return np.array(spans, np.int64).reshape(-1, 3)

@@ -1,0 +1,103 @@
+"""Hugging Face parquet folders: columns are the fields of a record, media their `{bytes, path}`.
+
+Text is read when a sample is parsed, bytes of media only where they are decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from storm_jax.config import SourceConfig
+from storm_jax.data.cache import file_stamp
+from storm_jax.data.records import parse_record
+from storm_jax.data.sample import DataError, Sample, SampleError
+
+_BYTES = "bytes"
+
+
+class ParquetFolder:
+    """The rows of all files of a folder, in the order of their names."""
+
+    def __init__(self, config: SourceConfig, files: Sequence[pathlib.Path]):
+        self.name, self.files = config.name, list(files)
+        self.stamp = file_stamp(self.files)
+        self._root = pathlib.Path(config.media_root or config.path)
+        self._problems: dict[str, str] = {}
+        self._groups = [group for file in self.files for group in self._groups_of(file)]
+        self._ends = np.cumsum([rows for _, _, rows in self._groups], dtype=np.int64)
+        if not len(self):
+            raise DataError(f"{config.path} holds no sample")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _groups_of(self, file: pathlib.Path) -> list[tuple[str, int, int]]:
+        """(file, row group, rows); a file that cannot be read counts as one bad sample."""
+        try:
+            metadata = _open(str(file)).metadata
+        except (OSError, ValueError) as error:
+            self._problems[str(file)] = str(error)
+            return [(str(file), 0, 1)]
+        groups = range(metadata.num_row_groups)
+        return [(str(file), group, metadata.row_group(group).num_rows) for group in groups]
+
+    def sample(self, index: int) -> Sample:
+        file, group, row = self._find(index)
+        if file in self._problems:
+            raise SampleError(file, "malformed", f"it is no parquet file: {self._problems[file]}")
+        record = dict(_text_rows(file, group)[row])
+        for column, is_list in _media_columns(file).items():
+            if record.get(column) is None:
+                continue
+            cells = record[column] if is_list else [record[column]]
+            record[column] = [
+                {**(cell or {}), _BYTES: functools.partial(read_cell, file, group, row, column, i)}
+                for i, cell in enumerate(cells)
+            ]
+        return parse_record(record, self._root, index)
+
+    def where(self, index: int) -> str:
+        file, group, row = self._find(index)
+        return f"{file} row {row} of group {group}"
+
+    def _find(self, index: int) -> tuple[str, int, int]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        file, group, rows = self._groups[which]
+        return file, group, int(index - self._ends[which] + rows)
+
+
+def read_cell(file: str, group: int, row: int, column: str, item: int) -> bytes | None:
+    """The bytes of one medium; None where the file only names it."""
+    cell = _media_cells(file, group, column)[row].as_py()
+    return (cell[item] if isinstance(cell, list) else cell)[_BYTES]
+
+
+@functools.lru_cache(64)
+def _open(file: str) -> pq.ParquetFile:
+    return pq.ParquetFile(file, memory_map=True)
+
+
+@functools.lru_cache(64)
+def _media_columns(file: str) -> dict[str, bool]:
+    """Columns that hold media, and whether a cell is a list of them."""
+    leaves = [_open(file).schema.column(i).path.split(".") for i in range(len(_open(file).schema))]
+    return {leaf[0]: len(leaf) > 2 for leaf in leaves if leaf[-1] == _BYTES and len(leaf) > 1}
+
+
+@functools.lru_cache(4)
+def _text_rows(file: str, group: int) -> list[dict[str, Any]]:
+    schema = _open(file).schema
+    paths = [schema.column(i).path for i in range(len(schema))]
+    text = [path for path in paths if not path.endswith(f".{_BYTES}")]
+    return _open(file).read_row_group(group, columns=text).to_pylist()
+
+
+@functools.lru_cache(4)
+def _media_cells(file: str, group: int, column: str) -> Any:
+    return _open(file).read_row_group(group, columns=[column]).column(0)

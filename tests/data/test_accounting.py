@@ -1,0 +1,85 @@
+"""Protects the books: what was read is what was used and what was skipped, also after a restart."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from storm_jax.data.accounting import Accounting, Outcome, check_skips
+from storm_jax.data.sample import DataError, Skip
+
+
+def skip(cause: str = "missing", source: str = "a") -> Skip:
+    return Skip(source, "x", "a.json line 3", cause, "it is gone", "a.mp4")
+
+
+OUTCOMES = [
+    Outcome("a", "1", None, tokens=10, frames=2, is_cut=True, damaged=1, seconds=0.5),
+    Outcome("a", "2", skip(), seconds=0.25),
+    Outcome("b", "3", None, tokens=7),
+    Outcome("a", "4", skip("timeout"), seconds=1.0),
+    Outcome("a", "5", skip(), seconds=0.0),
+]
+
+
+def test_totals_add_up():
+    books = Accounting(["a", "b", "c"])
+    books.add(OUTCOMES)
+    a, b, c = (books.totals[name] for name in "abc")
+    assert (a.read, a.used, a.cut, a.damaged, a.tokens, a.frames, a.seconds) == (
+        4,
+        1,
+        1,
+        1,
+        10,
+        2,
+        1.75,
+    )
+    assert dict(a.skipped) == {"missing": 2, "timeout": 1}
+    assert (b.read, b.used, b.tokens) == (1, 1, 7) and c.read == 0
+    for totals in (a, b, c):
+        assert totals.read == totals.used + sum(totals.skipped.values())
+
+
+def test_books_go_on_where_they_were_saved():
+    whole, half = Accounting(["a", "b"]), Accounting(["a", "b"])
+    whole.add(OUTCOMES)
+    half.add(OUTCOMES[:2])
+    resumed = Accounting(["a", "b"], json.loads(json.dumps(half.state())))
+    resumed.add(OUTCOMES[2:])
+    assert resumed.state() == whole.state()
+    assert resumed.metrics()["data/a/skipped/missing"] == 2
+    assert resumed.metrics()["data/b/tokens"] == 7
+
+
+def test_table_has_a_line_for_every_source_with_its_causes():
+    books = Accounting(["a", "long name"])
+    books.add(OUTCOMES[:2])
+    head, first, second = books.table().splitlines()
+    assert head.split()[:4] == ["source", "read", "used", "skipped"]
+    assert first.split()[:4] == ["a", "2", "1", "1"] and first.endswith("1 missing")
+    assert second.startswith("long name")
+
+
+@pytest.mark.parametrize(
+    ("skipped", "used", "fraction", "fails"),
+    [(20, 180, 0.1, False), (21, 179, 0.1, True), (1, 199, 0.0, True), (200, 0, 1.0, False)],
+)
+def test_one_bad_source_of_many_stops_a_run(skipped: int, used: int, fraction: float, fails: bool):
+    books = Accounting(["a", "b"])
+    books.add([Outcome("a", "x", skip())] * skipped + [Outcome("a", "y", None)] * used)
+    books.add([Outcome("b", "z", None)] * 10_000)
+    found = [skip()] * skipped
+    if not fails:
+        books.check(fraction, "training met")
+        check_skips(found, skipped + used, fraction, "a.json has")
+        return
+    with pytest.raises(
+        DataError, match=rf"training met {skipped} unusable .* 'a' \({skipped} missing"
+    ):
+        books.check(fraction, "training met")
+    with pytest.raises(
+        DataError, match=rf"has {skipped} unusable samples of 200 .* line 3: it is gone"
+    ):
+        check_skips(found, skipped + used, fraction, "a.json has")

@@ -1,0 +1,65 @@
+"""Protects kept arrays: whole or not there, whoever writes them at once, whatever was left behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import pathlib
+
+import numpy as np
+import pytest
+
+from storm_jax.data.cache import cached_arrays, file_stamp
+from storm_jax.data.sample import DataError
+
+
+def arrays(size: int = 1000) -> dict[str, np.ndarray]:
+    return {f"a{i}": np.full(size, i) for i in range(5)}
+
+
+def make_and_sum(folder: str, key: str) -> int:
+    found = cached_arrays(pathlib.Path(folder), "some", key, lambda: arrays(100_000))
+    return sum(int(array.sum()) for array in found.values())
+
+
+def test_made_once_and_mapped_afterwards(tmp_path: pathlib.Path):
+    cached_arrays(tmp_path / "new/index", "some", "key", arrays)
+    again = cached_arrays(tmp_path / "new/index", "some", "key", lambda: pytest.fail("made again"))
+    assert isinstance(again["a3"], np.memmap) and (again["a3"] == 3).all()
+    other = cached_arrays(tmp_path / "new/index", "some", "other key", lambda: arrays(3))
+    assert len(other["a0"]) == 3
+
+
+def test_processes_that_write_at_once_all_read_the_whole(tmp_path: pathlib.Path):
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(4, mp_context=context) as pool:
+        for round_number in range(5):
+            calls = [
+                pool.submit(make_and_sum, str(tmp_path), f"key {round_number}") for _ in range(8)
+            ]
+            assert {call.result() for call in calls} == {1_000_000}
+    assert len(list(tmp_path.iterdir())) == 5  # nothing else is left
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path: pathlib.Path):
+    cached_arrays(tmp_path, "some", "key", arrays)
+    (folder,) = tmp_path.iterdir()
+    (folder / "a1.npy").write_bytes((folder / "a1.npy").read_bytes()[:50])
+    assert (cached_arrays(tmp_path, "some", "key", arrays)["a1"] == 1).all()
+
+
+def test_a_folder_that_cannot_be_written_says_what_to_set(tmp_path: pathlib.Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"set data.index_dir"):
+        cached_arrays(tmp_path / "file", "some", "key", arrays)
+
+
+def test_stamp_changes_when_a_file_does(tmp_path: pathlib.Path):
+    path = tmp_path / "a"
+    path.write_text("1")
+    before = file_stamp([path])
+    assert file_stamp([path]) == before
+    path.write_text("12")
+    after = file_stamp([path])
+    path.rename(tmp_path / "b")
+    assert len({before, after, file_stamp([tmp_path / "b"])}) == 3

@@ -1,0 +1,93 @@
+"""Protects what stands for a medium: as many slots as the model gives tokens, times that are told, and
+lengths that are planned before they are known."""
+
+from __future__ import annotations
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from storm_jax.compression import plan_clip
+from storm_jax.config import CompressionConfig, FramesConfig
+from storm_jax.data.conversation import ConversationEncoder
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.sample import Media, Sample, Turn
+
+
+def sample(text: str = "<video>\nWhy?", *kinds: str, answer: str = "So.") -> Sample:
+    media = tuple(Media(kind, f"{i}.mp4") for i, kind in enumerate(kinds or ("video",)))
+    return Sample("a", (Turn("user", text), Turn("assistant", answer)), media, {})
+
+
+def encoder(tokenizer, style: str, compression: CompressionConfig, side: int = 2) -> SampleEncoder:
+    text = ConversationEncoder(tokenizer, "")
+    return SampleEncoder(text, side, compression, FramesConfig(time_text=style))
+
+
+def test_text_per_group_tells_the_time_of_its_first_frame(tokenizer):
+    made = encoder(tokenizer, "per_group", CompressionConfig(8, 2, 1, 2))
+    encoded = made.encode(sample(), [np.arange(8) * 1.5])
+    text = tokenizer.decode(encoded.tokens)
+    # Groups of two frames, and of these every second: those of frames 0 and 4.
+    assert "0.0 s: " in text and "6.0 s: " in text and "3.0 s" not in text
+    slots = np.flatnonzero(encoded.media == 0)
+    assert len(slots) == 8 and (np.diff(slots) > 1).sum() == 1
+    assert "0.0 s: " in tokenizer.decode(encoded.tokens[: slots[0]])
+    assert not encoded.answer[: slots[-1]].any()
+
+
+def test_a_sentence_tells_all_times(tokenizer):
+    made = encoder(tokenizer, "sentence", CompressionConfig(4))
+    text = tokenizer.decode(made.encode(sample(), [np.array([0, 0.5, 1, 70.25])]).tokens)
+    assert "lasts 70.2 s. Its 4 frames are at 0.0, 0.5, 1.0, 70.2 s.\n" in text
+
+
+def test_images_have_no_times(tokenizer):
+    for style in ("none", "sentence", "per_group"):
+        made = encoder(tokenizer, style, CompressionConfig(4))
+        encoded = made.encode(sample("<image>", "image"), [np.zeros(1)])
+        assert " s" not in tokenizer.decode(encoded.tokens)
+        assert (encoded.media == 0).sum() == 4
+
+
+@hypothesis.given(
+    style=st.sampled_from(["none", "sentence", "per_group"]),
+    frames=st.integers(1, 40),
+    pool=st.integers(1, 5),
+    spatial=st.integers(1, 3),
+    every=st.integers(1, 3),
+    seconds=st.floats(0.0, 99_999),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_slots_are_the_models_tokens_and_plans_are_never_too_short(
+    tokenizer, style: str, frames: int, pool: int, spatial: int, every: int, seconds: float
+):
+    compression = CompressionConfig(frames, pool, spatial, every)
+    made = encoder(tokenizer, style, compression, side=3)
+    item = sample("<image>\n<video>\nWhy?", "image", "video")
+    times = [np.zeros(1), np.linspace(0, seconds, frames)]
+    encoded, planned = made.encode(item, times), made.plan(item, [1, frames])
+    assert (encoded.media == 1).sum() == plan_clip(frames, 3, compression).num_tokens
+    assert (encoded.media == 0).sum() == 9
+    assert len(encoded) <= len(planned) and encoded.least <= planned.least
+    if style == "none":
+        np.testing.assert_array_equal(encoded.tokens, planned.tokens)
+
+
+def test_a_cut_answer_has_no_end_marker(tokenizer):
+    made = encoder(tokenizer, "none", CompressionConfig(4))
+    whole = made.encode(sample(answer="so " * 30), [np.zeros(4)])
+    assert whole.answer[-2] and not whole.answer[-1]  # the marker, and the template's line break
+    cut = whole.cut(whole.least + 3)
+    assert len(cut) == whole.least + 3 and cut.answer.sum() == 4
+    np.testing.assert_array_equal(cut.tokens, whole.tokens[: len(cut)])
+    assert tokenizer.eos_token_id not in cut.tokens[cut.answer]
+
+
+@pytest.mark.parametrize("text", ["<video>\nWhy?", "Why? <video>"])
+def test_least_holds_the_media_and_the_start_of_the_answer(tokenizer, text: str):
+    made = encoder(tokenizer, "none", CompressionConfig(4))
+    encoded = made.encode(sample(text), [np.zeros(4)])
+    least = encoded.cut(encoded.least)
+    assert least.answer.sum() == 1 and (least.media == 0).sum() == (encoded.media == 0).sum()

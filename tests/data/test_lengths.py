@@ -1,0 +1,140 @@
+"""Protects the lengths index: it is what the encoder gives, kept, made again when it must be, and the same
+whoever measured it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from media_files import write_numbered
+
+from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
+from storm_jax.data import lengths as lengths_lib
+from storm_jax.data.conversation import ConversationEncoder
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.lengths import read_lengths
+from storm_jax.data.sources import open_source
+from storm_jax.data.workers import WorkerPool
+
+
+@pytest.fixture
+def read(tokenizer):
+    def measure(path: pathlib.Path, system="", fps=0.0, pool=4, count=0, style="none"):
+        config = SourceConfig("some", str(path))
+        frames = FramesConfig(fps=fps, time_text=style)
+        text = ConversationEncoder(tokenizer, system)
+        encoder = SampleEncoder(text, 2, CompressionConfig(8, pool), frames)
+        source = open_source(config)
+        with WorkerPool(count) as workers:
+            return read_lengths(config, source, encoder, "", workers), source, encoder
+
+    return measure
+
+
+def record(name: str, question: str = "Why?", **fields) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "So."}]
+    return {"id": name, "conversations": turns, **fields}
+
+
+def write(folder: pathlib.Path, records: list) -> pathlib.Path:
+    path = folder / "a.jsonl"
+    path.write_text("\n".join(json.dumps(each) for each in records))
+    return path
+
+
+def test_lengths_are_those_of_the_encoded_samples(read, tmp_path: pathlib.Path):
+    records = [
+        record("text"),
+        record("bad", "<image>"),
+        record("image", "<image>", image="a.png"),
+        record("two", "<video><image>", video="a.mp4", image="a.png"),
+        {"id": "worse"},
+    ]
+    found, source, encoder = read(write(tmp_path, records))
+    assert [found.counts_of(i) for i in range(5)] == [[], [], [1], [8, 1], []]
+    for i in (0, 2, 3):
+        sample = source.sample(i)
+        encoded = encoder.encode(sample, [np.zeros(n) for n in found.counts_of(i)])
+        assert (found.tokens[i], found.least[i]) == (len(encoded), encoded.least)
+        assert found.frames[i] == sum(found.counts_of(i))
+    assert found.tokens[[1, 4]].tolist() == [0, 0]
+    assert {i: (skip.sample, skip.cause) for i, skip in found.skips.items()} == {
+        1: ("bad", "placeholder"),
+        4: ("worse", "empty_conversation"),
+    }
+    assert found.skips[4].where == f"{tmp_path}/a.jsonl line 5, record 4"
+
+
+def test_processes_measure_what_one_does(read, tmp_path: pathlib.Path):
+    records = [record(f"{i}", "why " * (i % 7)) for i in range(50)] + [{"id": "bad"}]
+    records *= 50  # three chunks
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    alone, _, _ = read(write(tmp_path / "one", records))
+    shared, _, _ = read(write(tmp_path / "two", records), count=2)
+    for name in ("tokens", "least", "frames", "counts", "ends", "digest"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name))
+    assert list(alone.skips) == list(shared.skips) == list(range(50, 2550, 51))
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({}, False),
+        ({"system": "Be brief."}, True),
+        ({"pool": 2}, True),
+        ({"style": "sentence"}, True),
+        ({"fps": 1.0}, True),
+    ],
+)
+def test_index_is_kept_until_something_that_counts_changes(
+    read, tmp_path: pathlib.Path, monkeypatch, change: dict, again: bool
+):
+    path = write(tmp_path, [record("a"), record("b", "<video>", video="missing.mp4")])
+    read(path)
+    measured = []
+    real = lengths_lib._measure
+    monkeypatch.setattr(lengths_lib, "_measure", lambda *a: measured.append(1) or real(*a))
+    read(path, **change)
+    assert bool(measured) == again
+
+
+def test_index_is_made_again_when_the_source_changes(read, tmp_path: pathlib.Path):
+    records = [record("a"), record("b", "Why is it so?"), record("c")]
+    prints = {}
+    for name, changed in {
+        "same": records,
+        "order": [records[2], records[1], records[0]],
+        "fewer": records[:2],
+        "name": [record("z"), *records[1:]],
+        "length": [record("a", "Why, why, why?"), *records[1:]],
+        "word": [record("a", "How?"), *records[1:]],
+        "edge": [record("aa"), record("", "Why is it so?"), record("c")],
+    }.items():
+        prints[name] = read(write(tmp_path, changed))[0].digest
+    assert len(set(prints.values())) == len(prints)
+    assert read(write(tmp_path, records))[0].digest == prints["same"]
+
+
+def test_frames_at_a_rate_are_counted_from_headers(read, tmp_path: pathlib.Path):
+    write_numbered(tmp_path / "long.mp4", 30)
+    write_numbered(tmp_path / "short.mp4", 10)
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    records = [
+        record(name, "<video>", video={"path": f"{name}.mp4", **bounds})
+        for name, bounds in [("long", {}), ("short", {}), ("long", {"start": 2}), ("bad", {})]
+    ]
+    found, _, _ = read(write(tmp_path, records), fps=2.0)
+    # What cannot be read is found when it is; until then it counts as much as it may.
+    assert found.frames.tolist() == [7, 3, 3, 8]
+    assert not found.skips
+
+
+def test_a_damaged_index_is_made_again(read, tmp_path: pathlib.Path):
+    path = write(tmp_path, [record("a")])
+    before = read(path)[0].tokens.tolist()
+    for array in (tmp_path / "a.jsonl.index").rglob("tokens.npy"):
+        array.write_bytes(array.read_bytes()[:20])
+    assert read(path)[0].tokens.tolist() == before

@@ -1,0 +1,26 @@
+"""Rows for tests that build their samples by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from storm_jax.data.rows import RowSample, RowShape, empty_rows, fill_row
+
+
+def build_rows(
+    samples: Sequence[Sequence[RowSample | None]], pad_id: int, shape: RowShape
+) -> dict[str, np.ndarray]:
+    """A batch with a row of each list of samples."""
+    batch = empty_rows(len(samples), pad_id, shape)
+    for number, members in enumerate(samples):
+        fill_row(batch, number, members, shape)
+    return batch
+
+
+def build_row(
+    samples: Sequence[RowSample | None], pad_id: int, shape: RowShape
+) -> dict[str, np.ndarray]:
+    """One row, without a batch axis."""
+    return {name: array[0] for name, array in build_rows([samples], pad_id, shape).items()}
