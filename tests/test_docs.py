@@ -1,4 +1,4 @@
-"""The documents say what is there: their examples parse, their files and commands exist."""
+"""The documents say what is there: their examples work, their files and commands exist."""
 
 from __future__ import annotations
 
@@ -7,18 +7,50 @@ import pathlib
 import re
 
 import pytest
+from media_files import barcode, write_numbered
+from PIL import Image
 
 from configs import tiny
-from storm_jax.data.records import parse_record
+from storm_jax.config import RunConfig, SourceConfig, from_dict
+from storm_jax.data.conversation import load_tokenizer
+from storm_jax.data.mixture import open_mixture
+from storm_jax.data.pipeline import batches
+from storm_jax.data.plan import EvalPlan
+from storm_jax.data.reader import MediaReader
+from storm_jax.data.workers import WorkerPool
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_examples_of_the_data_guide_are_samples():
+def test_the_examples_of_the_data_guide_train(small_config, shapes_folder, tmp_path):
+    """Each is read as it stands, with media of those names."""
     examples = re.findall(r"```json\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
-    samples = [parse_record(json.loads(text), pathlib.Path(), 0) for text in examples]
-    assert [len(sample.media) for sample in samples] == [1, 1, 0]
+    assert len(examples) == 5
+    (tmp_path / "media/frames").mkdir(parents=True)
+    write_numbered(tmp_path / "media/clip-1.mp4", 20)
+    write_numbered(tmp_path / "media/wave.gif", 10, "gif", pix_fmt="rgb8")
+    for i, name in enumerate(("a.png", "b.png", "photo-7.jpg", "frames/1.png", "frames/2.png")):
+        Image.fromarray(barcode(i)).save(tmp_path / "media" / name)
+    records = [json.loads(text) for text in examples]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    config = small_config(data__rows=[{"tokens": 400, "frames": 64}])
+    tokenizer = load_tokenizer(shapes_folder / "tokenizer")
+    sources = [SourceConfig("examples", str(tmp_path / "train.jsonl"))]
+    mixture = open_mixture(config, sources, tokenizer, WorkerPool(0))
+    reader = MediaReader(WorkerPool(0), 32, config.data.frames)
+    (batch,) = batches(mixture, EvalPlan(mixture, 4), range(1), 4, reader)
+    assert mixture.skips == batch.skips == []
+    assert sorted(batch.sample_ids) == sorted(record["id"] for record in records)
+    assert batch.arrays["frame_clip"].max() >= 4
+
+
+def test_the_mixture_of_the_data_guide_is_a_configuration():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    config = from_dict(RunConfig, names["get_config"]("stage=sft"))
+    assert [source.name for source in config.data.train] == ["talks", "photos", "films"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -35,9 +67,13 @@ def test_links_and_files_exist(document):
 def test_commands_name_scripts_and_flags_that_exist(document):
     config = tiny.get_config("stage=sft")
     files = {f"{name}.py": f"{name}.py" for name in ("train", "eval", "predict")}
-    files["-m storm_jax.weights"] = "storm_jax/weights/__main__.py"
+    files |= {
+        f"-m storm_jax.{name}": f"storm_jax/{name}/__main__.py" for name in ("weights", "data")
+    }
     sources = {name: (ROOT / path).read_text() for name, path in files.items()}
-    commands = re.findall(r"python (\w+\.py|-m storm_jax\.weights)(.*)", document.read_text())
+    commands = re.findall(
+        r"python (\w+\.py|-m storm_jax\.(?:weights|data)(?= ))(.*)", document.read_text()
+    )
     for script, arguments in commands:
         for flag in re.findall(r"--(\w[\w.]*)", arguments):
             if flag.startswith("config."):

@@ -234,7 +234,7 @@ class ConversationEncoder:
         messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]
         if self.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        spans, done = [], ""
+        spans, done, through = [], "", ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -254,9 +254,9 @@ class ConversationEncoder:
             end += len(marker)
             spans += [(before[len(done) :], False), (through[len(before) : end], True)]
             done = through[:end]
-        closed = messages[-1]["role"] == "assistant"
-        rest = render(self.tokenizer, messages, opened=not closed)
-        return [*spans, (rest[len(done) :], False)]
+        if messages[-1]["role"] != "assistant":
+            through = render(self.tokenizer, messages, opened=True)
+        return [*spans, (through[len(done) :], False)]
 
 
 class _Parts:

@@ -101,9 +101,18 @@ class _RowSource:
         number = self._process_index * self._local + offset
         refs = planned.rows[number] if number < len(planned.rows) else []
         shape = self._mixture.shapes[planned.shape]
-        read = [read_sample(self._mixture, ref, self._reader) for ref in refs]
-        fill_row(self._batch(step, shape), offset, [sample for sample, _ in read], shape)
-        return [outcome for _, outcome in read]
+        batch = self._batch(step, shape)
+        samples, outcomes = [], []
+        room = batch["frames"][offset]  # that no sample has filled yet
+        for ref in refs:
+            sample, outcome = read_sample(self._mixture, ref, self._reader, room)
+            room = room[outcome.frames :]
+            samples.append(sample)
+            outcomes.append(outcome)
+        if None in samples:
+            room[:] = 0  # some of its frames may have been read
+        fill_row(batch, offset, samples, shape)
+        return outcomes
 
     def _batch(self, step: int, shape: RowShape) -> dict[str, np.ndarray]:
         pad_id = self._mixture.encoder.text.tokenizer.pad_token_id
@@ -119,18 +128,26 @@ class _RowSource:
 
 
 def read_sample(
-    mixture: Mixture, ref: Ref, reader: MediaReader
+    mixture: Mixture, ref: Ref, reader: MediaReader, room: np.ndarray
 ) -> tuple[RowSample | None, Outcome]:
-    """Parses, reads and encodes one sample; None when it has to be left out."""
+    """Parses, reads and encodes one sample; None when it has to be left out.
+
+    Args:
+      room: uint8 [F, H, W, 3], where its frames belong: they are written there when a process read
+        them.
+    """
     part = mixture.parts[ref.source]
     planned = min(int(part.lengths.tokens[ref.item]), mixture.shapes[-1].tokens)
-    name, seconds = str(ref.item), 0.0
+    name, began = str(ref.item), time.monotonic()
     try:
         sample = mixture.sample(ref)
         name = sample.id
-        began = time.monotonic()
         counts = part.lengths.counts_of(ref.item)
-        clips = [reader.read(m, n) for m, n in zip(sample.media, counts, strict=True)]
+        ends = np.cumsum(counts, dtype=int)
+        clips = [
+            reader.read(medium, count, room[end - count : end])
+            for medium, count, end in zip(sample.media, counts, ends, strict=True)
+        ]
         seconds = time.monotonic() - began
         encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
         is_cut = len(encoded) > planned
@@ -142,7 +159,7 @@ def read_sample(
         where = part.source.where(ref.item)
         file = error.medium.name if isinstance(error, MediaError) else ""
         skip = Skip(part.config.name, name, where, error.cause, str(error), file)
-        return None, Outcome(part.config.name, name, skip, seconds=seconds)
+        return None, Outcome(part.config.name, name, skip, seconds=time.monotonic() - began)
     encoded = encoded.cut(planned)
     outcome = Outcome(
         part.config.name, name, None, len(encoded), sum(counts), is_cut,

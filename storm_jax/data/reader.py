@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import grain
+import numpy as np
 
 from storm_jax.config import FramesConfig
 from storm_jax.data.frames import Clip
@@ -43,8 +44,8 @@ class MediaReader:
             num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0
         )
 
-    def read(self, medium: Media, num_frames: int) -> Clip:
-        """As `read_media`.
+    def read(self, medium: Media, num_frames: int, room: np.ndarray | None = None) -> Clip:
+        """As `read_media`; frames from another process are written into `room` uint8 [F, H, W, 3].
 
         Raises:
           MediaError: also with cause "timeout" or "crashed".
@@ -54,7 +55,7 @@ class MediaReader:
         limit, max_damage = self._config.time_limit, self._config.max_damage
         try:
             return self._pool.call(
-                read_media, medium, num_frames, self._size, max_damage, limit=limit
+                read_media, medium, num_frames, self._size, max_damage, limit=limit, room=room
             )
         except WorkerTimeoutError:
             problem = "timeout", f"not read in data.frames.time_limit={limit:g} s"

@@ -116,7 +116,7 @@ def fill_row(
     batch: dict[str, np.ndarray], number: int, samples: Sequence[RowSample | None], shape: RowShape
 ) -> None:
     """Fills one row of a batch of padding. None is a sample that failed to decode: it leaves nothing
-    behind."""
+    behind. Frames may stand in their place in the batch already."""
     row = {name: array[number] for name, array in batch.items()}
     token, frame, group, clip = 0, 0, 0, 0
     for segment, sample in enumerate(samples, start=1):
@@ -127,7 +127,8 @@ def fill_row(
             plan = plan_clip(len(frames), shape.side, shape.compression)
             clip += 1
             slots = slice(frame, frame + len(frames))
-            row["frames"][slots] = frames
+            if not np.may_share_memory(row["frames"][slots], frames):  # else they are there already
+                row["frames"][slots] = frames
             row["frame_clip"][slots] = clip
             row["frame_group"][slots] = np.where(plan.frame_group < 0, -1, plan.frame_group + group)
             indices.append(

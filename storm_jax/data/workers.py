@@ -23,6 +23,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
 START_LIMIT = 120.0  # seconds
 _PATIENCE = 10.0  # seconds
 
@@ -49,9 +51,20 @@ class WorkerPool:
         for worker in self._workers:
             self._idle.put(worker)
 
-    def call(self, function: Callable, *args: Any, limit: float | None = None) -> Any:
+    def call(
+        self,
+        function: Callable,
+        *args: Any,
+        limit: float | None = None,
+        room: np.ndarray | None = None,
+    ) -> Any:
         """`function(*args)`; function, arguments and result must be picklable, and the function
         importable by name. What it raises is raised here.
+
+        Args:
+          limit: seconds.
+          room: contiguous memory that the first array of the result is written into, and is then a view
+            of, when it has that size and comes from another process.
 
         Raises:
           WorkerTimeoutError: after `limit` seconds.
@@ -64,7 +77,7 @@ class WorkerPool:
             self._idle.put(worker)
             raise WorkerCrashError("the pool is closed")
         try:
-            return worker.call(function, args, limit)
+            return worker.call(function, args, limit, room)
         except RuntimeError as error:
             if self._closed:  # which may have been while the process started
                 raise WorkerCrashError("the pool is closed") from error
@@ -102,7 +115,9 @@ class _Worker:
         self._connection: Connection | None = None
         self._shared: _SharedMemory | None = None
 
-    def call(self, function: Callable, args: tuple, limit: float | None) -> Any:
+    def call(
+        self, function: Callable, args: tuple, limit: float | None, room: np.ndarray | None
+    ) -> Any:
         if self._process is None:
             self._start()
         assert self._connection is not None and self._shared is not None
@@ -122,7 +137,7 @@ class _Worker:
         except BaseException:  # Ctrl-C: its answer would be taken for that of the next call
             self.stop()
             raise
-        result = pickle.loads(payload, buffers=self._shared.read(sizes))
+        result = pickle.loads(payload, buffers=self._shared.read(sizes, room))
         if raised:
             raise result
         return result
@@ -191,14 +206,21 @@ class _SharedMemory:
                 offset += view.nbytes
         return [view.nbytes for view in raw]
 
-    def read(self, sizes: list[int]) -> list[bytearray]:
-        """Copies of buffers of these sizes."""
+    def read(self, sizes: list[int], room: np.ndarray | None) -> list[Any]:
+        """Copies of buffers of these sizes, the first of them in `room` when it has that size."""
         if not sum(sizes):
             return [bytearray() for _ in sizes]
-        copies, offset = [], 0
+        copies: list[Any] = []
+        offset = 0
         with memoryview(self._mapped(sum(sizes))) as view:
             for size in sizes:
-                copies.append(bytearray(view[offset : offset + size]))
+                part = view[offset : offset + size]
+                if room is not None and not copies and size == room.nbytes:
+                    room.reshape(-1).view(np.uint8)[:] = part
+                    copies.append(room)
+                else:
+                    copies.append(bytearray(part))
+                part.release()
                 offset += size
         return copies
 

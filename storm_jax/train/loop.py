@@ -39,6 +39,8 @@ from storm_jax.train.metrics import MetricsWriter, Progress, duration
 from storm_jax.train.state import StateSpec, TrainState
 from storm_jax.train.step import make_eval_step, make_train_step
 
+_SHOWN = 20  # of samples that are found to be unusable at once, those that are shown
+
 Evaluator = Callable[[TrainState], Mapping[str, float]]
 
 
@@ -335,7 +337,7 @@ def _reader(config: RunConfig, pool: WorkerPool, log: _SkipLog) -> MediaReader:
 
 
 class _SkipLog:
-    """Warns of each unusable sample once, and lists it in skipped.jsonl.
+    """Lists each unusable sample once in skipped.jsonl, and warns of it.
 
     `lasting` are the causes of media that hung or crashed a worker, by name: they are not tried again.
     """
@@ -353,8 +355,12 @@ class _SkipLog:
 
     def write(self, skips: Sequence[Skip]) -> None:
         new = [skip for skip in skips if self._remember(skip)]
-        for skip in new:
+        if not new:
+            return
+        for skip in new[:_SHOWN]:
             logging.warning("skipped (%s): %s: %s", skip.cause, skip.where, skip.message)
+        if len(new) > _SHOWN:
+            logging.warning("and %d more: %s", len(new) - _SHOWN, self._path)
         with self._path.open("a") as file:
             file.writelines(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in new)
 

@@ -61,6 +61,16 @@ def test_arrays_come_back_as_they_were_and_stay(pool: WorkerPool, size: int):
     got["a"][:] = 1  # it is the caller's own
 
 
+def test_the_first_array_may_have_its_room(pool: WorkerPool):
+    room = np.zeros((4, 10, 3), np.uint8)
+    got = pool.call(array, 10, 7, room=room[1])
+    assert np.shares_memory(got["a"], room) and (room[1] == 7).all()
+    assert not room[[0, 2, 3]].any()
+    np.testing.assert_array_equal(got["b"][0], np.arange(10))
+    other = pool.call(array, 9, 5, room=room[2])  # of another size
+    assert (other["a"] == 5).all() and not room[2].any()
+
+
 def test_calls_of_many_threads_do_not_mix():
     with WorkerPool(2) as pool, concurrent.futures.ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda i: pool.call(array, 1000 + i, i % 256), range(60)))

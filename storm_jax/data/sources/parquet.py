@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from storm_jax.data.records import parse_record
 from storm_jax.data.sample import DataError, Sample, SampleError
 
 _BYTES = "bytes"
+_READING = threading.Lock()  # a ParquetFile is for one thread at a time
 
 
 class ParquetFolder:
@@ -95,9 +97,11 @@ def _text_rows(file: str, group: int) -> list[dict[str, Any]]:
     schema = _open(file).schema
     paths = [schema.column(i).path for i in range(len(schema))]
     text = [path for path in paths if not path.endswith(f".{_BYTES}")]
-    return _open(file).read_row_group(group, columns=text).to_pylist()
+    with _READING:
+        return _open(file).read_row_group(group, columns=text).to_pylist()
 
 
 @functools.lru_cache(4)
 def _media_cells(file: str, group: int, column: str) -> Any:
-    return _open(file).read_row_group(group, columns=[column]).column(0)
+    with _READING:
+        return _open(file).read_row_group(group, columns=[column]).column(0)
