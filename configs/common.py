@@ -10,8 +10,12 @@ from configs.mixtures import align, long, sft, sources
 from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 
 MIXTURES = {"align": align, "sft": sft, "long": long}
-# Rows of text and images, and rows that hold two videos.
-_ROWS = ({"tokens": 8192, "frames": 16}, {"tokens": 8192, "frames": 64})
+ROWS = {
+    "align": [{"tokens": 8192, "frames": 32}],
+    # Mostly text and some images; many images, or two videos.
+    "sft": [{"tokens": 8192, "frames": 16}, {"tokens": 8192, "frames": 64}],
+    "long": [{"tokens": 16_384, "frames": 128}],
+}
 STAGES = ("align", "sft", "long")
 
 
@@ -46,7 +50,7 @@ def paper_config(model: ModelConfig, stage: str) -> ConfigDict:
             "compression": {"num_frames": frames, "temporal_pool": 4},
             "data": {
                 "train": sources(MIXTURES[stage].SETS),
-                "rows": [{"tokens": 16_384, "frames": 128}] if is_long else _ROWS,
+                "rows": ROWS[stage],
             },
             "optim": {
                 "learning_rate": {

@@ -71,6 +71,12 @@ def test_16_bit_grey_is_scaled_to_8_bits(tmp_path: pathlib.Path):
     assert (got == got[..., :1]).all() and got[-1, -1, 0] == 255
 
 
+def test_an_animation_is_its_first_picture(tmp_path: pathlib.Path):
+    first, second = (Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue"))
+    path = save(first, tmp_path / "a.gif", save_all=True, append_images=[second])
+    assert (read_image(path, SIDE) == (255, 0, 0)).all()
+
+
 @pytest.mark.parametrize(("mode", "colour"), [("1", 1), ("L", 255), ("CMYK", (0, 0, 0, 0))])
 def test_other_modes_become_rgb(tmp_path: pathlib.Path, mode: str, colour):
     image = save(Image.new(mode, (SIDE, SIDE), colour), tmp_path / "a.tiff")
