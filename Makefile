@@ -13,6 +13,7 @@ FAMILIES := shape,place,shape,place,colour,needle,order
 demo: .venv/runtime
 	$(RUN) -m storm_jax.data.shapes --out=data/shapes --clips=10000 --seed=0 --families=$(FAMILIES)
 	$(RUN) -m storm_jax.data.tokenizer --data=data/shapes/train.json --out=data/shapes/tokenizer
+	$(RUN) -m storm_jax.data check --config=configs/tiny.py:stage=sft
 	$(RUN) train.py --config=configs/tiny.py:stage=align --workdir=runs/align
 	$(RUN) train.py --config=configs/tiny.py:stage=sft --workdir=runs/sft --config.init_from=runs/align
 	$(RUN) eval.py --workdir=runs/sft --benchmark=shapes --require=$(FAMILIES)
@@ -36,7 +37,7 @@ evidence: .venv/runtime
 	$(RUN) -m benchmarks.shapes --out=runs/evidence
 
 clean:
-	rm -rf .venv data/shapes runs/align runs/sft
+	rm -rf .venv data/shapes data_report runs/align runs/sft
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "STORM needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

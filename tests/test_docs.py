@@ -89,6 +89,6 @@ def test_make_demo_runs_the_commands_of_the_quickstart():
     recipe = recipe.replace("$(FAMILIES)", re.search(r"FAMILIES := (\S+)", recipe)[1])
     quickstart = (ROOT / "docs/quickstart.md").read_text()
     commands = re.findall(r"^\tpython (.*)$", recipe.split("\ndemo:")[1].split("\n\n")[0], re.M)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         assert command.split(" --require")[0] in quickstart, command
