@@ -79,6 +79,13 @@ def test_calls_of_many_threads_do_not_mix():
         assert result["a"].shape == (1000 + i, 3) and (result["a"] == i % 256).all()
 
 
+def test_a_process_is_replaced_after_many_calls(monkeypatch):
+    monkeypatch.setattr(workers, "CALLS", 3)
+    with WorkerPool(1) as pool:
+        pids = [pool.call(array, 1, 1)["pid"] for _ in range(7)]
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
+
+
 def test_without_processes_calls_run_here():
     assert WorkerPool(0).call(array, 1, 1)["pid"] == os.getpid()
 
