@@ -1,4 +1,4 @@
-"""The benchmark of the scan measures what it says: every method computes the same thing."""
+"""Benchmarks measure what they say: what is compared computes the same thing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import scan, scan_compile
+from benchmarks import data, scan, scan_compile
+from storm_jax.data.media import read_media
+from storm_jax.data.sample import Media
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
 
 
@@ -89,3 +92,13 @@ def test_the_count_of_copies_sees_a_transpose_and_nothing_else():
     assert scan_compile.whole_copies(program(lambda x: x.T.reshape(32, 8, 8)), 64 * 32) == 1
     assert scan_compile.whole_copies(program(lambda x: x.T.reshape(32, 8, 8)), 64 * 32 + 1) == 0
     assert scan_compile.whole_copies(program(lambda x: jnp.tanh(x) + 1), 64 * 32) == 0
+
+
+def test_the_data_pipeline_reads_what_it_is_compared_with(tmp_path):
+    files = data.Files.write(tmp_path, 1, seconds=2.0)
+    for kind, path in (("video", files.videos[0]), ("image", files.images[0])):
+        ours = read_media(Media.file(kind, path), data.FRAMES, data.SIZE, 0.0)
+        np.testing.assert_array_equal(ours.frames, data.decode_plain(str(path)))
+    for kind in data.KINDS:
+        seconds, samples = data.run_ours(files, files.source("image", kind), 0, 4)
+        assert samples >= 4 and seconds > 0
