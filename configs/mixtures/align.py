@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from configs.mixtures import PublicSet
 
-SETS = (
+SETS: tuple[PublicSet, ...] = (
     PublicSet(
         "llava_cc3m",
         "llava_cc3m/chat.json",

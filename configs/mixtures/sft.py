@@ -1,7 +1,8 @@
 """Supervised fine-tuning: the sets of the paper's Table 8, 12.5 million samples of text, images and video.
 
-The table has no sizes and no weights, so every sample comes once an epoch; its entries "Youtube" and
-"etc." cannot be identified and are left out. Where a set has another format than docs/data.md
+The table has no sizes and no weights, so every sample comes once an epoch; its entries "Youtube"
+(it cites LanguageBind, and no part of it) and "etc." cannot be identified and are left out, and
+LRV-Instruction, which it lists twice, is here once. Where a set has another format than docs/data.md
 describes, the path is where its conversion is expected. Sizes are those of the training part where
 the note does not say otherwise.
 """
@@ -13,7 +14,7 @@ from configs.mixtures import PublicSet
 _HUB = "https://huggingface.co/datasets"
 _CONVERT = "its own format: convert to LLaVA JSON lines"
 
-SETS = (
+SETS: tuple[PublicSet, ...] = (
     PublicSet(
         "llava_instruct", "llava_instruct/llava_v1_5_mix665k.json",
         f"{_HUB}/liuhaotian/LLaVA-Instruct-150K", 665_298,
@@ -52,7 +53,7 @@ SETS = (
     ),
     PublicSet(
         "llava_onevision_images", "llava_onevision", f"{_HUB}/lmms-lab/LLaVA-OneVision-Data", None,
-        "parquet, read as it is",
+        "parquet is read as it is; some of its subsets may be archives",
     ),
     PublicSet(
         "ivqa", "ivqa/train.jsonl", "https://antoyang.github.io/just-ask.html", None,
@@ -63,8 +64,8 @@ SETS = (
         158_581, f"clips of MSR-VTT; {_CONVERT}", media_root="msr_vtt",
     ),
     PublicSet(
-        "stem_qa", "stem_qa/train.jsonl", f"{_HUB}/stemdataset/STEM", None,
-        f"the nearest set to the table's name; {_CONVERT}",
+        "stem_qa", "stem_qa/train.jsonl", f"{_HUB}/stemdataset/STEM", 1_073_146,
+        f"all parts; answers of the test part are not released; {_CONVERT}",
     ),
     PublicSet(
         "dvqa", "dvqa/train.jsonl", "https://github.com/kushalkafle/DVQA_dataset", 2_325_316, _CONVERT
@@ -74,8 +75,8 @@ SETS = (
         "synthdog_en", "synthdog_en/train.jsonl", f"{_HUB}/naver-clova-ix/synthdog-en", None, _CONVERT
     ),
     PublicSet(
-        "textocr_gpt4v", "textocr_gpt4v/train.jsonl", f"{_HUB}/jimmycarter/textocr-gpt4v", None,
-        f"about 25,000 captions; images of TextOCR; {_CONVERT}",
+        "textocr_gpt4v", "textocr_gpt4v/llava.jsonl", f"{_HUB}/jimmycarter/textocr-gpt4v", None,
+        f"about 25,000 captions in its train.jsonl; images of TextOCR; {_CONVERT}",
     ),
     PublicSet(
         "mtwi", "mtwi/train.jsonl", "https://tianchi.aliyun.com/competition/entrance/231684/introduction",
@@ -96,7 +97,10 @@ SETS = (
         "chart_qa", "chart_qa/train.jsonl", "https://github.com/vis-nlp/ChartQA", 28_299,
         f"the table says ChatQA and cites ChartQA's authors; {_CONVERT}",
     ),
-    PublicSet("geo170k", "geo170k/train.jsonl", f"{_HUB}/Luckyjhg/Geo170K", None, _CONVERT),
+    PublicSet(
+        "geo170k", "geo170k/train.jsonl", f"{_HUB}/Luckyjhg/Geo170K", 177_457,
+        "in LLaVA's form: join the lists qa_tuning (117,205) and alignment (60,252)",
+    ),
     PublicSet(
         "lrv_instruction", "lrv_instruction/train.jsonl", "https://github.com/FuxiaoLiu/LRV-Instruction",
         None, f"images of Visual Genome; {_CONVERT}",
@@ -109,11 +113,12 @@ SETS = (
     PublicSet("geo_qa", "geo_qa/train.jsonl", "https://github.com/chen-judge/GeoQA", None, _CONVERT),
     PublicSet(
         "kvqa", "kvqa/train.jsonl", "https://malllabiisc.github.io/resources/kvqa/", 183_007,
-        f"all parts; {_CONVERT}",
+        f"all parts; the table cites OK-VQA for it; {_CONVERT}",
     ),
     PublicSet(
-        "cambrian_1375k", "cambrian/train.jsonl", f"{_HUB}/nyu-visionx/Cambrian-10M", 1_375_000,
-        "which 1,375K of it the paper took is not stated",
+        "cambrian_1375k", "cambrian/train.jsonl", f"{_HUB}/nyu-visionx/Cambrian-10M", None,
+        "about 1,375,000: the sources of Cambrian7M_withsystemprompt that VILA's "
+        "data_prepare/sft/preprocess_cambrian.py selects",
     ),
     PublicSet(
         "ai2d", "ai2d/train.jsonl", "https://prior.allenai.org/projects/diagram-understanding", None,
@@ -126,7 +131,8 @@ SETS = (
     ),
     PublicSet(
         "svit", "svit/train.jsonl", f"{_HUB}/BAAI/SVIT", None,
-        f"about 4.2 million; images of Visual Genome; {_CONVERT}",
+        "about 4.2 million, by its authors' count of pairs; its licence must be accepted; "
+        "format/llava-v1.5 is in LLaVA's form; images of Visual Genome",
     ),
     PublicSet(
         "mmc_instruction", "mmc_instruction/train.jsonl", "https://github.com/FuxiaoLiu/MMC", None,
@@ -134,11 +140,11 @@ SETS = (
     ),
     PublicSet(
         "m4_instruct_images", "m4_instruct/images.jsonl", f"{_HUB}/lmms-lab/M4-Instruct-Data", None,
-        "the entries of its annotations that have images",
+        "m4_instruct_annotations.json",
     ),
     PublicSet(
         "m4_instruct_video", "m4_instruct/video.jsonl", f"{_HUB}/lmms-lab/M4-Instruct-Data", None,
-        "the entries of its annotations that have videos",
+        "m4_instruct_video.json; its videos come from LLaVA-Hound",
     ),
     PublicSet(
         "wit", "wit/train.jsonl", "https://github.com/google-research-datasets/wit", None,
