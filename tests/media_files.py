@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import av
 import numpy as np
@@ -24,30 +26,43 @@ def numbers(frames: np.ndarray) -> list[int]:
     return (bits << np.arange(BITS)[::-1]).sum(-1).tolist()
 
 
-def write_numbered(
+def encode(
     path: pathlib.Path,
-    count: int,
+    frames: Iterable[np.ndarray],
     codec: str = "libx264",
     *,
+    size: tuple[int, int],
+    rate: int,
     pix_fmt: str = "yuv420p",
     pts: list[int] | None = None,
-    size: tuple[int, int] = (48, 64),
-    rate: int = 10,
     muxer: dict[str, str] | None = None,
     **options: str,
 ) -> pathlib.Path:
-    """`count` numbered frames at `rate` a second; `pts` in units of a frame."""
-    if codec == "libx265":
-        options = {"x265-params": "log-level=none", **options}
+    """Writes frames uint8 [H, W, 3] with any codec and container; `pts` in units of a frame."""
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt
         stream.options = options
-        for i in range(count):
-            frame = av.VideoFrame.from_ndarray(barcode(i, *size), "rgb24")
-            frame = frame.reformat(format=pix_fmt)
+        for i, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(array, "rgb24").reformat(format=pix_fmt)
             frame.pts = pts[i] if pts else i
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_numbered(
+    path: pathlib.Path,
+    count: int,
+    codec: str = "libx264",
+    *,
+    size: tuple[int, int] = (48, 64),
+    rate: int = 10,
+    **how: Any,
+) -> pathlib.Path:
+    """`count` numbered frames at `rate` a second; `how` as in `encode`."""
+    if codec == "libx265":
+        how = {"x265-params": "log-level=none", **how}
+    frames = (barcode(i, *size) for i in range(count))
+    return encode(path, frames, codec, size=size, rate=rate, **how)

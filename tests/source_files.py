@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import tarfile
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,11 @@ from PIL import Image
 
 def conversation(question: str = "<image>\nWhat?", answer: str = "So.") -> list[dict]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def record(name: str, question: str = "Why?", answer: str = "So.", **fields: Any) -> dict:
+    """A LLaVA record of one exchange."""
+    return {"id": name, "conversations": conversation(question, answer), **fields}
 
 
 def picture(number: int, kind: str = "png") -> bytes:

@@ -90,7 +90,7 @@ class Accounting:
         skipped."""
         for name, totals in self.totals.items():
             skipped = sum(totals.skipped.values())
-            if skipped > max_skip_fraction * max(totals.read, 100):
+            if _too_many(skipped, totals.read, max_skip_fraction):
                 raise DataError(
                     f"{subject} {skipped} unusable samples of {totals.read} in data source {name!r} "
                     f"({_listed(totals.skipped)}), over data.max_skip_fraction={max_skip_fraction}"
@@ -125,12 +125,16 @@ class Accounting:
 
 def check_skips(skips: Sequence[Skip], read: int, max_fraction: float, subject: str) -> None:
     """Raises DataError when more than the fraction (of at least 100 samples) was skipped."""
-    if len(skips) > max_fraction * max(read, 100):
+    if _too_many(len(skips), read, max_fraction):
         causes = Counter(skip.cause for skip in skips)
         raise DataError(
             f"{subject} {len(skips)} unusable samples of {read} ({_listed(causes)}), over "
             f"data.max_skip_fraction={max_fraction}; the first, {skips[0].where}: {skips[0].message}"
         )
+
+
+def _too_many(skipped: int, read: int, max_fraction: float) -> bool:
+    return skipped > max_fraction * max(read, 100)
 
 
 def _listed(causes: Counter[str]) -> str:

@@ -7,24 +7,24 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import transformers
 
 from storm_jax.compression import plan_clip
 from storm_jax.config import RunConfig, SourceConfig
-from storm_jax.data.mixture import Mixture, Part, Ref, open_mixture
+from storm_jax.data.accounting import check_skips
+from storm_jax.data.mixture import Mixture, Part, open_mixture
 from storm_jax.data.plan import TrainPlan
+from storm_jax.data.progress import with_progress
 from storm_jax.data.reader import MediaReader
-from storm_jax.data.sample import DataError, Media, MediaError, Sample, Skip
+from storm_jax.data.sample import DataError, Media, MediaError, Skip
 from storm_jax.data.workers import WorkerPool
 
 _SHOWN = 5  # problems of a source that are printed; the file has all
 _BARS = 40
-_PATIENCE = 5.0  # seconds between lines of progress
 
 
 @dataclasses.dataclass
@@ -57,23 +57,20 @@ def check(
         config, data=dataclasses.replace(config.data, max_skip_fraction=1.0)
     )
     with WorkerPool(config.data.num_workers) as pool:
-        good = []
+        mixture = open_mixture(lenient, [], tokenizer, pool)
         for source in sources:
             try:
-                mixture = open_mixture(lenient, [source], tokenizer, pool)
+                part = mixture.add(source)
             except DataError as error:
                 found.failures.append(str(error))
                 continue
-            good.append(source)
-            _check_source(config, mixture, pool, read_media, found)
-        if good:
-            mixture = open_mixture(lenient, good, tokenizer, pool)
+            _check_source(config, part, pool, read_media, found)
+        out.mkdir(parents=True, exist_ok=True)
+        if mixture.parts:
             print(_lengths_report(mixture))
             print(_packing_report(mixture, config.train.batch_size))
-            out.mkdir(parents=True, exist_ok=True)
             _draw_lengths(mixture, out / "lengths.png")
             print(f"picture: {out}/lengths.png")
-    out.mkdir(parents=True, exist_ok=True)
     with (out / "skipped.jsonl").open("w") as file:
         file.writelines(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in found.skips)
     if found.skips:
@@ -84,70 +81,46 @@ def check(
 
 
 def _check_source(
-    config: RunConfig, mixture: Mixture, pool: WorkerPool, read_media: int, found: Check
+    config: RunConfig, part: Part, pool: WorkerPool, read_media: int, found: Check
 ) -> None:
-    (part,) = mixture.parts
     name, total = part.config.name, len(part.source)
-    skips = [*part.skips, *_media_skips(config, mixture, pool, read_media)]
+    skips = [*part.skips, *_media_skips(config, part, pool, read_media)]
     found.skips += skips
     print(f"{name}: {total:,} samples, {len(part.usable):,} used, {len(skips):,} unusable")
     for cause, count in Counter(skip.cause for skip in skips).most_common():
         print(f"  {count:,} {cause}")
     for skip in skips[:_SHOWN]:
         print(f"    {skip.where}: {skip.message}")
-    limit = config.data.max_skip_fraction
-    if len(skips) > limit * max(total, 100):
-        found.failures.append(
-            f"data source {name!r} has {len(skips)} unusable samples of {total}, over "
-            f"data.max_skip_fraction={limit}"
-        )
+    try:
+        check_skips(skips, total, config.data.max_skip_fraction, f"data source {name!r} has")
+    except DataError as error:
+        found.failures.append(str(error))
 
 
-def _media_skips(
-    config: RunConfig, mixture: Mixture, pool: WorkerPool, read_media: int
-) -> list[Skip]:
+def _media_skips(config: RunConfig, part: Part, pool: WorkerPool, read_media: int) -> list[Skip]:
     """Samples with a medium that is missing, or that cannot be read."""
-    (part,) = mixture.parts
+    name, source = part.config.name, part.source
     reader = MediaReader(pool, config.model.vision.image_size, config.data.frames)
     budget = itertools.count() if read_media < 0 else iter(range(read_media))
 
-    def problem(sample: Sample, counts: Sequence[int], reads: bool) -> MediaError | None:
+    def examine(index: int) -> Skip | None:
+        sample = source.sample(index)
         try:
-            for medium, count in zip(sample.media, counts, strict=True):
-                if reads:
-                    reader.read(medium, count)
-                else:
+            if sample.media and next(budget, None) is not None:
+                reader.read_all(sample.media, part.lengths.counts_of(index))
+            else:
+                for medium in sample.media:
                     _look(medium)
         except MediaError as error:
-            return error
+            where, file = source.where(index), error.medium.name
+            return Skip(name, sample.id, where, error.cause, str(error), file)
         return None
 
-    def examine(index: int) -> Skip | None:
-        sample = mixture.sample(Ref(0, index))
-        reads = bool(sample.media) and next(budget, None) is not None
-        error = problem(sample, part.lengths.counts_of(index), reads)
-        if error is None:
-            return None
-        where = part.source.where(index)
-        return Skip(part.config.name, sample.id, where, error.cause, str(error), error.medium.name)
-
+    line = f"looking at media of {name}: {{done:,}} of {{total:,}}, {{left:.0f}} s left"
     with concurrent.futures.ThreadPoolExecutor(2 * max(1, pool.count)) as threads:
         results = threads.map(examine, part.usable.tolist())
-        return [skip for skip in _with_progress(results, part) if skip is not None]
-
-
-def _with_progress(results: Iterator[Skip | None], part: Part) -> Iterator[Skip | None]:
-    began = shown = time.monotonic()
-    for done, result in enumerate(results, start=1):
-        now = time.monotonic()
-        if now - shown > _PATIENCE:
-            left = (now - began) / done * (len(part.usable) - done)
-            name, total = part.config.name, len(part.usable)
-            print(
-                f"looking at media of {name}: {done:,} of {total:,}, {left:.0f} s left", flush=True
-            )
-            shown = now
-        yield result
+        found = with_progress(results, len(part.usable), line)
+        return [skip for skip in found if skip is not None]
 
 
 def _look(medium: Media) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import transformers
 
 from storm_jax.config import ConfigError, RunConfig
+from storm_jax.data.cache import digest
 from storm_jax.data.sample import PLACEHOLDER, Sample, SampleError, Turn
 
 # What stands for a medium: text, and numbers of slots.
@@ -213,6 +214,12 @@ class ConversationEncoder:
                     f"data.system={self.system!r}: the chat template leaves it out; set data.system "
                     f"to an empty text"
                 )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes with the tokenizer and its template."""
+        tokenizer = self.tokenizer
+        return digest(tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template))
 
     @functools.cached_property
     def end_of_turn(self) -> str | None:

@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,13 +19,13 @@ from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
 from storm_jax.data.cache import cached_arrays, digest
 from storm_jax.data.conversation import DATE, ConversationEncoder, load_tokenizer
 from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.progress import with_progress
 from storm_jax.data.sample import SampleError, Skip
 from storm_jax.data.sources import Source, index_folder, open_source
 from storm_jax.data.workers import WorkerPool
 
 _VERSION = 1
 _CHUNK = 1024  # samples measured in one call
-_PATIENCE = 5.0  # seconds between lines of progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +85,10 @@ def read_lengths(
 
 
 def _key(source: Source, encoder: SampleEncoder) -> str:
-    tokenizer = encoder.text.tokenizer
-    tokens = digest(tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template))
     frames, compression = encoder.frames, encoder.compression
     facts = (
-        _VERSION, source.stamp, tokens, encoder.text.system, DATE, encoder.side, frames.fps,
-        frames.time_text, compression,
+        _VERSION, source.stamp, encoder.text.digest, encoder.text.system, DATE, encoder.side,
+        frames.fps, frames.time_text, compression,
     )  # fmt: skip
     return repr(facts)
 
@@ -108,6 +105,7 @@ def _measure_all(
     pool: WorkerPool,
 ) -> dict[str, np.ndarray]:
     starts = range(0, len(source), _CHUNK)
+    line = f"measuring {config.name}: {{done:,}} of {{total:,}} samples, {{left:.0f}} s left"
     if pool.count and len(starts) > 2:
         job = _Job(
             config, index_dir, str(encoder.text.tokenizer.name_or_path), encoder.text.system,
@@ -115,30 +113,15 @@ def _measure_all(
         )  # fmt: skip
         with concurrent.futures.ThreadPoolExecutor(pool.count) as threads:
             chunks = threads.map(lambda start: pool.call(_measure_chunk, job, start), starts)
-            return _join(_with_progress(chunks, config.name, len(source)))
+            return _join([*with_progress(chunks, len(source), line, size=_CHUNK)])
     measured = (_measure(source, encoder, start) for start in starts)
-    return _join(_with_progress(measured, config.name, len(source)))
-
-
-def _with_progress(chunks: Iterable[_Chunk], name: str, total: int) -> list[_Chunk]:
-    done: list[_Chunk] = []
-    began = shown = time.monotonic()
-    for chunk in chunks:
-        done.append(chunk)
-        now, count = time.monotonic(), min(total, len(done) * _CHUNK)
-        if now - shown > _PATIENCE:
-            left = (now - began) / count * (total - count)
-            print(
-                f"measuring {name}: {count:,} of {total:,} samples, {left:.0f} s left", flush=True
-            )
-            shown = now
-    return done
+    return _join([*with_progress(measured, len(source), line, size=_CHUNK)])
 
 
 def _join(chunks: Sequence[_Chunk]) -> dict[str, np.ndarray]:
     arrays = {name: np.concatenate([chunk[0][name] for chunk in chunks]) for name in chunks[0][0]}
     skips = json.dumps([skip for chunk in chunks for skip in chunk[1]]).encode()
-    whole = hashlib.sha256(b"".join(chunk[2] for chunk in chunks)).hexdigest()[:16]
+    whole = digest(b"".join(chunk[2] for chunk in chunks))
     return {
         **{name: arrays[name] for name in ("tokens", "least", "frames", "counts")},
         "ends": np.cumsum(arrays["media"], dtype=np.int64),

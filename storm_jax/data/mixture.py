@@ -96,28 +96,29 @@ class Mixture:
         pool: WorkerPool,
     ):
         self.encoder, self.shapes, self.seed = encoder, list(shapes), seed
+        self._index_dir, self._max_skip_fraction = index_dir, max_skip_fraction
+        self._pool = pool
         self.parts: list[Part] = []
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
-        for number, config in enumerate(configs):
-            source = open_source(config, index_dir)
-            lengths = read_lengths(config, source, encoder, index_dir, pool)
-            self.parts.append(self._part(number, config, source, lengths, max_skip_fraction))
+        for config in configs:
+            self.add(config)
 
-    def _part(
-        self,
-        number: int,
-        config: SourceConfig,
-        source: Source,
-        lengths: Lengths,
-        max_skip_fraction: float,
-    ) -> Part:
+    def add(self, config: SourceConfig) -> Part:
+        """Opens and measures one more source.
+
+        Raises:
+          DataError: as the mixture does; it stays as it was.
+        """
+        number, index_dir = len(self.parts), self._index_dir
+        source = open_source(config, index_dir)
+        lengths = read_lengths(config, source, self.encoder, index_dir, self._pool)
         largest = self.shapes[-1]
         fits = (lengths.least <= largest.tokens) & (lengths.frames <= largest.frames)
         too_long = np.flatnonzero(~fits)
         skips = [*lengths.skips.values()]
         for index in too_long.tolist():
             skips.append(self._too_long(config, source, lengths, index))
-        check_skips(skips, len(source), max_skip_fraction, f"{config.path} has")
+        check_skips(skips, len(source), self._max_skip_fraction, f"{config.path} has")
         usable = np.flatnonzero(fits & (lengths.tokens > 0))
         if not len(usable):
             raise DataError(
@@ -133,7 +134,8 @@ class Mixture:
             order = np.random.default_rng([self.seed, number]).permutation(usable)
             usable = np.sort(order[:chosen])
         amount = Fraction(str(config.weight or (config.repeat or 1.0) * len(usable)))
-        return Part(config, source, lengths, skips, usable, amount)
+        self.parts.append(Part(config, source, lengths, skips, usable, amount))
+        return self.parts[-1]
 
     def _too_long(self, config: SourceConfig, source: Source, lengths: Lengths, index: int) -> Skip:
         largest = self.shapes[-1]

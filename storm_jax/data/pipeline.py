@@ -137,21 +137,18 @@ def read_sample(
         them.
     """
     part = mixture.parts[ref.source]
-    planned = min(int(part.lengths.tokens[ref.item]), mixture.shapes[-1].tokens)
+    largest = mixture.shapes[-1].tokens
+    planned = min(int(part.lengths.tokens[ref.item]), largest)
     name, began = str(ref.item), time.monotonic()
     try:
         sample = mixture.sample(ref)
         name = sample.id
         counts = part.lengths.counts_of(ref.item)
-        ends = np.cumsum(counts, dtype=int)
-        clips = [
-            reader.read(medium, count, room[end - count : end])
-            for medium, count, end in zip(sample.media, counts, ends, strict=True)
-        ]
+        clips = reader.read_all(sample.media, counts, room)
         seconds = time.monotonic() - began
         encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
         is_cut = len(encoded) > planned
-        if is_cut and planned < mixture.shapes[-1].tokens:
+        if is_cut and planned < largest:
             raise SampleError(
                 name, "too_long", f"{len(encoded)} tokens, where {planned} were planned"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
@@ -43,6 +43,16 @@ class MediaReader:
         return grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0
         )
+
+    def read_all(
+        self, media: Sequence[Media], counts: Sequence[int], room: np.ndarray | None = None
+    ) -> list[Clip]:
+        """Clips of `counts[n]` frames of the n-th medium, one after another in `room` as in `read`."""
+        ends = np.cumsum(counts, dtype=int)
+        return [
+            self.read(medium, count, None if room is None else room[end - count : end])
+            for medium, count, end in zip(media, counts, ends, strict=True)
+        ]
 
     def read(self, medium: Media, num_frames: int, room: np.ndarray | None = None) -> Clip:
         """As `read_media`; frames from another process are written into `room` uint8 [F, H, W, 3].

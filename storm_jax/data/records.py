@@ -20,7 +20,9 @@ _ROLES = {
     "system": "system",
 }  # fmt: skip
 _FIELDS = {"image": ("image", "images"), "video": ("video", "videos")}
-_KNOWN = {"id", "conversations", "messages", "image", "images", "video", "videos"}
+MEDIA_FIELDS = (*_FIELDS["image"], *_FIELDS["video"])
+_KNOWN = {"id", "conversations", "messages", *MEDIA_FIELDS}
+_TIMING = ("start", "end", "fps")
 # A placeholder of the text, and the value of its medium where the content itself has it.
 _Placed = tuple[str, Any]
 
@@ -114,7 +116,7 @@ class _Parser:
             elif kind in _FIELDS:
                 value = part.get(part["type"], part.get("path"))
                 if value is not None:
-                    bounds = {key: part[key] for key in ("start", "end", "fps") if key in part}
+                    bounds = {key: part[key] for key in _TIMING if key in part}
                     value = {**(value if isinstance(value, Mapping) else {"path": value}), **bounds}
                 texts.append(f"<{kind}>")
                 placed.append((kind, value))
@@ -181,7 +183,7 @@ class _Parser:
         return self._timed(dataclasses.replace(member, kind=kind), value)
 
     def _timed(self, medium: Media, value: Mapping[str, Any]) -> Media:
-        timing = {key: value[key] for key in ("start", "end", "fps") if value.get(key) is not None}
+        timing = {key: value[key] for key in _TIMING if value.get(key) is not None}
         for key, number in timing.items():
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise self._error("malformed", f"{key}={_short(number)} must be a number")

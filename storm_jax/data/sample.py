@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -75,12 +74,11 @@ class Media:
             return io.BytesIO(data)
         if self.span is None:
             return str(self.path)
+        assert self.path is not None
         offset, size = self.span
-        descriptor = os.open(str(self.path), os.O_RDONLY)
-        try:
-            return io.BytesIO(os.pread(descriptor, size, offset))
-        finally:
-            os.close(descriptor)
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,8 @@ import json
 import os
 import pathlib
 import sys
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from PIL import Image
 
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
+from storm_jax.data.progress import with_progress
 from storm_jax.data.video import write_video
 
 COLOURS = {
@@ -421,7 +421,9 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
         (folder / "media" / split).mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         made = pool.map(functools.partial(_write_sample, folder, settings), jobs, chunksize=32)
-        for (split, _), record in zip(jobs, _progress(made, len(jobs)), strict=True):
+        line = "rendered {done:,} of {total:,} samples, {left:.0f} s left"
+        shown = with_progress(made, len(jobs), line, every=1.0, tells_end=True)
+        for (split, _), record in zip(jobs, shown, strict=True):
             records[split].append(record)
     for split in SPLITS:
         order = np.random.default_rng([settings.seed, SPLITS.index(split)]).permutation(
@@ -449,17 +451,6 @@ def _write_sample(folder: pathlib.Path, settings: Settings, job: tuple[str, int]
         "family": sample.family,
     }
     return record | ({"options": list(sample.options)} if sample.options else {})
-
-
-def _progress(items: Iterator[Any], total: int) -> Iterator[Any]:
-    began = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - last > 1 or done == total:
-            left = (now - began) / done * (total - done)
-            print(f"rendered {done:,} of {total:,} samples, {left:.0f} s left", flush=True)
-            last = now
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

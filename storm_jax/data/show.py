@@ -36,10 +36,7 @@ def show(mixture: Mixture, ref: Ref, reader: MediaReader, out: pathlib.Path) -> 
     """
     part = mixture.parts[ref.source]
     sample = mixture.sample(ref)
-    clips = [
-        reader.read(medium, count)
-        for medium, count in zip(sample.media, part.lengths.counts_of(ref.item), strict=True)
-    ]
+    clips = reader.read_all(sample.media, part.lengths.counts_of(ref.item))
     encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
     is_cut = len(encoded) > mixture.shapes[-1].tokens
     encoded = encoded.cut(mixture.shapes[-1].tokens)

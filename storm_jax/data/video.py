@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -49,9 +50,14 @@ class _Timeline:
     last: float
     damage: str
 
-    @property
+    @functools.cached_property
     def seconds(self) -> np.ndarray:
         return self.stamps * float(self.base)
+
+    @functools.cached_property
+    def numbers(self) -> dict[int, int]:
+        """Numbers of frames by their timestamps."""
+        return {stamp: number for number, stamp in enumerate(self.stamps.tolist())}
 
 
 def read_video(medium: Media, num_frames: int, image_size: int, max_damage: float = 0.0) -> Clip:
@@ -304,10 +310,9 @@ def _numbered(
     if timeline.numbered:
         yield from enumerate(frames)
         return
-    numbers = {stamp: number for number, stamp in enumerate(timeline.stamps.tolist())}
     for frame in frames:
-        if frame.pts in numbers:
-            yield numbers[frame.pts], frame
+        if frame.pts in timeline.numbers:
+            yield timeline.numbers[frame.pts], frame
 
 
 def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:

@@ -244,9 +244,8 @@ class _SharedMemory:
 
 
 def _anonymous_file() -> int:
-    if hasattr(
-        os, "memfd_create"
-    ):  # not limited by the size of /dev/shm, which is small in containers
+    # Not limited by the size of /dev/shm, which is small in containers.
+    if hasattr(os, "memfd_create"):
         return os.memfd_create("storm-frames")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import time
 from collections.abc import Sequence
 
 from storm_jax.config import CompressionConfig
+from storm_jax.data.progress import with_progress
 from storm_jax.evals.benchmark import Benchmark, Question, wilson_interval
 from storm_jax.evals.contact_sheet import Panel, draw_contact_sheet
 from storm_jax.inference.generate import Sampling
@@ -78,22 +78,15 @@ def evaluate(
     questions = list(benchmark.questions)[:limit]
     predictions: dict[int, Prediction] = {}
     panels = _PanelPicker()
-    began = shown = time.monotonic()
     samples = [question.sample for question in questions]
-    for index, prediction in predictor.predict(
+    answered = predictor.predict(
         samples, compression=compression, sampling=Sampling(), batch_size=batch_size
-    ):
+    )
+    line = "{done:,} of {total:,} questions, {left:.0f} s left"
+    for index, prediction in with_progress(answered, len(questions), line, tells_end=True):
         right = benchmark.is_right(questions[index], prediction.text)
         panels.add(questions[index], prediction, right)
         predictions[index] = dataclasses.replace(prediction, clips=(), times=())
-        now = time.monotonic()
-        if now - shown > 5 or len(predictions) == len(questions):
-            left = (now - began) / len(predictions) * (len(questions) - len(predictions))
-            print(
-                f"{len(predictions):,} of {len(questions):,} questions, {left:.0f} s left",
-                flush=True,
-            )
-            shown = now
     groups = _score(benchmark, questions, predictions, compression)
     report = Report(benchmark.name, predictor.step, compression, groups, folder)
     _write(report, benchmark, questions, predictions)

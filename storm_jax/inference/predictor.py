@@ -187,10 +187,7 @@ class Predictor:
         def prepare(index: int) -> _Prepared | _Failed:
             sample = samples[index]
             try:
-                clips = [
-                    reader.read(medium, count)
-                    for medium, count in zip(sample.media, counts[index], strict=True)
-                ]
+                clips = reader.read_all(sample.media, counts[index])
             except MediaError as error:
                 return _Failed(index, str(error))
             times = tuple(clip.times for clip in clips)

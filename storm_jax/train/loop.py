@@ -128,7 +128,7 @@ class _Loop:
     ):
         config = run.config
         self.run_path, self.spec, self.start = run.path, spec, start
-        self.config, self.data_config = config.train, config.data
+        self.config = config.train
         self.mixture, self.pool, self.checkpointer = mixture, pool, checkpointer
         self.metrics = MetricsWriter(run.path, start, config.train.tensorboard)
         self.progress = Progress(start, config.train.steps, config.train.log_every)
@@ -184,7 +184,7 @@ class _Loop:
     def _count(self, batch: Batch) -> None:
         self.accounting.add(batch.outcomes)
         self.skip_log.write(batch.skips)
-        self.accounting.check(self.data_config.max_skip_fraction, "training met")
+        self.accounting.check(self.spec.config.data.max_skip_fraction, "training met")
 
     def _finish(self, pending: tuple[int, Batch, dict] | None) -> None:
         if pending is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
-import av
+import media_files
 import numpy as np
 import pytest
 import transformers
@@ -31,25 +32,8 @@ def tokenizer(shapes_folder: pathlib.Path) -> transformers.PreTrainedTokenizerBa
 def encode_video():
     """Writes frames with any codec, container and timestamps (in eighths of a second)."""
 
-    def encode(
-        path: pathlib.Path,
-        frames: np.ndarray,
-        codec: str = "libx264",
-        pts: list[int] | None = None,
-        muxer: dict[str, str] | None = None,
-        **options: str,
-    ) -> pathlib.Path:
-        with av.open(str(path), "w", options=muxer or {}) as container:
-            stream = container.add_stream(codec, rate=8)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = options
-            for i, array in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(array, "rgb24")
-                frame.pts = pts[i] if pts else i
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        return path
+    def encode(path: pathlib.Path, frames: np.ndarray, codec: str = "libx264", **how: Any):
+        return media_files.encode(path, frames, codec, size=frames.shape[1:3], rate=8, **how)
 
     return encode
 

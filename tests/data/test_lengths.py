@@ -3,12 +3,12 @@ whoever measured it."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 import numpy as np
 import pytest
 from media_files import write_numbered
+from source_files import record, write_lines
 
 from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
 from storm_jax.data import lengths as lengths_lib
@@ -33,14 +33,9 @@ def read(tokenizer):
     return measure
 
 
-def record(name: str, question: str = "Why?", **fields) -> dict:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "So."}]
-    return {"id": name, "conversations": turns, **fields}
-
-
 def write(folder: pathlib.Path, records: list) -> pathlib.Path:
     path = folder / "a.jsonl"
-    path.write_text("\n".join(json.dumps(each) for each in records))
+    write_lines(path, records)
     return path
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from media_files import barcode, numbers, write_numbered
 from PIL import Image
+from source_files import record
 
 from storm_jax.config import CompressionConfig, FramesConfig
 from storm_jax.data.mixture import Mixture
@@ -64,11 +65,6 @@ def assert_same(got: list[Batch], want: list[Batch]) -> None:
         assert mine.arrays.keys() == other.arrays.keys()
         for name in mine.arrays:
             np.testing.assert_array_equal(mine.arrays[name], other.arrays[name], err_msg=name)
-
-
-def record(name: str, question: str = "Why?", answer: str = "So.", **fields) -> dict:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": name, "conversations": turns, **fields}
 
 
 def write(folder: pathlib.Path, records: list) -> pathlib.Path:

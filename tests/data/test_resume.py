@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from storm_jax.config import to_dict
+
 BATCH, STEPS, KILLED_AT = 4, 12, 5
 
 # Reads steps of a mixture; leaves a digest of every row and the position after every step.
@@ -58,8 +60,6 @@ def start(small_config, shapes_folder: pathlib.Path, write_texts, tmp_path: path
     ]
     rows = [{"tokens": 128, "frames": 4}, {"tokens": 128, "frames": 16}]
     config = small_config(data__train=sources, data__rows=rows)
-    from storm_jax.config import to_dict
-
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
 
     def run(out: str, index: int = 0, count: int = 1, workers: int = 2) -> subprocess.Popen:

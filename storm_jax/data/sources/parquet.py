@@ -27,11 +27,10 @@ class ParquetFolder:
     """The rows of all files of a folder, in the order of their names."""
 
     def __init__(self, config: SourceConfig, files: Sequence[pathlib.Path]):
-        self.name, self.files = config.name, list(files)
-        self.stamp = file_stamp(self.files)
+        self.name, self.stamp = config.name, file_stamp(files)
         self._root = pathlib.Path(config.media_root or config.path)
         self._problems: dict[str, str] = {}
-        self._groups = [group for file in self.files for group in self._groups_of(file)]
+        self._groups = [group for file in files for group in self._groups_of(file)]
         self._ends = np.cumsum([rows for _, _, rows in self._groups], dtype=np.int64)
         if not len(self):
             raise DataError(f"{config.path} holds no sample")
@@ -85,18 +84,22 @@ def _open(file: str) -> pq.ParquetFile:
     return pq.ParquetFile(file, memory_map=True)
 
 
+def _leaves(file: str) -> list[str]:
+    """Dotted paths of the columns that values are stored in."""
+    schema = _open(file).schema
+    return [schema.column(i).path for i in range(len(schema))]
+
+
 @functools.lru_cache(64)
 def _media_columns(file: str) -> dict[str, bool]:
     """Columns that hold media, and whether a cell is a list of them."""
-    leaves = [_open(file).schema.column(i).path.split(".") for i in range(len(_open(file).schema))]
+    leaves = [path.split(".") for path in _leaves(file)]
     return {leaf[0]: len(leaf) > 2 for leaf in leaves if leaf[-1] == _BYTES and len(leaf) > 1}
 
 
 @functools.lru_cache(4)
 def _text_rows(file: str, group: int) -> list[dict[str, Any]]:
-    schema = _open(file).schema
-    paths = [schema.column(i).path for i in range(len(schema))]
-    text = [path for path in paths if not path.endswith(f".{_BYTES}")]
+    text = [path for path in _leaves(file) if not path.endswith(f".{_BYTES}")]
     with _READING:
         return _open(file).read_row_group(group, columns=text).to_pylist()
 

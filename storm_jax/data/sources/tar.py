@@ -16,7 +16,7 @@ import numpy as np
 from storm_jax.config import SourceConfig
 from storm_jax.data.cache import cached_arrays, file_stamp
 from storm_jax.data.image import IMAGE_SUFFIXES
-from storm_jax.data.records import parse_record
+from storm_jax.data.records import MEDIA_FIELDS, parse_record
 from storm_jax.data.sample import DataError, Media, Sample, SampleError
 
 _TEXT_SUFFIXES = (".json", ".txt")
@@ -81,7 +81,7 @@ class TarShards:
 
 def _with_media(record: dict[str, Any], media: dict[str, Media]) -> dict[str, Any]:
     """A record that names no media has all that lie beside it, in the order of their names."""
-    if "messages" in record or any(record.get(f) for f in ("image", "images", "video", "videos")):
+    if "messages" in record or any(record.get(field) for field in MEDIA_FIELDS):
         return record
     for name in sorted(media):
         record.setdefault(media[name].kind, []).append(name)
