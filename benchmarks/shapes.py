@@ -29,7 +29,7 @@ from storm_jax import presets
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, ModelConfig, from_dict
 from storm_jax.data import shapes
-from storm_jax.evals.runner import settings_name
+from storm_jax.evals.settings import EvalSettings
 from storm_jax.params import abstract_model, flatten
 from storm_jax.run import Run, write_atomically
 
@@ -167,13 +167,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy on the test clips, by family."""
     step = Run(workdir).checkpoint_step()
-    report = workdir / "evals" / "shapes" / settings_name(compression, step, None) / "results.json"
+    settings = EvalSettings("test", "trained", compression, max_new_tokens=64)
+    report = workdir / "evals/shapes" / settings.folder_name(step, "trained") / "results.json"
     if not report.exists():
         run_script(
             "eval.py",
             f"--workdir={workdir}",
             "--benchmark=shapes",
-            f"--data={data}",
+            f"--data_root={data}",
             *(f"--{name}={value}" for name, value in dataclasses.asdict(compression).items()),
         )
     groups = json.loads(report.read_text())["groups"]

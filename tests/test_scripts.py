@@ -96,7 +96,7 @@ def test_evaluation_counts_unreadable_media_as_wrong_and_lists_them(
         "eval.py",
         f"--workdir={run}",
         "--benchmark=shapes",
-        f"--data={data}",
+        f"--data_root={data}",
         "--temporal_pool=4",
         "--temporal_sample=2",
         "--batch_size=4",
@@ -108,7 +108,7 @@ def test_evaluation_counts_unreadable_media_as_wrong_and_lists_them(
     results = json.loads((folder / "results.json").read_text())
     order = next(group for group in results["groups"] if group["group"] == "order")
     assert order["total"] == 2
-    assert order["failed"] == 1
+    assert order["unanswered"] == 1
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [record["id"] for record in records]
     failed = [line for line in lines if line["error"]]

@@ -229,7 +229,7 @@ class ConversationEncoder:
         """Tokenises a sample; `media[n]` stands for its n-th medium.
 
         A sample that ends with a question (see `Sample.prompt`) ends with the template's opening of
-        the assistant's turn.
+        the assistant's turn and the sample's own opening of the answer.
         """
         parts = _Parts(self.tokenizer, media)
         for text, is_answer in self._spans(sample):
@@ -262,7 +262,7 @@ class ConversationEncoder:
             spans += [(before[len(done) :], False), (through[len(before) : end], True)]
             done = through[:end]
         if messages[-1]["role"] != "assistant":
-            through = render(self.tokenizer, messages, opened=True)
+            through = render(self.tokenizer, messages, opened=True) + sample.opening
         return [*spans, (through[len(done) :], False)]
 
 

@@ -14,7 +14,7 @@ process and worker. `fill_row` fills one row; the arrays of a batch are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -118,27 +118,58 @@ def fill_row(
     """Fills one row of a batch of padding. None is a sample that failed to decode: it leaves nothing
     behind. Frames may stand in their place in the batch already."""
     row = {name: array[number] for name, array in batch.items()}
-    token, frame, group, clip = 0, 0, 0, 0
+    token, taken = 0, Taken()
     for segment, sample in enumerate(samples, start=1):
         if sample is None:
             continue
-        indices = []
-        for frames in sample.clips:
-            plan = plan_clip(len(frames), shape.side, shape.compression)
-            clip += 1
-            slots = slice(frame, frame + len(frames))
-            if not np.may_share_memory(row["frames"][slots], frames):  # else they are there already
-                row["frames"][slots] = frames
-            row["frame_clip"][slots] = clip
-            row["frame_group"][slots] = np.where(plan.frame_group < 0, -1, plan.frame_group + group)
-            indices.append(
-                visual_index(
-                    plan, group, shape.num_groups, shape.side, shape.compression.spatial_pool
-                )
-            )
-            frame, group = frame + len(frames), group + plan.num_groups
+        indices = place_clips(
+            row, sample.clips, shape.num_groups, shape.side, shape.compression, taken
+        )
         _fill_text(row, sample.encoded, token, segment, indices)
         token += len(sample.encoded)
+
+
+@dataclasses.dataclass
+class Taken:
+    """What clips have taken of a row: frame slots, group slots, clip ids."""
+
+    frames: int = 0
+    groups: int = 0
+    clips: int = 0
+
+
+def place_clips(
+    row: Mapping[str, np.ndarray],
+    clips: Sequence[np.ndarray],
+    num_groups: int,
+    side: int,
+    compression: CompressionConfig,
+    taken: Taken,
+) -> list[np.ndarray]:
+    """Puts clips behind those that a row has, and counts them in `taken`.
+
+    Args:
+      row: its `frames`, `frame_clip` and `frame_group`.
+      num_groups: G, the row's group slots.
+
+    Returns:
+      Per clip, the entries of the row's visual table that are its tokens (`visual_index`).
+    """
+    indices = []
+    for frames in clips:
+        plan = plan_clip(len(frames), side, compression)
+        taken.clips += 1
+        slots = slice(taken.frames, taken.frames + len(frames))
+        if not np.may_share_memory(row["frames"][slots], frames):  # else they are there already
+            row["frames"][slots] = frames
+        row["frame_clip"][slots] = taken.clips
+        row["frame_group"][slots] = np.where(
+            plan.frame_group < 0, -1, plan.frame_group + taken.groups
+        )
+        indices.append(visual_index(plan, taken.groups, num_groups, side, compression.spatial_pool))
+        taken.frames += len(frames)
+        taken.groups += plan.num_groups
+    return indices
 
 
 def _fill_text(

@@ -93,12 +93,14 @@ class Turn:
 class Sample:
     """A conversation about media. The n-th placeholder of its text stands for the n-th of `media`.
 
-    `extra` keeps the record's other fields (a benchmark's family or options)."""
+    `extra` keeps the record's other fields (a benchmark's family or options). Where it ends with a
+    question, the answer to it begins with `opening`."""
 
     id: str
     turns: tuple[Turn, ...]
     media: tuple[Media, ...]
     extra: Mapping[str, Any]
+    opening: str = ""
 
     def prompt(self) -> Sample:
         """The sample up to its last answer, which is left out."""

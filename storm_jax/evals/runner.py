@@ -1,10 +1,12 @@
-"""Runs a benchmark on a predictor and writes the report.
+"""Asks a model the questions of a benchmark and writes the report.
 
-    RUN/evals/BENCHMARK/SETTINGS/predictions.jsonl    one line per question, failures with cause
-    RUN/evals/BENCHMARK/SETTINGS/results.json         accuracy and 95 % interval per group
-    RUN/evals/BENCHMARK/SETTINGS/contact_sheet.png    frames, question and answer of some questions
+    RUN/evals/BENCHMARK/SETTINGS/answers.*.jsonl     replies as they come; a killed run goes on with the rest
+    RUN/evals/BENCHMARK/SETTINGS/predictions.jsonl   one line a question, failures with cause
+    RUN/evals/BENCHMARK/SETTINGS/results.json        scores, counts, settings, versions
+    RUN/evals/BENCHMARK/SETTINGS/contact_sheet.png   frames, question and reply of some questions
 
-A question whose media cannot be read counts as wrong.
+Several processes may share the questions of one folder: each takes every n-th video, and whichever ends
+last writes the report.
 """
 
 from __future__ import annotations
@@ -12,167 +14,232 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
 
 from storm_jax.config import CompressionConfig
 from storm_jax.data.progress import with_progress
-from storm_jax.evals.benchmark import Benchmark, Question, wilson_interval
+from storm_jax.data.sample import MediaError, Sample, SampleError
+from storm_jax.evals.benchmark import Benchmark, Parser, Question, Submitted
 from storm_jax.evals.contact_sheet import Panel, draw_contact_sheet
+from storm_jax.evals.journal import Journal
+from storm_jax.evals.scoring import MISSING, Answer, Row, Scores, parse_rows, score, to_line
+from storm_jax.evals.settings import EvalSettings
 from storm_jax.inference.generate import Sampling
-from storm_jax.inference.predictor import Prediction, Predictor
+from storm_jax.inference.predictor import Prediction
 from storm_jax.run import write_atomically, write_lines
 
+PANELS = 16
 PANELS_PER_GROUP = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupResult:
-    """Accuracy of one group of questions; `low` and `high` bound its 95 % interval."""
+class Model(Protocol):
+    """What answers: a `Predictor`, or whatever has its `predict`."""
 
-    group: str
-    right: int
-    total: int
-    failed: int
-    accuracy: float
-    low: float
-    high: float
-    chance: float
-    ceiling: float | None
+    def predict(
+        self,
+        samples: Sequence[Sample],
+        *,
+        compression: CompressionConfig | None = None,
+        sampling: Sampling | None = None,
+        batch_size: int = 32,
+        choices: Sequence[Sequence[str]] | None = None,
+        ask: Callable[[int, Sequence[np.ndarray]], Sample] | None = None,
+        with_clips: Collection[int] = (),
+    ) -> Iterator[tuple[int, Prediction]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one evaluation found and where it was written."""
+    """Scores, and where they and the rest were written."""
 
-    benchmark: str
-    step: int
-    compression: CompressionConfig
-    groups: Sequence[GroupResult]
-    folder: pathlib.Path
-
-    def table(self) -> str:
-        """Accuracy per group, beside chance and ceiling, as text."""
-        lines = [
-            f"{'':<12}{'accuracy':>9}  {'95 % interval':>15}{'chance':>9}{'ceiling':>9}{'n':>7}"
-        ]
-        for result in self.groups:
-            ceiling = "?" if result.ceiling is None else f"{result.ceiling:.1%}"
-            lines.append(
-                f"{result.group:<12}{result.accuracy:>9.1%}  "
-                f"{f'{result.low:.1%} - {result.high:.1%}':>15}"
-                f"{result.chance:>9.1%}{ceiling:>9}{result.total:>7}"
-            )
-        return "\n".join(lines)
+    scores: Scores
+    rows: Sequence[Row]
+    files: Sequence[pathlib.Path]
 
 
 def evaluate(
-    predictor: Predictor,
     benchmark: Benchmark,
-    compression: CompressionConfig,
+    questions: Sequence[Question],
+    settings: EvalSettings,
     folder: pathlib.Path,
+    load_model: Callable[[], Model],
     *,
-    limit: int | None = None,
+    identity: Mapping[str, Any],
+    about: Mapping[str, Any],
+    parser: str = "",
     batch_size: int = 32,
-) -> Report:
-    """Answers the first `limit` questions (all by default) greedily and writes the report."""
-    questions = list(benchmark.questions)[:limit]
-    predictions: dict[int, Prediction] = {}
-    panels = _PanelPicker()
-    samples = [question.sample for question in questions]
-    answered = predictor.predict(
-        samples, compression=compression, sampling=Sampling(), batch_size=batch_size
+    share: tuple[int, int] = (0, 1),
+) -> Report | None:
+    """Asks what has no reply yet in `folder`, and writes the report when all questions have been asked.
+
+    Args:
+      questions: all of the split.
+      load_model: called when there is something to ask.
+      identity: what replies depend on beside `settings`: other values are refused.
+      about: versions and the like, for results.json.
+      parser: the prompt style whose parser is used; "" = that of the prompt.
+      share: which of how many processes this is.
+
+    Returns:
+      None when other processes have not asked all of theirs.
+
+    Raises:
+      RunError: when the folder holds replies of other settings.
+    """
+    asked = list(questions)[: settings.limit]
+    journal = Journal(folder, share)
+    journal.prepare({"benchmark": benchmark.name, **dataclasses.asdict(settings), **identity})
+    _ask(
+        benchmark, _open_questions(asked, journal, share), settings, journal, load_model, batch_size
     )
-    line = "{done:,} of {total:,} questions, {left:.0f} s left"
-    for index, prediction in with_progress(answered, len(questions), line, tells_end=True):
-        right = benchmark.is_right(questions[index], prediction.text)
-        panels.add(questions[index], prediction, right)
-        predictions[index] = dataclasses.replace(prediction, clips=(), times=())
-    groups = _score(benchmark, questions, predictions, compression)
-    report = Report(benchmark.name, predictor.step, compression, groups, folder)
-    _write(report, benchmark, questions, predictions)
-    if panels.panels:
-        draw_contact_sheet(folder / "contact_sheet.png", panels.panels)
-    return report
-
-
-def settings_name(compression: CompressionConfig, step: int, limit: int | None) -> str:
-    """The folder of an evaluation, such as "step600_frames16_k4_p1_s1"."""
-    name = (
-        f"step{step}_frames{compression.num_frames}_k{compression.temporal_pool}"
-        f"_p{compression.spatial_pool}_s{compression.temporal_sample}"
-    )
-    return name if limit is None else f"{name}_limit{limit}"
-
-
-def _score(
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    predictions: dict[int, Prediction],
-    compression: CompressionConfig,
-) -> list[GroupResult]:
-    results = []
-    for group, chance in benchmark.chance.items():
-        members = [i for i, question in enumerate(questions) if question.group == group]
-        if not members:
-            continue
-        right = sum(benchmark.is_right(questions[i], predictions[i].text) for i in members)
-        failed = sum(bool(predictions[i].error) for i in members)
-        low, high = wilson_interval(right, len(members))
-        ceiling = benchmark.ceiling(group, compression)
-        results.append(
-            GroupResult(
-                group, right, len(members), failed, right / len(members), low, high, chance, ceiling
-            )
-        )
-    return results
-
-
-def _write(
-    report: Report,
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    predictions: dict[int, Prediction],
-) -> None:
-    report.folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {
-            "id": question.sample.id,
-            "group": question.group,
-            "question": question.sample.turns[-1].text,
-            "answer": question.answer,
-            "prediction": predictions[i].text,
-            "right": benchmark.is_right(question, predictions[i].text),
-            "error": predictions[i].error,
-        }
-        for i, question in enumerate(questions)
-    ]
-    write_lines(report.folder / "predictions.jsonl", lines)
-    results = {
-        "benchmark": report.benchmark,
-        "step": report.step,
-        "compression": dataclasses.asdict(report.compression),
-        "groups": [dataclasses.asdict(group) for group in report.groups],
+    answers = journal.answers()
+    if any(question.id not in answers for question in asked):
+        return None
+    rows = parse_rows(asked, answers, benchmark.style(parser or settings.prompt_style).parse)
+    scores = score(benchmark, settings.split, rows, len(questions), settings.compression)
+    about = {
+        "benchmark": benchmark.name,
+        **dataclasses.asdict(settings),
+        "parser": parser or settings.prompt_style,
+        **identity,
+        **about,
     }
-    write_atomically(report.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    return Report(
+        scores, rows, write_report(benchmark, settings.split, rows, scores, about, folder)
+    )
 
 
-class _PanelPicker:
-    """The first questions of each group that could be answered."""
+def write_report(
+    benchmark: Benchmark,
+    split: str,
+    rows: Sequence[Row],
+    scores: Scores,
+    about: Mapping[str, Any],
+    folder: pathlib.Path,
+) -> list[pathlib.Path]:
+    """Writes predictions, results and what the authors' scorers read; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "predictions.jsonl", map(to_line, rows))
+    results = {**about, **dataclasses.asdict(scores)}
+    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    files = [folder / "results.json", folder / "predictions.jsonl"]
+    if benchmark.submit:
+        submitted = [Submitted(row.question, row.answer.reply, row.parsed) for row in rows]
+        files += benchmark.submit(split, submitted, folder)
+    sheet = folder / "contact_sheet.png"
+    return [*files, sheet] if sheet.exists() else files
 
-    def __init__(self) -> None:
-        self.panels: list[Panel] = []
 
-    def add(self, question: Question, prediction: Prediction, right: bool) -> None:
-        taken = sum(panel.title == question.group for panel in self.panels)
-        if prediction.clips and taken < PANELS_PER_GROUP:
-            self.panels.append(
-                Panel(
-                    question.group,
-                    prediction.clips[0],
-                    prediction.times[0],
-                    question.sample.turns[-1].text,
-                    question.answer,
-                    prediction.text,
-                    right,
-                )
-            )
+def _open_questions(
+    asked: Sequence[Question], journal: Journal, share: tuple[int, int]
+) -> list[Question]:
+    """Those of this process's videos that have no reply yet; failures are asked again."""
+    videos = {video: i for i, video in enumerate(dict.fromkeys(q.video for q in asked))}
+    index, count = share
+    mine = [question for question in asked if videos[question.video] % count == index]
+    done = {identity for identity, answer in journal.answers().items() if not answer.error}
+    left = [question for question in mine if question.id not in done]
+    if len(left) < len(mine):
+        print(f"{len(mine) - len(left):,} of {len(mine):,} questions are answered already")
+    return left
+
+
+def _ask(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    settings: EvalSettings,
+    journal: Journal,
+    load_model: Callable[[], Model],
+    batch_size: int,
+) -> None:
+    here: list[Question] = []
+    absent: list[Question] = []
+    for question in questions:
+        path = question.media.path
+        (absent if path is not None and not path.exists() else here).append(question)
+    with journal.writing() as writer:
+        for question in absent:
+            error = MediaError(question.media, MISSING, "there is no such file")
+            writer.add(question.id, Answer(error=str(error), cause=MISSING))
+        if not here:
+            return
+        panels = _panels(here)
+        drawn: dict[int, Panel] = {}
+        answered = _predict(load_model(), benchmark, here, settings, batch_size, panels)
+        line = "{done:,} of {total:,} questions, {left:.0f} s left"
+        for index, prediction in with_progress(answered, len(here), line, tells_end=True):
+            writer.add(here[index].id, _answer(prediction))
+            if prediction.clips:
+                parse = benchmark.style(settings.prompt_style).parse
+                drawn[index] = _panel(here[index], prediction, parse)
+    sheet = journal.folder / "contact_sheet.png"
+    if drawn and not sheet.exists():
+        draw_contact_sheet(sheet, [drawn[index] for index in sorted(drawn)])
+
+
+def _predict(
+    model: Model,
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    settings: EvalSettings,
+    batch_size: int,
+    with_clips: Collection[int],
+) -> Iterator[tuple[int, Prediction]]:
+    prompt = benchmark.style(settings.prompt_style).prompt
+
+    def ask(index: int, times: Sequence[np.ndarray]) -> Sample:
+        question, subs = questions[index], None
+        if settings.subtitles and benchmark.subtitles:
+            try:
+                subs = benchmark.subtitles(question, times[0])
+            except OSError as error:
+                raise SampleError(question.id, "subtitles", str(error)) from error
+        return prompt(question, subs).sample(question)
+
+    return model.predict(
+        [Sample(question.id, (), (question.media,), {}) for question in questions],
+        compression=settings.compression,
+        sampling=Sampling(settings.max_new_tokens),
+        batch_size=batch_size,
+        choices=[q.letters for q in questions] if settings.answers == "likelihood" else None,
+        ask=ask,
+        with_clips=with_clips,
+    )
+
+
+def _answer(prediction: Prediction) -> Answer:
+    return Answer(
+        prediction.text,
+        prediction.error,
+        prediction.cause,
+        prediction.visual_tokens,
+        prediction.seconds,
+    )
+
+
+def _panels(questions: Sequence[Question]) -> set[int]:
+    """Indices of the first questions of each group of the first dimension, a few in all."""
+    taken: Counter[str] = Counter()
+    chosen: set[int] = set()
+    for index, question in enumerate(questions):
+        group = next(iter(question.groups.values()), "")
+        if taken[group] < PANELS_PER_GROUP and len(chosen) < PANELS:
+            taken[group] += 1
+            chosen.add(index)
+    return chosen
+
+
+def _panel(question: Question, prediction: Prediction, parse: Parser) -> Panel:
+    return Panel(
+        next(iter(question.groups.values()), question.id),
+        prediction.clips[0],
+        prediction.times[0],
+        f"{question.text}\n{question.listed('({letter}) {option}')}",
+        question.answer or "?",
+        prediction.text,
+        parse(prediction.text, question) == question.answer,
+    )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from storm_jax.models.decoder import Cache
-from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.models.storm import Storm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,18 @@ class Sampling:
 def generate(
     model: Storm,
     batch: dict[str, jax.Array],
+    visual: jax.Array,
     key: jax.Array,
     *,
-    shape: VisualShape,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> jax.Array:
     """Continues each prompt until it ends.
 
     Args:
-      batch: rows of one sample each (see `storm_jax.data.rows`) and `lengths`, int [B], 0 for an
-        empty row, which is not continued.
+      batch: `tokens` and `visual_index`, int [B, S], of rows of one sample each (see
+        `storm_jax.data.rows`), and `lengths`, int [B], 0 for an empty row, which is not continued.
+      visual: [B, V, D], the rows' visual tables (see `Storm.encode`).
       key: of the random draws; unused at temperature 0.
       stop_ids: each ends an answer; the first fills what follows.
 
@@ -57,7 +58,7 @@ def generate(
     """
     lengths = batch["lengths"]
     total = batch["tokens"].shape[1] + sampling.max_new_tokens
-    logits, cache = prefill(model, batch, shape, total)
+    logits, cache = prefill(model, batch, visual, total)
     stops = jnp.array(stop_ids, jnp.int32)
     tokens = jnp.full((len(lengths), sampling.max_new_tokens), stops[0])
     done = lengths == 0
@@ -77,15 +78,23 @@ def generate(
     return jax.lax.while_loop(unfinished, extend, (0, tokens, logits, cache, done))[1]
 
 
+def score_first(
+    model: Storm, batch: dict[str, jax.Array], visual: jax.Array, candidates: tuple[int, ...]
+) -> jax.Array:
+    """Log-probabilities of the `candidates` (token ids) as the first token of each answer, fp32
+    [B, len(candidates)]; `batch` and `visual` as in `generate`."""
+    logits, _ = prefill(model, batch, visual, batch["tokens"].shape[1])
+    return jax.nn.log_softmax(logits, axis=-1)[:, jnp.array(candidates)]
+
+
 def prefill(
-    model: Storm, batch: dict[str, jax.Array], shape: VisualShape, cache_length: int
+    model: Storm, batch: dict[str, jax.Array], visual: jax.Array, cache_length: int
 ) -> tuple[jax.Array, Cache]:
-    """Reads whole prompts.
+    """Reads whole prompts; `batch` and `visual` as in `generate`.
 
     Returns:
       fp32 logits [B, V] of the token after each prompt, and a cache of `cache_length` slots.
     """
-    visual = model.encode(batch["frames"], batch["frame_clip"], batch["frame_group"], shape)
     x = model.merge(batch["tokens"], visual, batch["visual_index"])  # [B, S, D]
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     cache = model.decoder.empty_cache(x.shape[0], cache_length)

@@ -3,7 +3,8 @@
     storm = storm_jax.load("runs/sft")
     storm.answer("clip.mp4", "Which flash came first?")
 
-Samples that need the same shapes are answered together; files are decoded ahead by processes.
+Media are decoded ahead by processes and encoded once for all questions about them; prompts of similar
+length are answered together.
 """
 
 from __future__ import annotations
@@ -11,29 +12,34 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from storm_jax.config import CompressionConfig, MeshConfig
-from storm_jax.data.conversation import ConversationEncoder, stop_ids
+from storm_jax.data.conversation import ConversationEncoder, Encoded, stop_ids
 from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.frames import Clip
 from storm_jax.data.image import IMAGE_SUFFIXES
 from storm_jax.data.reader import MediaReader
-from storm_jax.data.rows import RowSample, RowShape, empty_rows, fill_row
+from storm_jax.data.rows import Taken, place_clips
 from storm_jax.data.sample import PLACEHOLDER, Media, MediaError, Sample, SampleError, Turn
 from storm_jax.data.workers import WorkerPool
-from storm_jax.inference.generate import Sampling, generate
+from storm_jax.inference.generate import Sampling, generate, score_first
+from storm_jax.inference.scenes import Scene, SceneShape, Wave, plan_waves, prompt_slots
 from storm_jax.models.storm import VisualShape
 from storm_jax.params import abstract_model, compute_dtypes, with_sharding
 from storm_jax.run import Run
-from storm_jax.sharding import batch_sharding, make_mesh, param_shardings
+from storm_jax.sharding import batch_sharding, constrain, make_mesh, param_shardings
 
-_SMALLEST_PROMPT = 32
+# Frames that a device encodes at once, and bytes of frames that are decoded ahead.
+_FRAMES_AT_ONCE = 64
+_BYTES_AHEAD = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,32 +48,34 @@ class Prediction:
 
     Attributes:
       text: the answer, empty when it failed.
-      error: what was wrong with the sample, empty when it was answered.
-      clips: per medium, the frames that the model saw, uint8 [T, H, W, 3].
+      error, cause: what was wrong with the sample, and the word that is counted under; empty when it
+        was answered.
+      visual_tokens: how many the decoder read.
+      seconds: of the model's time; what is done for several samples at once is shared among them, and
+        neither compiling nor waiting for media counts.
+      clips: per medium, the frames that the model saw, uint8 [T, H, W, 3], where they were asked for.
       times: per medium, when they are shown, float64 [T] in seconds.
     """
 
     text: str = ""
     error: str = ""
+    cause: str = ""
+    visual_tokens: int = 0
+    seconds: float = 0.0
     clips: tuple[np.ndarray, ...] = ()
     times: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """A sample whose media were read."""
+class _Prompt:
+    """A tokenised question about the scene in slot `slot` of its wave; `index` is its sample's, and
+    `entries` are its media's in the scene's visual table."""
 
     index: int
-    row: RowSample
-    times: tuple[np.ndarray, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Failed:
-    """A sample whose media could not be read."""
-
-    index: int
-    error: str
+    slot: int
+    encoded: Encoded
+    entries: Sequence[np.ndarray]
+    prediction: Prediction
 
 
 class Predictor:
@@ -93,7 +101,7 @@ class Predictor:
         )
         self.step = run.checkpoint_step(step)
         self._params = run.restore_params(target, self.step)
-        self._run_batch = jax.jit(self._run, static_argnames=("shape", "sampling"))
+        self._programs: dict[tuple, Callable] = {}
 
     @property
     def compression(self) -> CompressionConfig:
@@ -135,121 +143,265 @@ class Predictor:
         sampling: Sampling | None = None,
         seed: int = 0,
         batch_size: int = 32,
+        choices: Sequence[Sequence[str]] | None = None,
+        ask: Callable[[int, Sequence[np.ndarray]], Sample] | None = None,
+        with_clips: Collection[int] = (),
     ) -> Iterator[tuple[int, Prediction]]:
         """Answers samples that end with a question, and yields (index, prediction) as they come.
 
         A sample that cannot be used gives a prediction with its error; the others are not touched.
-        """
-        compression = compression or self.compression
-        sampling = sampling or Sampling()
-        encoder = SampleEncoder(
-            self._text, self.config.model.side, compression, self.config.data.frames
-        )
-        counts: dict[int, list[int]] = {}
-        buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, sample in enumerate(samples):
-            counts[index] = encoder.frame_counts(sample)
-            try:
-                planned = encoder.plan(sample, counts[index])
-            except SampleError as error:
-                yield index, Prediction(error=str(error))
-                continue
-            tokens = max(_SMALLEST_PROMPT, _power_of_two(len(planned)))
-            buckets[tokens, _power_of_two(sum(counts[index]))].append(index)
-        for batch_number, (bucket, batch) in enumerate(
-            self._decoded(samples, encoder, counts, buckets, batch_size)
-        ):
-            for item in batch:
-                if isinstance(item, _Failed):
-                    yield item.index, Prediction(error=item.error)
-            readable = [item for item in batch if isinstance(item, _Prepared)]
-            if readable:
-                key = jax.random.fold_in(jax.random.key(seed), batch_number)
-                texts = self._generate(
-                    readable, self._row_shape(*bucket, compression), sampling, key, batch_size
-                )
-                for done, text in zip(readable, texts, strict=True):
-                    clips = tuple(done.row.clips)
-                    yield done.index, Prediction(text, clips=clips, times=done.times)
 
-    def _decoded(
-        self,
-        samples: Sequence[Sample],
-        encoder: SampleEncoder,
-        counts: Mapping[int, Sequence[int]],
-        buckets: Mapping[tuple[int, int], list[int]],
-        batch_size: int,
-    ) -> Iterator[tuple[tuple[int, int], list[_Prepared | _Failed]]]:
-        """Batches of one bucket each, their media read two batches ahead."""
+        Args:
+          batch_size: how many are answered together, and how many media are encoded before.
+          choices: per sample, texts of one token each: the answer is the one that is likeliest to come
+            first, and nothing is generated.
+          ask: `(index, times of the frames of its media) ->` the sample as it is asked, for questions
+            that depend on which frames are seen; its media must be the same.
+          with_clips: indices of samples whose prediction holds the frames.
+
+        Raises:
+          ValueError: when one of `choices` is no single token.
+        """
+        encoder = SampleEncoder(
+            self._text,
+            self.config.model.side,
+            compression or self.compression,
+            self.config.data.frames,
+        )
+        letters = self._single_tokens(choices)
+        ask = ask or (lambda index, times: samples[index])
+        waves = plan_waves(samples, encoder, batch_size)
+        clips = self._read_ahead([scene for wave in waves for scene in wave.scenes], batch_size)
+        for number, wave in enumerate(waves):
+            watch = _Stopwatch()
+            prompts, failed, chunks = self._see(
+                wave, clips, encoder, ask, with_clips, batch_size, watch
+            )
+            yield from failed
+            encoding = watch.seconds / max(1, len(prompts))
+            for start in range(0, len(prompts), batch_size):
+                batch, watch = prompts[start : start + batch_size], _Stopwatch()
+                arrays = self._prompt_arrays(batch, batch_size)
+                if choices is not None:
+                    scores = self._score(arrays, chunks, tuple(letters.values()), watch)
+                    texts = [
+                        max(
+                            choices[prompt.index],
+                            key=dict(zip(letters, row, strict=True)).__getitem__,
+                        )
+                        for prompt, row in zip(batch, scores, strict=False)
+                    ]
+                else:
+                    key = jax.random.fold_in(jax.random.key(seed), number)
+                    key = jax.random.fold_in(key, start)
+                    ids = self._generate(arrays, chunks, key, sampling or Sampling(), watch)
+                    texts = [self._decode(row) for row in ids[: len(batch)]]
+                seconds = encoding + watch.seconds / len(batch)
+                for prompt, text in zip(batch, texts, strict=True):
+                    answered = dataclasses.replace(prompt.prediction, text=text, seconds=seconds)
+                    yield prompt.index, answered
+
+    def _single_tokens(self, choices: Sequence[Sequence[str]] | None) -> dict[str, int]:
+        """The token of each text that occurs in `choices`."""
+        tokens = {}
+        for text in sorted({text for texts in choices or () for text in texts}):
+            ids = self._text.tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) != 1:
+                raise ValueError(
+                    f"the choice {text!r} is {len(ids)} tokens, and only single tokens can be scored: "
+                    f"generate the answers instead"
+                )
+            tokens[text] = ids[0]
+        return tokens
+
+    def _read_ahead(
+        self, scenes: Sequence[Scene], batch_size: int
+    ) -> Iterator[list[Clip] | MediaError]:
+        """The clips of each scene, or why one of them cannot be read."""
+        if not scenes:
+            return iter(())
         size = self.config.model.vision.image_size
         reader = MediaReader(self._pool, size, self.config.data.frames)
 
-        def prepare(index: int) -> _Prepared | _Failed:
-            sample = samples[index]
+        def read(scene: Scene) -> list[Clip] | MediaError:
             try:
-                clips = reader.read_all(sample.media, counts[index])
+                return reader.read_all(scene.media, scene.counts)
             except MediaError as error:
-                return _Failed(index, str(error))
-            times = tuple(clip.times for clip in clips)
-            row = RowSample(encoder.encode(sample, times), [clip.frames for clip in clips])
-            return _Prepared(index, row, times)
+                return error
 
-        order = [index for _, members in sorted(buckets.items()) for index in members]
-        if not order:
-            return
-        options = reader.read_options(2 * batch_size)
-        items = iter(grain.MapDataset.source(order).map(prepare).to_iter_dataset(options))
-        for bucket, members in sorted(buckets.items()):
-            for start in range(0, len(members), batch_size):
-                yield bucket, [next(items) for _ in members[start : start + batch_size]]
+        largest = max(sum(scene.counts) for scene in scenes) * size * size * 3
+        ahead = min(2 * batch_size, _BYTES_AHEAD // max(1, largest))
+        options = reader.read_options(ahead)
+        return iter(grain.MapDataset.source(scenes).map(read).to_iter_dataset(options))
+
+    def _see(
+        self,
+        wave: Wave,
+        clips: Iterator[list[Clip] | MediaError],
+        encoder: SampleEncoder,
+        ask: Callable[[int, Sequence[np.ndarray]], Sample],
+        with_clips: Collection[int],
+        batch_size: int,
+        watch: _Stopwatch,
+    ) -> tuple[list[_Prompt], list[tuple[int, Prediction]], list[jax.Array]]:
+        """Encodes the scenes of a wave.
+
+        Returns:
+          The questions about them, the shortest first; those that failed; and the visual tables of the
+          scenes in chunks [C, V, D], of which every wave has as many, so that programs fit.
+        """
+        prompts: list[_Prompt] = []
+        failed: list[tuple[int, Prediction]] = []
+        chunks: list[jax.Array] = []
+        at_once = self._scenes_at_once(wave.shape, batch_size)
+        for start in range(0, len(wave.scenes), at_once):
+            rows = _empty_frames(at_once, wave.shape.frames, self.config.model.vision.image_size)
+            for slot, scene in enumerate(wave.scenes[start : start + at_once]):
+                seen = next(clips)
+                if isinstance(seen, MediaError):
+                    reason = Prediction(error=str(seen), cause=seen.cause)
+                    failed += [(index, reason) for index in scene.members]
+                    continue
+                entries = place_clips(
+                    {name: array[slot] for name, array in rows.items()},
+                    [clip.frames for clip in seen],
+                    wave.shape.groups,
+                    encoder.side,
+                    encoder.compression,
+                    Taken(),
+                )
+                times = tuple(clip.times for clip in seen)
+                for index in scene.members:
+                    frames = tuple(c.frames for c in seen) if index in with_clips else ()
+                    prediction = Prediction(
+                        visual_tokens=scene.visual_tokens, clips=frames, times=times
+                    )
+                    try:
+                        encoded = encoder.encode(ask(index, times), times)
+                        prompts.append(_Prompt(index, start + slot, encoded, entries, prediction))
+                    except SampleError as error:
+                        failed.append((index, Prediction(error=str(error), cause=error.cause)))
+            chunks.append(self._encode(rows, wave.shape, encoder.compression, watch))
+        chunks += chunks[:1] * (-(-batch_size // at_once) - len(chunks))
+        return sorted(prompts, key=lambda prompt: len(prompt.encoded)), failed, chunks
+
+    def _scenes_at_once(self, shape: SceneShape, batch_size: int) -> int:
+        """How many scenes are encoded together, by all devices."""
+        return min(batch_size, self.mesh.size * max(1, _FRAMES_AT_ONCE // shape.frames))
+
+    def _encode(
+        self,
+        rows: Mapping[str, np.ndarray],
+        shape: SceneShape,
+        compression: CompressionConfig,
+        watch: _Stopwatch,
+    ) -> jax.Array:
+        """Visual tables [C, V, D] of C scenes."""
+        visual = VisualShape(shape.groups, compression.spatial_pool)
+
+        def encode(params: dict, rows: dict[str, jax.Array]) -> jax.Array:
+            model = nnx.merge(self._graphdef, params)
+            table = model.encode(rows["frames"], rows["frame_clip"], rows["frame_group"], visual)
+            return constrain(table, "batch", None, None)
+
+        return self._run(encode, (visual,), (self._put(rows),), watch)
+
+    def _prompt_arrays(self, prompts: Sequence[_Prompt], batch_size: int) -> dict[str, np.ndarray]:
+        """Prompts as rows, which empty ones fill up to `batch_size`: int [B, S], [B, S], [B], [B]."""
+        slots = (batch_size, prompt_slots(max(len(prompt.encoded) for prompt in prompts)))
+        tokens = np.full(slots, self._text.tokenizer.pad_token_id, np.int32)
+        index = np.full(slots, -1, np.int32)
+        lengths, scenes = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
+        for row, prompt in enumerate(prompts):
+            lengths[row], scenes[row] = len(prompt.encoded), prompt.slot
+            tokens[row, : lengths[row]] = prompt.encoded.tokens
+            for medium, entries in enumerate(prompt.entries):
+                index[row, : lengths[row]][prompt.encoded.media == medium] = entries
+        return {"tokens": tokens, "visual_index": index, "lengths": lengths, "scenes": scenes}
 
     def _generate(
         self,
-        items: Sequence[_Prepared],
-        shape: RowShape,
-        sampling: Sampling,
+        arrays: Mapping[str, np.ndarray],
+        chunks: Sequence[jax.Array],
         key: jax.Array,
-        batch_size: int,
-    ) -> list[str]:
-        """The answers to the items of one batch, which empty rows fill up to `batch_size`."""
-        tokenizer = self._text.tokenizer
-        rows = empty_rows(batch_size, tokenizer.pad_token_id, shape)
-        for number, item in enumerate(items):
-            fill_row(rows, number, [item.row], shape)
-        lengths = np.zeros(batch_size, np.int32)
-        lengths[: len(items)] = [len(item.row.encoded) for item in items]
-        arrays = {**rows, "lengths": lengths}
-        arrays = {name: arrays[name] for name in _PROMPT}
-        batch = {
+        sampling: Sampling,
+        watch: _Stopwatch,
+    ) -> np.ndarray:
+        """Generated ids [B, max_new_tokens]."""
+
+        def run(params: dict, batch: dict, chunks: list, key: jax.Array) -> jax.Array:
+            model = nnx.merge(self._graphdef, params)
+            visual = _tables(batch, chunks)
+            return generate(model, batch, visual, key, sampling=sampling, stop_ids=self._stop_ids)
+
+        inputs = (self._put(arrays), list(chunks), key)
+        return np.asarray(self._run(run, (sampling,), inputs, watch))
+
+    def _score(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        chunks: Sequence[jax.Array],
+        candidates: tuple[int, ...],
+        watch: _Stopwatch,
+    ) -> np.ndarray:
+        """Log-probabilities of the candidates as first tokens, [B, len(candidates)]."""
+
+        def run(params: dict, batch: dict, chunks: list) -> jax.Array:
+            model = nnx.merge(self._graphdef, params)
+            return score_first(model, batch, _tables(batch, chunks), candidates)
+
+        inputs = (self._put(arrays), list(chunks))
+        return np.asarray(self._run(run, (candidates,), inputs, watch))
+
+    def _put(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return {
             name: jax.device_put(array, batch_sharding(self.mesh, array))
             for name, array in arrays.items()
         }
-        visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
-        with jax.set_mesh(self.mesh):
-            tokens = self._run_batch(self._params, batch, key, shape=visual, sampling=sampling)
-        answers = [
-            list(itertools.takewhile(lambda token: token not in self._stop_ids, row))
-            for row in tokens.tolist()
-        ]
-        return [
-            str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-            for answer in answers[: len(items)]
-        ]
 
     def _run(
-        self, params: dict, batch: dict, key: jax.Array, *, shape: VisualShape, sampling: Sampling
+        self, function: Callable, static: tuple, inputs: tuple, watch: _Stopwatch
     ) -> jax.Array:
-        model = nnx.merge(self._graphdef, params)
-        return generate(model, batch, key, shape=shape, sampling=sampling, stop_ids=self._stop_ids)
+        """`function(params, *inputs)`, compiled before its time is taken; `static` is what else the
+        program depends on."""
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(inputs))
+        key = (function.__qualname__, static, shapes)
+        with jax.set_mesh(self.mesh):
+            if key not in self._programs:
+                lowered = jax.jit(function).lower(self._params, *inputs)
+                self._programs[key] = lowered.compile()
+            with watch:
+                return jax.block_until_ready(self._programs[key](self._params, *inputs))
 
-    def _row_shape(self, tokens: int, frames: int, compression: CompressionConfig) -> RowShape:
-        model = self.config.model
-        return RowShape(tokens, frames, model.vision.image_size, model.side, compression)
+    def _decode(self, ids: np.ndarray) -> str:
+        answer = itertools.takewhile(lambda token: token not in self._stop_ids, ids.tolist())
+        text = self._text.tokenizer.decode(list(answer), skip_special_tokens=True)
+        return str(text).strip()
 
 
-_PROMPT = ("tokens", "visual_index", "frames", "frame_clip", "frame_group", "lengths")
+class _Stopwatch:
+    """Adds up the time spent inside `with`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
 
 
-def _power_of_two(n: int) -> int:
-    """The smallest that is at least n and at least 1."""
-    return 1 << max(0, n - 1).bit_length()
+def _empty_frames(scenes: int, frames: int, size: int) -> dict[str, np.ndarray]:
+    """Frames of C scenes before they are there: uint8 [C, F, H, W, 3], int [C, F], [C, F]."""
+    return {
+        "frames": np.zeros((scenes, frames, size, size, 3), np.uint8),
+        "frame_clip": np.zeros((scenes, frames), np.int32),
+        "frame_group": np.full((scenes, frames), -1, np.int32),
+    }
+
+
+def _tables(batch: dict[str, jax.Array], chunks: Sequence[jax.Array]) -> jax.Array:
+    """The visual table of each prompt's scene, [B, V, D]."""
+    visual = jnp.concatenate(list(chunks))[batch["scenes"]]
+    return constrain(visual, "batch", None, None)

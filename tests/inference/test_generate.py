@@ -43,6 +43,13 @@ def model(small_model, randomise) -> Storm:
     return randomise(Storm(small_model, rngs=nnx.Rngs(0)))
 
 
+@pytest.fixture
+def visual(model, batch) -> jax.Array:
+    encode = nnx.jit(Storm.encode, static_argnames=("shape",))
+    frames = (batch[name] for name in ("frames", "frame_clip", "frame_group"))
+    return encode(model, *frames, shape=VISUAL)
+
+
 def full_logits(model: Storm, batch: dict, extra: np.ndarray) -> np.ndarray:
     """Logits [B, S + n, V] without a cache, with `extra` [B, n] behind each prompt."""
     rows = np.asarray(batch["tokens"])
@@ -63,11 +70,11 @@ def full_logits(model: Storm, batch: dict, extra: np.ndarray) -> np.ndarray:
     return np.asarray(run(model, tokens, index, positions))
 
 
-def test_cached_logits_equal_uncached_ones(model, batch):
+def test_cached_logits_equal_uncached_ones(model, batch, visual):
     extra = np.random.default_rng(1).integers(1, 500, (3, 5)).astype(np.int32)
     expected = full_logits(model, batch, extra)
     lengths = np.asarray(batch["lengths"])
-    logits, cache = nnx.jit(prefill, static_argnums=(2, 3))(model, batch, VISUAL, 48 + 5)
+    logits, cache = nnx.jit(prefill, static_argnums=3)(model, batch, visual, 48 + 5)
     for step in range(6):
         rows = expected[np.arange(3), lengths - 1 + step]
         np.testing.assert_allclose(logits, rows, atol=2e-4, rtol=1e-4)
@@ -75,11 +82,11 @@ def test_cached_logits_equal_uncached_ones(model, batch):
             logits, cache = nnx.jit(decode_step)(model, extra[:, step], lengths + step, cache)
 
 
-def test_greedy_generation_is_the_argmax_of_uncached_logits(model, batch):
+def test_greedy_generation_is_the_argmax_of_uncached_logits(model, batch, visual):
     sampling = Sampling(max_new_tokens=4)
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
+    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
     tokens = np.asarray(
-        run(model, batch, jax.random.key(0), shape=VISUAL, sampling=sampling, stop_ids=(511,))
+        run(model, batch, visual, jax.random.key(0), sampling=sampling, stop_ids=(511,))
     )
     expected = full_logits(model, batch, tokens)
     lengths = np.asarray(batch["lengths"])
@@ -88,34 +95,38 @@ def test_greedy_generation_is_the_argmax_of_uncached_logits(model, batch):
         np.testing.assert_array_equal(tokens[:, step], best)
 
 
-def test_prompts_of_a_batch_do_not_change_each_other(model, batch):
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
-    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=4), "stop_ids": (511,)}
-    together = run(model, batch, jax.random.key(0), **options)
+def test_prompts_of_a_batch_do_not_change_each_other(model, batch, visual):
+    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
+    options = {"sampling": Sampling(max_new_tokens=4), "stop_ids": (511,)}
+    together = run(model, batch, visual, jax.random.key(0), **options)
     for row in range(3):
         alone = {name: array[row : row + 1] for name, array in batch.items()}
-        tokens = run(model, alone, jax.random.key(0), **options)
+        tokens = run(model, alone, visual[row : row + 1], jax.random.key(0), **options)
         np.testing.assert_array_equal(tokens[0], together[row])
 
 
-def test_generation_ends_each_row_at_its_stop_token(model, batch):
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
-    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=6)}
-    free = np.asarray(run(model, batch, jax.random.key(0), stop_ids=(511,), **options))
+def test_generation_ends_each_row_at_its_stop_token(model, batch, visual):
+    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
+    options = {"sampling": Sampling(max_new_tokens=6)}
+    free = np.asarray(run(model, batch, visual, jax.random.key(0), stop_ids=(511,), **options))
     stop = int(free[0, 2])
-    stopped = np.asarray(run(model, batch, jax.random.key(0), stop_ids=(511, stop), **options))
+    stopped = np.asarray(
+        run(model, batch, visual, jax.random.key(0), stop_ids=(511, stop), **options)
+    )
     first = list(free[0]).index(stop)
     np.testing.assert_array_equal(stopped[0, :first], free[0, :first])
     assert stopped[0, first] == stop
     assert (stopped[0, first + 1 :] == 511).all()  # the first stop token fills
 
 
-def test_an_empty_row_is_not_continued(model, batch):
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
-    options = {"shape": VISUAL, "sampling": Sampling(max_new_tokens=6), "stop_ids": (511,)}
-    whole = np.asarray(run(model, batch, jax.random.key(0), **options))
+def test_an_empty_row_is_not_continued(model, batch, visual):
+    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
+    options = {"sampling": Sampling(max_new_tokens=6), "stop_ids": (511,)}
+    whole = np.asarray(run(model, batch, visual, jax.random.key(0), **options))
     lengths = batch["lengths"].at[1].set(0)
-    tokens = np.asarray(run(model, batch | {"lengths": lengths}, jax.random.key(0), **options))
+    tokens = np.asarray(
+        run(model, batch | {"lengths": lengths}, visual, jax.random.key(0), **options)
+    )
     assert (tokens[1] == 511).all() and (whole[1] != 511).any()
     np.testing.assert_array_equal(tokens[[0, 2]], whole[[0, 2]])
 

@@ -8,7 +8,9 @@ import pytest
 
 import storm_jax
 from storm_jax.config import ConfigError
-from storm_jax.evals import shapes
+from storm_jax.data.reader import MediaReader
+from storm_jax.data.sample import Media, Sample, Turn
+from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.run import Run, RunError
 
 
@@ -17,14 +19,22 @@ def storm(trained_run):
     return storm_jax.load(trained_run)
 
 
+def questions_of(folder) -> list[Sample]:
+    """The test questions of the built-in task as they are asked."""
+    benchmark = BENCHMARKS["shapes"]
+    prompt = benchmark.style("").prompt
+    return [prompt(q, None).sample(q) for q in benchmark.questions(folder, "test")]
+
+
 def test_answers_do_not_depend_on_the_batch(storm, shapes_folder):
-    samples = [question.sample for question in shapes.load(shapes_folder).questions][:6]
-    together = dict(storm.predict(samples, batch_size=4))
+    samples = questions_of(shapes_folder)[:6]
+    together = dict(storm.predict(samples, batch_size=4, with_clips=[2]))
     assert sorted(together) == list(range(6))
     for index, sample in enumerate(samples):
         [(_, alone)] = storm.predict([sample], batch_size=4)
         assert alone.text == together[index].text
-        assert len(alone.clips) == 1
+        assert alone.clips == () and len(together[index].clips) == (index == 2)
+        assert alone.visual_tokens == together[index].visual_tokens > 0
 
 
 def test_compression_changes_without_new_weights(storm, shapes_folder):
@@ -45,6 +55,71 @@ def test_a_placeholder_in_the_question_stands_for_nothing_more(storm, shapes_fol
     video = next((shapes_folder / "media/test").glob("*.mp4"))
     plain = storm.answer(video, "What?")
     assert storm.answer(video, "<video>What?") == storm.answer(video, "<image>What?") == plain
+
+
+def test_media_are_decoded_and_encoded_once_for_all_questions(storm, shapes_folder, monkeypatch):
+    """Nine questions about three videos, one of which is broken: two tables serve six answers."""
+    videos = sorted((shapes_folder / "media/test").glob("*.mp4"))[:2]
+    paths = [*videos, shapes_folder / "nothing.mp4"]
+    samples = [
+        Sample(f"{i}", (Turn("user", f"<video>\nWhat? {i}"),), (Media.file("video", path),), {})
+        for i in range(3)
+        for path in paths
+    ]
+    read, encoded = [], []
+    reads = MediaReader.read
+    monkeypatch.setattr(
+        MediaReader,
+        "read",
+        lambda self, medium, *rest: read.append(medium) or reads(self, medium, *rest),
+    )
+    original = type(storm)._encode
+    monkeypatch.setattr(
+        type(storm),
+        "_encode",
+        lambda self, rows, *rest: (
+            encoded.append(rows["frame_clip"].max(axis=1)) or original(self, rows, *rest)
+        ),
+    )
+    answers = dict(storm.predict(samples, batch_size=4))
+    assert sorted(answers) == list(range(9))
+    assert sorted(medium.path for medium in read) == sorted(paths)
+    assert sum(int((clips > 0).sum()) for clips in encoded) == 2
+    for index, sample in enumerate(samples):
+        failed = sample.media[0].path == paths[2]
+        assert bool(answers[index].error) == failed
+        assert answers[index].cause == ("missing" if failed else "")
+        if not failed:
+            [(_, alone)] = storm.predict([sample], batch_size=4)
+            assert alone.text == answers[index].text
+
+
+def test_the_likeliest_choice_is_the_argmax_among_the_rows_own(storm, shapes_folder):
+    samples = questions_of(shapes_folder)[:4]
+    letters = "ABCDEFGH"
+    order = [next(iter(dict(storm.predict([s], choices=[letters])).values())).text for s in samples]
+    without = [letters.replace(best, "") for best in order]
+    together = dict(storm.predict(samples, choices=[letters] * 4, batch_size=4))
+    assert [together[i].text for i in range(4)] == order
+    second = dict(storm.predict(samples, choices=without, batch_size=4))
+    assert all(second[i].text in without[i] for i in range(4))
+    with pytest.raises(ValueError, match=r"'zebras' is . tokens"):
+        list(storm.predict(samples, choices=[["zebras"]] * 4))
+
+
+def test_a_question_may_depend_on_the_frames_and_open_its_answer(storm, shapes_folder):
+    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    asked = Sample("1", (Turn("user", "<video>\nWhat?"),), (Media.file("video", video),), {})
+    seen = []
+
+    def ask(index, times):
+        seen.append((index, [round(float(t), 3) for t in times[0]]))
+        return dataclasses.replace(asked, opening="Best option: (")
+
+    [(_, prediction)] = storm.predict([asked], ask=ask)
+    assert prediction.error == ""
+    ((index, times),) = seen
+    assert index == 0 and len(times) == 8 and times[0] == 0 and times == sorted(times)
 
 
 def test_no_samples_give_no_answers(storm):

@@ -1,0 +1,127 @@
+"""EgoSchema (arXiv 2308.09126): 5,031 questions about egocentric clips of three minutes; the answers of
+500 are public.
+
+    DIR/questions.json, DIR/subset_answers.json, DIR/good_clips_git/UID.mp4       the authors' layout
+    DIR/MC/test-*.parquet or DIR/Subset/test-*.parquet, DIR/videos/UID.mp4        the hub's
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from storm_jax.data.sample import Media
+from storm_jax.evals import parsing
+from storm_jax.evals.benchmark import (
+    Benchmark,
+    BenchmarkError,
+    Prompt,
+    Question,
+    Split,
+    Style,
+    Submitted,
+    without_placeholders,
+)
+from storm_jax.evals.files import FileFinder, first_match, read_json, read_rows
+from storm_jax.run import write_atomically
+
+LETTERS = "ABCDE"
+_DIRECTLY = "answer with the option's letter from the given choices directly."
+
+
+def load(root: pathlib.Path, split: str) -> list[Question]:
+    videos = FileFinder(root, ("good_clips_git", "videos", "."))
+    questions = []
+    for uid, text, lines, answer in _rows(root, split):
+        questions.append(
+            Question(
+                uid,
+                uid,
+                Media.file("video", videos.find(uid) or videos.path(f"{uid}.mp4")),
+                without_placeholders(text),
+                tuple(line.partition(". ")[2] for line in lines),
+                answer,
+                {},
+                {"lines": lines},
+            )
+        )
+    return questions
+
+
+def _rows(root: pathlib.Path, split: str) -> list[tuple[str, str, tuple[str, ...], str | None]]:
+    """Id, question, options with letters, and the letter of the answer where it is public."""
+    patterns = {"subset": ("Subset/*.parquet",), "full": ("MC/*.parquet",)}[split]
+    if (root / "questions.json").exists() or first_match(root, patterns) is None:
+        return _authors_rows(root, split, patterns)
+    rows = []
+    for row in read_rows(root, patterns, "EgoSchema"):
+        answer = row.get("answer")
+        letter = None if answer in (None, "") else LETTERS[int(answer)]
+        lines = tuple(without_placeholders(line) for line in row["option"])
+        rows.append((str(row["video_idx"]), row["question"], lines, letter))
+    return rows
+
+
+def _authors_rows(
+    root: pathlib.Path, split: str, patterns: Sequence[str]
+) -> list[tuple[str, str, tuple[str, ...], str | None]]:
+    records = read_rows(root, ("questions.json", *patterns), "EgoSchema")
+    key: dict[str, Any] = {}
+    if (root / "subset_answers.json").exists():
+        key = read_json(root / "subset_answers.json")
+    elif split == "subset":
+        raise BenchmarkError(
+            f"{root} has no subset_answers.json, which says what is in the subset; --split=full needs none"
+        )
+    rows = []
+    for record in records:
+        uid = str(record["q_uid"])
+        if split == "subset" and uid not in key:
+            continue
+        options = (without_placeholders(str(record[f"option {i}"])) for i in range(5))
+        lines = tuple(
+            f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)
+        )
+        letter = LETTERS[int(key[uid])] if split == "subset" else None
+        rows.append((uid, record["question"], lines, letter))
+    return rows
+
+
+def vila(question: Question, subs: str | None) -> Prompt:
+    lines = "".join(f"{line}\n" for line in question.extra["lines"])
+    return Prompt(f"<video>\nWatching the video and {_DIRECTLY}{question.text}\n{lines}")
+
+
+def lmms(question: Question, subs: str | None) -> Prompt:
+    lines = "\n".join(question.extra["lines"])
+    return Prompt(f"<video>\n{question.text}\n{lines}\n{_DIRECTLY.capitalize()}")
+
+
+def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[pathlib.Path]:
+    """submission.csv for Kaggle and submission.json for the authors' server; -1 = no answer, which both
+    count as wrong."""
+    if split != "full":
+        return []
+    answers = {row.question.id: LETTERS.find(row.parsed or "?") for row in rows}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerows([("q_uid", "answer"), *answers.items()])
+    paths = [folder / "submission.csv", folder / "submission.json"]
+    write_atomically(paths[0], table.getvalue())
+    write_atomically(paths[1], json.dumps(answers, indent=1) + "\n")
+    return paths
+
+
+BENCHMARK = Benchmark(
+    "egoschema",
+    "EgoSchema",
+    "get it from github.com/egoschema/EgoSchema or huggingface.co/datasets/lmms-lab/egoschema",
+    {"subset": Split(500), "full": Split(5031)},
+    load,
+    {"vila": Style(vila, parsing.strict), "lmms": Style(lmms, parsing.mmmu)},
+    submit=submit,
+)

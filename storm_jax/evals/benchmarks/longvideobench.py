@@ -1,0 +1,112 @@
+"""LongVideoBench (arXiv 2407.15754): questions that refer to moments of videos of 8 seconds to an hour.
+
+    DIR/lvb_val.json, DIR/lvb_test_wo_gt.json       the authors' annotations, or the hub's parquet files
+    DIR/videos/VIDEO.mp4
+
+Without subtitles, as the paper's figures and lmms-eval's longvideobench_val_v are.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from storm_jax.data.sample import Media
+from storm_jax.evals import parsing
+from storm_jax.evals.benchmark import (
+    Benchmark,
+    Prompt,
+    Question,
+    Split,
+    Style,
+    Submitted,
+    without_placeholders,
+)
+from storm_jax.evals.files import FileFinder, read_rows
+from storm_jax.run import write_atomically
+
+ANNOTATIONS = {
+    "val": ("lvb_val.json", "validation-*.parquet", "data/validation-*.parquet"),
+    "test": ("lvb_test_wo_gt.json", "test-*.parquet", "data/test-*.parquet"),
+}
+_DIRECTLY = "Answer with the option's letter from the given choices directly."
+
+
+def load(root: pathlib.Path, split: str) -> list[Question]:
+    videos = FileFinder(root, ("videos", "video", "."))
+    questions = []
+    for row in read_rows(root, ANNOTATIONS[split], "LongVideoBench"):
+        options = row.get("candidates") or [row.get(f"option{i}") for i in range(5)]
+        options = tuple(without_placeholders(str(o)) for o in options if o not in (None, "N/A"))
+        choice = row.get("correct_choice")
+        questions.append(
+            Question(
+                str(row["id"]),
+                str(row["video_id"]),
+                Media.file("video", videos.path(row.get("video_path") or f"{row['video_id']}.mp4")),
+                without_placeholders(row["question"]),
+                options,
+                None if choice in (None, -1) else "ABCDE"[int(choice)],
+                {
+                    "duration_group": str(row["duration_group"]),
+                    "question_category": str(row["question_category"]),
+                    "level": str(row.get("level", "?")),
+                },
+            )
+        )
+    return questions
+
+
+def lmms(question: Question, subs: str | None) -> Prompt:
+    return Prompt(f"<video>\n{_asked(question)}\n{_DIRECTLY}\n")
+
+
+def vlmevalkit(question: Question, subs: str | None) -> Prompt:
+    return Prompt(f"<video>{_asked(question)}\n{_DIRECTLY}")
+
+
+def official(question: Question, subs: str | None) -> Prompt:
+    return Prompt(f"<video>\nQuestion: {_asked(question)}\n{_DIRECTLY}")
+
+
+def _asked(question: Question) -> str:
+    options = question.listed("{letter}. {option}")
+    return f"{question.text}\n{options}"
+
+
+def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[pathlib.Path]:
+    """The replies of the test set, for the authors' server."""
+    if split != "test":
+        return []
+    path = folder / "longvideobench_test_for_submission.json"
+    replies = {row.question.id: row.reply for row in rows}
+    write_atomically(path, json.dumps(replies, indent=1, ensure_ascii=False) + "\n")
+    return [path]
+
+
+BENCHMARK = Benchmark(
+    "longvideobench",
+    "LongVideoBench",
+    "get it from huggingface.co/datasets/longvideobench/LongVideoBench",
+    {
+        "val": Split(
+            1337,
+            {"duration_group": {"15": 189, "60": 172, "600": 412, "3600": 564}},
+            max_new_tokens=32,
+        ),
+        "test": Split(
+            5341,
+            {"duration_group": {"15": 700, "60": 753, "600": 1555, "3600": 2333}},
+            max_new_tokens=32,
+        ),
+    },
+    load,
+    {
+        "vila": Style(lmms, parsing.strict),
+        "lmms": Style(lmms, parsing.first_letter),
+        "vlmevalkit": Style(vlmevalkit, parsing.first_letter_vlm("ABCDE")),
+        "official": Style(official, parsing.first_letter),
+    },
+    submit=submit,
+)

@@ -1,0 +1,211 @@
+"""MLVU (arXiv 2406.04264): questions about videos of three minutes to nine hours.
+
+    DIR/MLVU/json/1_plotQA.json ..., DIR/MLVU/video/1_plotQA/   dev and generation, the authors' layout
+    DIR/data/test-*.parquet, DIR/*.mp4                          dev or test, lmms-eval's layout
+    DIR/test_question.json, DIR/video/                          test, the authors' layout
+
+The two generation tasks are scored by a judge: their replies are written as its input, and what it said
+is read (`eval.py score --judgements`); none is called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from storm_jax.data.sample import Media
+from storm_jax.evals import parsing
+from storm_jax.evals.benchmark import (
+    Benchmark,
+    BenchmarkError,
+    Prompt,
+    Question,
+    Split,
+    Style,
+    Submitted,
+    letter_of,
+    without_placeholders,
+)
+from storm_jax.evals.files import FileFinder, first_match, read_file, read_json, read_rows
+from storm_jax.evals.judging import write_judge_input
+from storm_jax.run import write_atomically
+
+DEV = {
+    "plotQA": 539, "needle": 355, "ego": 352, "count": 206, "order": 259, "anomaly_reco": 200,
+    "topic_reasoning": 264,
+}  # fmt: skip
+GENERATION = {"sub_scene": 201, "summary": 217}
+TEST = {
+    "plotQA": 50, "needleQA": 60, "ego": 53, "count": 60, "order": 70, "anomaly_reco": 39,
+    "topic_reasoning": 91, "tutorialQA": 43, "sportsQA": 36,
+}  # fmt: skip
+_FILES = {task: f"{number}_{task}" for number, task in enumerate((*DEV, *GENERATION), start=1)}
+_VIDEOS = ("video", "videos", "data", ".")
+
+_WATCH = (
+    "Carefully watch this video and pay attention to every detail. Based on your observations, "
+)
+_SELECT = f"{_WATCH}select the best option that accurately addresses the question."
+_ANSWER = f"{_WATCH}answer the given questions."
+_BEST = "\nOnly give the best option."
+
+
+def load(root: pathlib.Path, split: str) -> list[Question]:
+    if split == "test":
+        return _load_test(root)
+    tasks = GENERATION if split == "generation" else DEV
+    base = next((p for p in (root / "MLVU", root) if (p / "json").is_dir()), None)
+    if base is not None:
+        return [question for task in tasks for question in _load_task(base, task)]
+    if split == "generation":
+        raise BenchmarkError(
+            f"--data_root={root} has no MLVU/json/: the generation tasks are in the authors' layout only"
+        )
+    return _load_flat(root, ("data/*.parquet", "*.parquet"))
+
+
+def _load_task(base: pathlib.Path, task: str) -> list[Question]:
+    name = _FILES[task]
+    path = base / "json" / f"{name}.json"
+    if not path.exists():
+        return []
+    videos = FileFinder(base, (f"video/{name}", "video"))
+    return [
+        _question(f"{task}/{i}", row, row["video"], task, str(row["answer"]), videos)
+        for i, row in enumerate(read_file(path))
+    ]
+
+
+def _load_flat(root: pathlib.Path, patterns: Sequence[str]) -> list[Question]:
+    videos = FileFinder(root, _VIDEOS)
+    questions = []
+    for i, row in enumerate(read_rows(root, patterns, "MLVU")):
+        task = str(row.get("task_type") or row["question_type"])
+        identity = str(row.get("question_id") or f"{task}/{i}")
+        name = row.get("video_name") or row["video"]
+        answer = row.get("answer")
+        questions.append(_question(identity, row, name, task, answer, videos))
+    return questions
+
+
+def _load_test(root: pathlib.Path) -> list[Question]:
+    base = root / "MLVU_Test" if (root / "MLVU_Test").is_dir() else root
+    patterns = ("test_question.json", "*/test_question.json", "data/*.parquet", "*.parquet")
+    questions = _load_flat(base, patterns)
+    path = first_match(base, ("test_answers.json", "*/test_answers.json"))
+    if path is None:
+        return questions
+    key = read_json(path)
+    if isinstance(key, list):
+        key = {row["question_id"]: row.get("answer") or row.get("option") for row in key}
+    return [
+        dataclasses.replace(question, answer=_letter(key[question.id], question.options))
+        if question.id in key
+        else question
+        for question in questions
+    ]
+
+
+def _question(
+    identity: str, row: dict[str, Any], name: str, task: str, answer: Any, videos: FileFinder
+) -> Question:
+    raw = str(row["question"])
+    candidates = tuple(without_placeholders(str(text)) for text in row.get("candidates") or ())
+    text = re.split(r"\n\(A\) ", raw)[0] if candidates else raw
+    key = _letter(answer, tuple(map(str, row.get("candidates") or ()))) if candidates else answer
+    return Question(
+        identity,
+        name,
+        Media.file("video", videos.path(name)),
+        without_placeholders(text).rstrip(),
+        candidates,
+        key,
+        {"task": task},
+        {"scoring_points": row["scoring_points"]} if "scoring_points" in row else {},
+    )
+
+
+def _letter(answer: Any, options: Sequence[str]) -> str | None:
+    """The key as a letter: it is one already, or the text of an option; None = not public."""
+    if answer in (None, ""):
+        return None
+    text = str(answer)
+    if text in options:
+        return letter_of(text, options)
+    return text if len(text) == 1 and text.isupper() else ""
+
+
+def lmms(question: Question, subs: str | None) -> Prompt:
+    """The dev set asks for the best option and begins the answer in the user's turn; six options, in
+    the test set, are asked for with no word more."""
+    if not question.options:
+        return open_ended(question, subs)
+    asked = f"<video>\n{question.text}\n{question.listed('({letter}) {option}')}"
+    return Prompt(asked if len(question.options) > 4 else f"{asked}{_BEST}\nBest option: (")
+
+
+def official(question: Question, subs: str | None) -> Prompt:
+    if not question.options:
+        return open_ended(question, subs)
+    return Prompt(f"<video>\n{_asked(question)}{_BEST}", _SELECT, "Best Option: (")
+
+
+def vlmevalkit(question: Question, subs: str | None) -> Prompt:
+    if not question.options:
+        return open_ended(question, subs)
+    return Prompt(f"{_asked(question)}<video>{_BEST}", _SELECT)
+
+
+def open_ended(question: Question, subs: str | None) -> Prompt:
+    return Prompt(f"<video>\n{question.text}", _ANSWER)
+
+
+def _asked(question: Question) -> str:
+    options = question.listed("({letter}) {option}")
+    return f"Question: {question.text}\nOptions:\n{options}".rstrip()
+
+
+def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[pathlib.Path]:
+    """The test set's list of options for the authors' server; the judge's input of the generation
+    tasks."""
+    if split == "generation":
+        return [write_judge_input(rows, folder)]
+    if split != "test":
+        return []
+    options = [
+        {
+            "question_id": row.question.id,
+            "question_type": row.question.groups["task"],
+            "option": row.parsed or "",
+        }
+        for row in rows
+    ]
+    path = folder / "test_res.json"
+    write_atomically(path, json.dumps(options, indent=1) + "\n")
+    return [path]
+
+
+BENCHMARK = Benchmark(
+    "mlvu",
+    "MLVU",
+    "get it from huggingface.co/datasets/MLVU/MVLU (dev), MLVU/MLVU_Test or sy1998/MLVU_dev",
+    {
+        "dev": Split(2175, {"task": DEV}),
+        "test": Split(502, {"task": TEST}),
+        "generation": Split(418, {"task": GENERATION}, max_new_tokens=512, judged=True),
+    },
+    load,
+    {
+        "vila": Style(lmms, parsing.strict),
+        "lmms": Style(lmms, parsing.extract_mcq("ABCD")),
+        "vlmevalkit": Style(vlmevalkit, parsing.before_bracket_vlm),
+        "official": Style(official, parsing.before_bracket),
+    },
+    headline="M-Avg",
+    headline_over="task",
+    submit=submit,
+)

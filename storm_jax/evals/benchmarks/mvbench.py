@@ -1,0 +1,150 @@
+"""MVBench (arXiv 2311.17005): 20 tasks of 200 questions about short clips.
+
+    DIR/json/TASK.json                 the annotations of either branch of the hub
+    DIR/video/star/Charades_v1_480/    branch "main": whole videos, with start and end; frames of TVQA
+    DIR/star/Charades_segment/         branch "video": clips that are cut already, everything as files
+
+Folders may stand in DIR or DIR/video, and those of data0613.zip in DIR/video/data0613 or DIR/data0613.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from storm_jax.data.sample import Media
+from storm_jax.evals import parsing
+from storm_jax.evals.benchmark import (
+    Benchmark,
+    BenchmarkError,
+    Prompt,
+    Question,
+    Split,
+    Style,
+    letter_of,
+    without_placeholders,
+)
+from storm_jax.evals.files import FileFinder, read_file
+
+TVQA_FPS = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Where the videos of a task are: whole, which are bounded where the rows have start and end, and
+    cut."""
+
+    whole: str
+    cut: str
+    bounded: bool = False
+
+
+_CLEVRER = Task("clevrer/video_validation", "clevrer/video_validation")
+_PERCEPTION = Task("perception/videos", "perception/videos")
+_STAR = Task("star/Charades_v1_480", "star/Charades_segment", bounded=True)
+TASKS = {
+    "action_sequence": _STAR,
+    "action_prediction": _STAR,
+    "action_antonym": Task("ssv2_video", "ssv2_video_mp4"),
+    "fine_grained_action": Task("Moments_in_Time_Raw/videos", "Moments_in_Time_Raw/videos"),
+    "unexpected_action": Task("FunQA_test/test", "FunQA_test/test"),
+    "object_existence": _CLEVRER,
+    "object_interaction": _STAR,
+    "object_shuffle": _PERCEPTION,
+    "moving_direction": _CLEVRER,
+    "action_localization": Task("sta/sta_video", "sta/sta_video_segment", bounded=True),
+    "scene_transition": Task("scene_qa/video", "scene_qa/video"),
+    "action_count": _PERCEPTION,
+    "moving_count": _CLEVRER,
+    "moving_attribute": _CLEVRER,
+    "state_change": _PERCEPTION,
+    "fine_grained_pose": Task("nturgbd", "nturgbd_convert"),
+    "character_order": _PERCEPTION,
+    "egocentric_navigation": Task("vlnqa", "vlnqa"),
+    "episodic_reasoning": Task("tvqa/frames_fps3_hq", "tvqa/video_fps3_hq_segment", bounded=True),
+    "counterfactual_inference": _CLEVRER,
+}
+_PLACES = ("video", ".", "video/data0613", "data0613")
+
+_SYSTEM = (
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
+    "movement of objects, and the action and pose of persons. Based on your observations, select the "
+    "best option that accurately addresses the question.\n"
+)
+_BEST = "Only give the best option."
+
+
+def load(root: pathlib.Path, split: str) -> list[Question]:
+    folder = next((f for f in (root / "json", root / "MVBench/json") if f.is_dir()), None)
+    if folder is None:
+        raise BenchmarkError(f"--data_root={root} has no folder json/ with the tasks of MVBench")
+    root = folder.parent
+    questions = []
+    for name, task in TASKS.items():
+        if not (folder / f"{name}.json").exists():
+            continue
+        whole = FileFinder(root, [f"{place}/{task.whole}" for place in _PLACES])
+        cut = FileFinder(root, [f"{place}/{task.cut}" for place in _PLACES])
+        for number, row in enumerate(read_file(folder / f"{name}.json")):
+            options = tuple(map(str, row["candidates"]))
+            questions.append(
+                Question(
+                    f"{name}/{number}",
+                    f"{task.whole}/{row['video']}",
+                    _medium(row, task, whole, cut),
+                    without_placeholders(row["question"]),
+                    tuple(map(without_placeholders, options)),
+                    letter_of(str(row["answer"]), options),
+                    {"task": name},
+                )
+            )
+    return questions
+
+
+def _medium(row: dict[str, Any], task: Task, whole: FileFinder, cut: FileFinder) -> Media:
+    """The clip of a row: cut already, or a part of a video or of a folder of frames."""
+    found = whole.find(row["video"])
+    if task.whole != task.cut and found is None and (clip := cut.find(row["video"])):
+        return Media.file("video", clip)
+    medium = Media.file("video", found or whole.path(row["video"]))
+    if task.bounded and row.get("start") is not None:
+        name = f"{medium.name} from {row['start']} to {row['end']} s"
+        start, end = float(row["start"]), float(row["end"])
+        medium = dataclasses.replace(medium, name=name, start=start, end=end)
+    return dataclasses.replace(medium, fps=TVQA_FPS)
+
+
+def lmms(question: Question, subs: str | None) -> Prompt:
+    options = question.listed("({letter}) {option}")
+    return Prompt(f"<video>\nQuestion:{question.text}\nOption:\n{options}\n{_BEST}\n")
+
+
+def official(question: Question, subs: str | None) -> Prompt:
+    return Prompt(f"<video>\n{_asked(question)}\n{_BEST}", _SYSTEM, "Best option:(")
+
+
+def vlmevalkit(question: Question, subs: str | None) -> Prompt:
+    return Prompt(f"{_asked(question)}<video>\n{_BEST}", _SYSTEM)
+
+
+def _asked(question: Question) -> str:
+    options = question.listed("({letter}) {option}")
+    return f"Question: {question.text}\nOptions:\n{options}".rstrip()
+
+
+BENCHMARK = Benchmark(
+    "mvbench",
+    "MVBench",
+    "get it from huggingface.co/datasets/OpenGVLab/MVBench, branch main or video",
+    {"test": Split(4000, {"task": dict.fromkeys(TASKS, 200)})},
+    load,
+    {
+        "vila": Style(lmms, parsing.strict),
+        "lmms": Style(lmms, parsing.letter_in_text),
+        "vlmevalkit": Style(vlmevalkit, parsing.check_answer_vlm),
+        "official": Style(official, parsing.check_answer),
+    },
+    headline="mean of tasks",
+    headline_over="task",
+)

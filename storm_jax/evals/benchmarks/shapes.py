@@ -1,0 +1,58 @@
+"""The built-in task as a benchmark: a family a group, exact match, beside chance and ceiling."""
+
+from __future__ import annotations
+
+import pathlib
+
+from storm_jax.config import CompressionConfig, SourceConfig
+from storm_jax.data import shapes
+from storm_jax.data.sources import open_source
+from storm_jax.evals import parsing
+from storm_jax.evals.benchmark import Benchmark, Prompt, Question, Split, Style
+
+
+def load(root: pathlib.Path, split: str) -> list[Question]:
+    settings = shapes.read_settings(root)
+    source = open_source(SourceConfig("shapes", str(root / f"{split}.json")))
+    questions = []
+    for index in range(len(source)):
+        sample = source.sample(index)
+        family = sample.extra["family"]
+        (medium,) = sample.media
+        chance = shapes.FAMILIES[family].chance
+        questions.append(
+            Question(
+                sample.id,
+                medium.name,
+                medium,
+                sample.prompt().turns[-1].text,
+                tuple(sample.extra.get("options", ())),
+                sample.answer(),
+                {"family": family},
+                {"chance": chance, "settings": settings},
+            )
+        )
+    return questions
+
+
+def as_trained(question: Question, subs: str | None) -> Prompt:
+    return Prompt(question.text)
+
+
+def ceiling(question: Question, compression: CompressionConfig) -> float | None:
+    """What is known for as many frames as the clips have."""
+    settings, family = question.extra["settings"], question.groups["family"]
+    if not shapes.FAMILIES[family].is_image and compression.num_frames != settings.frames:
+        return None
+    return shapes.ceiling(family, settings, compression.temporal_pool, compression.temporal_sample)
+
+
+BENCHMARK = Benchmark(
+    "shapes",
+    "the built-in task",
+    "render it with python -m storm_jax.data.shapes",
+    {name: Split(0, {"family": dict.fromkeys(shapes.FAMILIES, 0)}, 64) for name in ("test", "val")},
+    load,
+    {"trained": Style(as_trained, parsing.exact)},
+    ceiling=ceiling,
+)

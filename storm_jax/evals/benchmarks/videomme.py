@@ -1,0 +1,167 @@
+"""Video-MME (arXiv 2405.21075): 2,700 questions about 900 videos of 11 seconds to an hour.
+
+DIR/videomme/test-00000-of-00001.parquet      the annotations, or output_test_template.json
+DIR/data/VIDEO.mp4                            or video/, videos/; .MP4, .mkv and others too
+DIR/subtitle/VIDEO.srt                        or subtitles/; 744 of the videos have some
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from storm_jax.data.sample import Media
+from storm_jax.evals import parsing, subtitles
+from storm_jax.evals.benchmark import (
+    Benchmark,
+    Prompt,
+    Question,
+    Split,
+    Style,
+    Submitted,
+    without_placeholders,
+)
+from storm_jax.evals.files import FileFinder, read_rows
+from storm_jax.run import write_atomically
+
+ANNOTATIONS = (
+    "videomme/*.parquet", "test-*.parquet", "data/test-*.parquet", "output_test_template.json",
+    "evaluation/output_test_template.json",
+)  # fmt: skip
+TASKS = {
+    "Temporal Perception": 55, "Spatial Perception": 54, "Attribute Perception": 222,
+    "Action Recognition": 313, "Object Recognition": 354, "OCR Problems": 139,
+    "Counting Problem": 268, "Temporal Reasoning": 177, "Spatial Reasoning": 56,
+    "Action Reasoning": 285, "Object Reasoning": 454, "Information Synopsis": 323,
+}  # fmt: skip
+DOMAINS = {
+    "Knowledge": 810, "Film & Television": 360, "Sports Competition": 450,
+    "Artistic Performance": 360, "Life Record": 630, "Multilingual": 90,
+}  # fmt: skip
+
+_SELECT = "Select the best answer to the following multiple-choice question based on the video"
+_LETTER = "Respond with only the letter (A, B, C, or D) of the correct option."
+_BASED_ON_VIDEO = f"{_SELECT}. {_LETTER}\n"
+_BASED_ON_BOTH = f"{_SELECT} and the subtitles. {_LETTER}\n"
+
+
+def load(root: pathlib.Path, split: str) -> list[Question]:
+    videos = FileFinder(root, ("data", "video", "videos", "."))
+    srt = FileFinder(root, ("subtitle", "subtitles"), (".srt",))
+    questions = []
+    for row in _rows(read_rows(root, ANNOTATIONS, "Video-MME")):
+        lines = tuple(without_placeholders(line) for line in row["options"])
+        name = row.get("videoID") or row.get("url", "").rpartition("v=")[2]
+        questions.append(
+            Question(
+                str(row["question_id"]),
+                str(row["video_id"]),
+                Media.file("video", videos.find(name) or videos.path(f"{name}.mp4")),
+                without_placeholders(row["question"]),
+                tuple(line.partition(". ")[2] for line in lines),
+                row["answer"],
+                {name: row[name] for name in ("duration", "domain", "sub_category", "task_type")},
+                {"lines": lines, "srt": srt.find(f"{name}.srt"), "url": row.get("url", "")},
+            )
+        )
+    return questions
+
+
+def _rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a question; the authors' template has one a video."""
+    return [
+        {**record, **question} for record in records for question in record.get("questions") or [{}]
+    ]
+
+
+def read_subtitles(question: Question, times: np.ndarray) -> str:
+    path = question.extra["srt"]
+    return subtitles.shown_at(subtitles.read_srt(path), times) if path else ""
+
+
+def vila(question: Question, subs: str | None) -> Prompt:
+    """The authors' own prompt, also when subtitles were asked for and the video has none."""
+    asked = f"{question.text}\n{_options(question)}\nThe best answer is:"
+    if not subs:
+        return Prompt(f"<video>\n{_BASED_ON_VIDEO}{asked}")
+    head = f"This video's subtitles are listed below:\n{subs}\n"
+    return Prompt(f"<video>\n{head}{_BASED_ON_BOTH}{asked}")
+
+
+def lmms(question: Question, subs: str | None) -> Prompt:
+    """It speaks of subtitles where none are given, too."""
+    asked = f"{_BASED_ON_BOTH}{question.text}\n{_options(question)}\n"
+    if subs is None:
+        end = "\nAnswer with the option's letter from the given choices directly."
+        return Prompt(f"<video>\n{asked}{end}")
+    head = f"This video's subtitles are listed below: \n{subs or 'No subtitles available'}\n"
+    return Prompt(f"<video>\n{head}{asked}The best answer is:")
+
+
+def vlmevalkit(question: Question, subs: str | None) -> Prompt:
+    told = "" if subs is None else f"This video's subtitles are listed below:\n{subs}\n"
+    head = f"\nThese are the frames of a video. {told}{_BASED_ON_VIDEO}"
+    asked = f"Question: {question.text}\n{_options(question)}\nAnswer: "
+    return Prompt(f"<video>{head}{asked}")
+
+
+def _options(question: Question) -> str:
+    return "\n".join(question.extra["lines"])
+
+
+def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[pathlib.Path]:
+    """The input of the authors' eval_your_results.py: videos with their questions and responses."""
+    videos: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        question = row.question
+        about = {
+            "video_id": question.video,
+            "duration": question.groups["duration"],
+            "domain": question.groups["domain"],
+            "sub_category": question.groups["sub_category"],
+        }
+        video = videos.setdefault(question.video, {**about, "questions": []})
+        video["questions"].append(
+            {
+                "question_id": question.id,
+                "task_type": question.groups["task_type"],
+                "question": question.text,
+                "options": list(question.extra["lines"]),
+                "answer": question.answer,
+                "response": row.reply,
+            }
+        )
+    path = folder / "videomme_results.json"
+    text = json.dumps(list(videos.values()), indent=1, ensure_ascii=False)
+    write_atomically(path, text + "\n")
+    return [path]
+
+
+BENCHMARK = Benchmark(
+    "videomme",
+    "Video-MME",
+    "get it from huggingface.co/datasets/lmms-lab/Video-MME",
+    {
+        "test": Split(
+            2700,
+            {
+                "duration": {"short": 900, "medium": 900, "long": 900},
+                "domain": DOMAINS,
+                "task_type": TASKS,
+            },
+        )
+    },
+    load,
+    {
+        "vila": Style(vila, parsing.strict),
+        "lmms": Style(lmms, parsing.extract_mcq("ABCD")),
+        "vlmevalkit": Style(vlmevalkit, parsing.first_letter_vlm("ABCD")),
+        "official": Style(vila, parsing.first_letter_videomme),
+    },
+    subtitles=read_subtitles,
+    submit=submit,
+)

@@ -1,0 +1,124 @@
+"""Finds the files of a benchmark in whatever layout they were unpacked."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from storm_jax.evals.benchmark import BenchmarkError
+
+VIDEO_SUFFIXES = (
+    ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".gif", ".flv", ".mpg", ".ts",
+)  # fmt: skip
+
+
+def first_match(root: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path | None:
+    """The first file that one of the patterns finds in a folder, in the order of the patterns."""
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
+            return path
+    return None
+
+
+def read_rows(root: pathlib.Path, patterns: Sequence[str], title: str) -> list[dict[str, Any]]:
+    """The rows of the first file that one of the patterns finds; .parquet or .json.
+
+    Raises:
+      BenchmarkError: when there is none, or it is damaged.
+    """
+    path = first_match(root, patterns)
+    if path is None:
+        raise BenchmarkError(
+            f"--data_root={root} has none of the annotation files of {title}: {', '.join(patterns)}"
+        )
+    return read_file(path)
+
+
+def read_file(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a .parquet file, or of a .json file that is a list of objects.
+
+    Raises:
+      BenchmarkError: when it is damaged.
+    """
+    if path.suffix == ".parquet":
+        try:
+            return pq.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise BenchmarkError(f"{path} cannot be read: {error}") from error
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BenchmarkError(f"{path} must be a list of objects")
+    return rows
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a .json file.
+
+    Raises:
+      BenchmarkError: when it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"{path} cannot be read: {error}") from error
+
+
+class FileFinder:
+    """Finds files by name in several folders, each of which is listed once.
+
+    A name is looked for as it is, then with another ending of `suffixes`, then whatever its case.
+    `folders` are relative to `root`. A folder of frames is found like a file.
+    """
+
+    def __init__(
+        self,
+        root: pathlib.Path,
+        folders: Sequence[str],
+        suffixes: Sequence[str] = VIDEO_SUFFIXES,
+    ):
+        self._folders = [root / folder for folder in folders]
+        self._suffixes = suffixes
+        self._listed: dict[pathlib.Path, tuple[dict[str, str], dict[str, str]]] = {}
+
+    def find(self, name: str) -> pathlib.Path | None:
+        """The file of that name, which may lack its ending and be in a folder."""
+        relative = pathlib.PurePosixPath(name)
+        for folder in self._folders:
+            place = folder / relative.parent
+            exact, folded = self._list(place)
+            stem = self._stem(relative.name)
+            found = exact.get(relative.name) or exact.get(stem) or folded.get(stem.casefold())
+            if found:
+                return place / found
+        return None
+
+    def path(self, name: str) -> pathlib.Path:
+        """As `find`; where there is none, the first place where it could be."""
+        return self.find(name) or self._folders[0] / name
+
+    def _stem(self, name: str) -> str:
+        path = pathlib.PurePath(name)
+        return path.stem if path.suffix.lower() in self._suffixes else name
+
+    def _list(self, folder: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
+        """Names in a folder, by name and by stem; and by stem whatever its case."""
+        if folder not in self._listed:
+            names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+            exact: dict[str, str] = {}
+            folded: dict[str, str] = {}
+            for name in names:
+                if self._stem(name) != name or (folder / name).is_dir():
+                    exact.setdefault(self._stem(name), name)
+                    folded.setdefault(self._stem(name).casefold(), name)
+            self._listed[folder] = (exact | {name: name for name in names}, folded)
+        return self._listed[folder]
+
+
+def archives(root: pathlib.Path) -> list[str]:
+    """Archives that lie in a folder, as they come from the hub."""
+    names = (path.name for path in root.rglob("*") if path.is_file())
+    return sorted(name for name in names if ".tar" in name or name.endswith(".zip"))

@@ -1,0 +1,158 @@
+"""MLVU's generation tasks: what a judge is asked, and the scores that it gave. No judge is called.
+
+    judge_input.jsonl   {"id", "task", "messages": [system, user]}, as a chat API takes them
+    judgements          {"id", "judgement": the judge's text}, a line each
+
+A judge gives two scores of 1 to 5 for a reply. G-Avg is the mean of the two tasks' means of their sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from storm_jax.evals.benchmark import BenchmarkError, Submitted
+from storm_jax.run import read_lines, write_lines
+
+SCORES = {
+    "sub_scene": ("score_accuracy", "score_relevance"),
+    "summary": ("score_completeness", "score_reliability"),
+}
+LOWEST = 2.0
+# The authors' own instructions (JUNJIE99/MLVU, evaluation/generation_evaluation).
+SYSTEM = {
+    "sub_scene": """\
+##TASK DESCRIPTION:
+You are required to evaluate a respondent's answer based on a provided question, some scoring points, and the respondent's answer. You should provide two scores. The first is the accuracy score, which should range from 1 to 5. The second is the relevance score, which should also range from 1 to 5. Below are the criteria for each scoring category.
+##ACCURACY Scoring Criteria:
+Evaluate the respondent's answer against specific scoring points as follows:
+Score 1: The response completely misses the scoring point.
+Score 3: The response mentions content related to the scoring point but is not entirely correct.
+Score 5: The response accurately addresses the scoring point.
+Calculate the average score across all scoring points to determine the final accuracy score.
+##RELEVANCE Scoring Criteria:
+Assess how the respondent's answer relates to the original question:
+Score 1: The response is completely off-topic from the question.
+Score 2: The response is partially related to the question but contains a significant amount of irrelevant content.
+Score 3: The response primarily addresses the question, but the respondent seems uncertain about their own answer.
+Score 4: The response mostly addresses the question and the respondent appears confident in their answer.
+Score 5: The response is fully focused on addressing the question with no irrelevant content and demonstrates complete certainty.
+----
+##INSTRUCTION:
+1. Evaluate Accuracy: First, assess and score each scoring point based on the respondent's answer. Calculate the average of these scores to establish the final accuracy score. Provide a detailed rationale before assigning your score.
+2. Evaluate RELEVANCE: Assess the relevance of the respondent\u2019s answer to the question. Note that when evaluating relevance, the correctness of the answer is not considered; focus solely on how relevant the answer is to the question. Provide a comprehensive rationale before assigning your score.
+3. Output Scores in JSON Format: Present the scores in JSON format as follows:
+{'score_accuracy': score_acc, 'score_relevance': score_rele, 'total_score': score_acc + score_rele}
+""",
+    "summary": """\
+##TASK DESCRIPTION:
+You are required to evaluate the performance of the respondent in the video summarization task based on the standard answer and the respondent's answer. You should provide two scores. The first is the COMPLETENESS score, which should range from 1 to 5. The second is the RELIABILITY score, which should also range from 1 to 5. Below are the criteria for each scoring category:
+##COMPLETENESS Scoring Criteria:
+The completeness score focuses on whether the summary covers all key points and main information from the video.
+Score 1: The summary hardly covers any of the main content or key points of the video.
+Score 2: The summary covers some of the main content and key points but misses many.
+Score 3: The summary covers most of the main content and key points.
+Score 4: The summary is very comprehensive, covering most to nearly all of the main content and key points.
+Score 5: The summary completely covers all the main content and key points of the video.
+##RELIABILITY Scoring Criteria:
+The reliability score evaluates the correctness and clarity of the video summary. It checks for factual errors, misleading statements, and contradictions with the video content. If the respondent's answer includes details that are not present in the standard answer, as long as these details do not conflict with the correct answer and are reasonable, points should not be deducted.
+Score 1: Contains multiple factual errors and contradictions; presentation is confusing.
+Score 2: Includes several errors and some contradictions; needs clearer presentation.
+Score 3: Generally accurate with minor errors; minimal contradictions; reasonably clear presentation.
+Score 4: Very accurate with negligible inaccuracies; no contradictions; clear and fluent presentation.
+Score 5: Completely accurate with no errors or contradictions; presentation is clear and easy to understand.
+----
+##INSTRUCTION:
+1. Evaluate COMPLETENESS: First, analyze the respondent's answer according to the scoring criteria, then provide an integer score between 1 and 5 based on sufficient evidence.
+2. Evaluate RELIABILITY: First, analyze the respondent's answer according to the scoring criteria, then provide an integer score between 1 and 5 based on sufficient evidence.
+3. Output Scores in JSON Format: Present the scores in JSON format as follows:
+{'score_completeness': score_comp, 'score_reliability': score_reli, 'total_score': score_comp + score_reli}
+""",
+}
+_SCORE = (
+    "Please score the respondent's answer according to the steps in the Instructions. You must end with a "
+    "JSON dict to store the scores.\n"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Mean score of each task and their mean, from 2 to 10; how many replies have no judgement and count
+    as the lowest."""
+
+    tasks: Mapping[str, float]
+    average: float
+    total: int
+    unjudged: int
+
+    def table(self) -> str:
+        lines = [f"{task:<12}{value:>8.2f}" for task, value in self.tasks.items()]
+        lines.append(f"{'G-Avg':<12}{self.average:>8.2f}   of 2 to 10")
+        lines.append(f"{self.total} replies, {self.unjudged} without a judgement (counted as 2)")
+        return "\n".join(lines)
+
+
+def write_judge_input(rows: Sequence[Submitted], folder: pathlib.Path) -> pathlib.Path:
+    """The messages for a judge, of all questions that have a reply."""
+    path = folder / "judge_input.jsonl"
+    lines = [
+        {
+            "id": row.question.id,
+            "task": row.question.groups["task"],
+            "messages": [
+                {"role": "system", "content": SYSTEM[row.question.groups["task"]]},
+                {"role": "user", "content": _asked(row)},
+            ],
+        }
+        for row in rows
+        if row.reply
+    ]
+    write_lines(path, lines)
+    return path
+
+
+def _asked(row: Submitted) -> str:
+    question, said = row.question, f"Respondent's Answer: {row.reply}\n"
+    if question.groups["task"] == "summary":
+        return f"{_SCORE}Standard Answer: {question.answer}\n{said}"
+    points = question.extra.get("scoring_points", "")
+    return f"{_SCORE}Question: {question.text}\nScoring Points: {points}\n{said}"
+
+
+def score_judgements(tasks: Mapping[str, str], path: pathlib.Path) -> Judged:
+    """Scores the judgements of a file.
+
+    Args:
+      tasks: the task of each question, by id.
+
+    Raises:
+      BenchmarkError: when a line has no id or judgement, or judges what was not asked.
+    """
+    given: dict[str, float | None] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.get("id") not in tasks or not isinstance(line.get("judgement"), str):
+            raise BenchmarkError(
+                f"{path}:{number} must have the id of a question and a judgement, which is text"
+            )
+        given[line["id"]] = read_scores(line["judgement"], tasks[line["id"]])
+    scores: dict[str, list[float]] = defaultdict(list)
+    for identity, task in tasks.items():
+        value = given.get(identity)
+        scores[task].append(LOWEST if value is None else value)
+    means = {task: sum(values) / len(values) for task, values in scores.items()}
+    unjudged = sum(given.get(identity) is None for identity in tasks)
+    return Judged(means, sum(means.values()) / len(means), len(tasks), unjudged)
+
+
+def read_scores(judgement: str, task: str) -> float | None:
+    """The sum of the task's two scores, the last of each that is given; None without both of 1 to 5."""
+    total = 0.0
+    for name in SCORES[task]:
+        found = re.findall(rf"{name}['\"]?\s*[:=]\s*([0-9]+(?:\.[0-9]+)?)", judgement)
+        if not found or not 1 <= float(found[-1]) <= 5:
+            return None
+        total += float(found[-1])
+    return total

@@ -1,0 +1,251 @@
+"""Replies to letters.
+
+`strict` is ours. The others do what other scorers do, for figures that can be compared with theirs; they
+have no random guess and ask no judge: where those would, a reply is unparsed and counts as wrong.
+
+    extract_mcq, mmmu, letter_in_text, first_letter     lmms-eval 0.7.3
+    first_letter_vlm, before_bracket_vlm, check_answer_vlm   VLMEvalKit, "exact_matching"
+    first_letter_videomme                               Video-MME's authors
+    check_answer                                        MVBench's authors
+    before_bracket                                      MLVU's authors
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from storm_jax.evals.benchmark import Parser, Question, normalise
+
+_THINKING = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
+_MARKERS = re.compile(r"<\|[^|>]*\|>|</s>")
+_ALONE = re.compile(r"[\s(\[{*_\"'`]*([A-Za-z])[\s)\]}*_\"'`.:]*")
+_STATED = re.compile(
+    r"\b(?:answer|option|choice)\b\s*(?:\bis\b|[:=])[\s:]*"
+    r"(?:the\s+)?(?:(?:correct|best)\s+)?(?:(?:option|choice|letter)\b\s*:?\s*)?"
+    r"[(\[{*_\"'`]*(?-i:([A-Z])|(?<=[(\[{])([a-z])(?=[)\]}]))(?!\w)",
+    re.IGNORECASE,
+)
+_LEADING = re.compile(r"[(\[{*_\"'`]*([A-Za-z])[*_\"'`]*[.):\]}](?!\w)")
+
+
+def strict(reply: str, question: Question) -> str | None:
+    """The letter that a reply gives, by the first rule that applies:
+
+    1. thoughts and chat markers are cut out;
+    2. the reply is one letter, which may stand in brackets or before a dot or colon;
+    3. the last letter that is said to be the answer, option or choice ("the answer is (C)");
+    4. a letter at the start with a dot, bracket or colon behind it;
+    5. the text of exactly one option is the reply, or occurs in it;
+    6. else it gives none, and so it does when the letter is none of the question's.
+    """
+    text = _MARKERS.sub("", _THINKING.sub("", reply)).strip()
+    found = ""
+    if alone := _ALONE.fullmatch(text):
+        found = alone[1]
+    elif stated := list(_STATED.finditer(text)):
+        found = stated[-1][1] or stated[-1][2]
+    elif leading := _LEADING.match(text):
+        found = leading[1]
+    if found:
+        return found.upper() if found.upper() in question.letters else None
+    said = f" {normalise(text)} "
+    options = {letter: f" {normalise(o)} " for letter, o in _lettered(question).items()}
+    for fits in (
+        [letter for letter, option in options.items() if option == said],
+        [letter for letter, option in options.items() if option.strip() and option in said],
+    ):
+        if len(fits) == 1:
+            return fits[0]
+    return None
+
+
+def exact(reply: str, question: Question) -> str | None:
+    """The reply but for case and punctuation; for a multiple choice the letter, its option or both."""
+    said = normalise(reply)
+    for letter, option in _lettered(question).items():
+        if said in (letter.lower(), normalise(option), f"{letter.lower()} {normalise(option)}"):
+            return letter
+    if not question.options and question.answer and said == normalise(question.answer):
+        return question.answer
+    return said or None
+
+
+_SAID = (
+    "answer is", "correct answer is", "best answer is", "correct option is", "best option is",
+    "choice is", "correct choice is",
+)  # fmt: skip
+_PHRASES = (
+    *_SAID, *(f"the {phrase}" for phrase in _SAID), "i choose", "i select", "i pick", "my answer is",
+    "my choice is", "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは",
+)  # fmt: skip
+
+
+def extract_mcq(letters: str) -> Parser:
+    """A letter in the likeliest of several forms; the later of two alike."""
+
+    def parse(reply: str, question: Question) -> str | None:
+        text = reply.strip()
+        for mark in ",.!?;:'\"":
+            text = text.strip(mark)
+        text = f" {text} "
+        found = [(*place, letter) for letter in letters for place in _places(text, letter)]
+        if not found:
+            found = [(0, text.rfind(letter), letter) for letter in letters if letter in text]
+        return max(found, key=lambda item: item[:2])[2] if found else None
+
+    return parse
+
+
+def _places(text: str, letter: str) -> Iterator[tuple[int, int]]:
+    """Where a letter stands in `text`, which has a space at either end: (rank of its form, position)."""
+    forms = {f"({letter})": 6, f"{letter}.": 5, f"{letter}:": 4, f"{letter})": 3, f"{letter} ": 2}
+    for form, rank in forms.items():
+        if form in text:
+            yield rank, text.rfind(form)
+    for phrase in _PHRASES:
+        at = text.lower().find(phrase)
+        position = text.find(letter, at + len(phrase)) if at >= 0 else -1
+        if position >= 0:
+            yield 7, position
+    bare = text.strip()
+    if bare.startswith(letter) and not bare[1:2].isalpha():
+        yield 10, 0
+    if bare.endswith(letter) and not bare[-2:-1].isalpha():
+        yield 9, len(text) - 1
+
+
+def mmmu(reply: str, question: Question) -> str | None:
+    """The first of the letters' last places; else, in more than five words, the option that occurs."""
+    text = reply
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    forms = ("({})", "{} ", "{}.")
+    found = [
+        (text.rfind(form.format(letter)), letter)
+        for form in forms
+        for letter in question.letters
+        if form.format(letter) in text
+    ]
+    if not found and len(text.split()) > 5:
+        lines = question.extra.get("lines") or question.options
+        found = [
+            (text.lower().rfind(line.strip().lower()), letter)
+            for letter, line in zip(question.letters, lines, strict=True)
+            if line.strip().lower() in text.lower()
+        ]
+    return min(found, key=lambda item: item[0])[1] if found else None
+
+
+def letter_in_text(reply: str, question: Question) -> str | None:
+    """The first letter from A to E, of either case, that stands alone; else what is left of the reply."""
+    if option := re.match(r"([A-E])\.\s*(.+)$", reply.strip(), re.IGNORECASE):
+        return option[1].upper()
+    text = reply.replace("\n", " ").replace("\t", " ").strip()
+    spaced = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        near_space = f"{mark} " in spaced or f" {mark}" in spaced
+        is_number = re.search(r"\d,\d", spaced) is not None
+        text = text.replace(mark, "" if near_space or is_number else " ")
+    text = re.sub(r"\.(?!\d)", "", text, count=re.UNICODE)
+    text = text.strip("'").strip('"').strip(")").strip("(").strip().lower()
+    letter = re.search(r"\b([A-E])\b", text, re.IGNORECASE)
+    return letter[1].upper() if letter else text or None
+
+
+_PREFIXES = (
+    "The best answer is", "The correct answer is", "The answer is", "The answer",
+)  # fmt: skip
+_LMMS_PREFIXES = (
+    *_PREFIXES, "The best option is", "The correct option is", "Best answer:", "Best option:",
+)  # fmt: skip
+# Two commas are missing in these lists.
+_VIDEOMME_PREFIXES = (
+    *_PREFIXES, "The best option isThe correct option is", "Best answer:Best option:",
+)  # fmt: skip
+_VLM_PREFIXES = (*_VIDEOMME_PREFIXES, "Answer:", "Option:")
+
+
+def _first_letter(letters: str, prefixes: tuple[str, ...]) -> Parser:
+    def parse(reply: str, question: Question) -> str | None:
+        text = reply.strip()
+        for prefix in prefixes:
+            text = text.replace(prefix, "")
+        letter = re.search(f"[{letters}]", text)
+        return letter[0] if letter else None
+
+    return parse
+
+
+# The first of the letters, in whatever word it stands.
+first_letter: Parser = _first_letter("ABCDE", _LMMS_PREFIXES)
+
+
+first_letter_videomme: Parser = _first_letter("ABCD", _VIDEOMME_PREFIXES)
+
+
+def first_letter_vlm(letters: str) -> Parser:
+    """The first of the letters, in whatever word it stands, behind fewer prefixes."""
+    return _first_letter(letters, _VLM_PREFIXES)
+
+
+def before_bracket(reply: str, question: Question) -> str | None:
+    """What stands before the first closing bracket, one character; without one, the whole reply."""
+    return _before_bracket(reply) or None
+
+
+def before_bracket_vlm(reply: str, question: Question) -> str | None:
+    """As `before_bracket`, or what `_infer` makes of the reply, whichever is right."""
+    found = _before_bracket(reply), _infer(reply, question)
+    if question.answer in found:
+        return question.answer
+    return next((letter for letter in found if letter and letter in question.letters), None)
+
+
+def check_answer(reply: str, question: Question) -> str | None:
+    """The key where the first word of the reply is part of "(a)", or that of it: so an empty reply, "("
+    and "." count as right. Else a letter that it would be right for."""
+    return _checked(reply, question, lambda letter: _contains(reply, letter))
+
+
+def check_answer_vlm(reply: str, question: Question) -> str | None:
+    """As `check_answer`, else what `_infer` makes of the reply."""
+    inferred = _infer(reply, question)
+    return _checked(reply, question, lambda x: _contains(reply, x) or inferred == x)
+
+
+def _checked(reply: str, question: Question, fits: Callable[[str], bool]) -> str | None:
+    key = question.answer or ""
+    order = sorted(question.letters, key=lambda letter: letter != key)
+    return next((letter for letter in order if fits(letter)), None)
+
+
+def _contains(reply: str, letter: str) -> bool:
+    first, key = reply.lower().split(" ")[0], f"({letter.lower()})"
+    return first.replace(".", "") in key or key in first
+
+
+def _before_bracket(reply: str) -> str:
+    if ")" not in reply:
+        return reply
+    at = reply.index(")")
+    return reply[at - 1 : at] if at else ""
+
+
+def _infer(reply: str, question: Question) -> str | None:
+    """VLMEvalKit's guess without a judge: the one letter among the words, unless it is among the last
+    five; else the one option that occurs in a reply that is not long."""
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", reply).split()
+    here = [letter for letter in question.letters if letter in words]
+    if len(here) == 1 and words.index(here[0]) < len(words) - 5:
+        return here[0]
+    text = reply.lower()
+    if len(text) > 2 * sum(map(len, question.options)):
+        return None
+    fits = [letter for letter, o in _lettered(question).items() if o.lower() in text]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _lettered(question: Question) -> dict[str, str]:
+    return dict(zip(question.letters, question.options, strict=True))

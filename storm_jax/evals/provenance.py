@@ -1,0 +1,56 @@
+"""What a result was made by: code, libraries, devices, configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from storm_jax import config as config_lib
+from storm_jax.config import RunConfig
+
+LIBRARIES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "av", "pillow", "numpy")
+
+
+def config_hash(config: RunConfig) -> str:
+    """Changes with the model, its training and how frames are read, not with the machine."""
+    fields = config_lib.to_dict(config)
+    fields.pop("mesh")
+    fields["data"].pop("num_workers")
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def about_this_machine() -> Mapping[str, Any]:
+    """Commit, versions and devices."""
+    return {
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        },
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _commit() -> str:
+    """The commit of this code, "-dirty" with changes; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,290 @@
+"""Replies to figures. Every question counts: one without a video, with a broken one, or with a reply that
+gives no letter counts as wrong, and how many there are of each is always said."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from storm_jax.config import CompressionConfig
+from storm_jax.data.sample import Media
+from storm_jax.evals.benchmark import Benchmark, Parser, Question
+
+MISSING = "missing"
+_PLAIN = (str, int, float, list, tuple)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model replied to a question, or why it could not.
+
+    Attributes:
+      error, cause: as in `Prediction`; the cause "missing" is a video that is not there.
+      visual_tokens, seconds: what the reply cost.
+    """
+
+    reply: str = ""
+    error: str = ""
+    cause: str = ""
+    visual_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A question, its answer, and what the parser made of it."""
+
+    question: Question
+    answer: Answer
+    parsed: str | None
+
+    @property
+    def right(self) -> bool:
+        return self.parsed is not None and self.parsed == self.question.answer
+
+    @property
+    def status(self) -> str:
+        """ "parsed", "unparsed", "missing" or "failed"."""
+        if self.answer.error:
+            return MISSING if self.answer.cause == MISSING else "failed"
+        return "unparsed" if self.parsed is None else "parsed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A share and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupResult:
+    """Accuracy of a group of questions; `unanswered` of `total` have no video or a broken one."""
+
+    dimension: str
+    group: str
+    right: int
+    total: int
+    unanswered: int
+    accuracy: float
+    low: float
+    high: float
+    chance: float
+    ceiling: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How many questions were published and are in the files; of those that were asked, how many have
+    which status and no public answer; and empty replies that the parser takes for right ones."""
+
+    published: int
+    rows: int
+    asked: int
+    parsed: int
+    unparsed: int
+    missing: int
+    failed: int
+    without_key: int
+    empty_but_right: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What one evaluation found.
+
+    Attributes:
+      headline: the authors' main figure, None where no answer is public.
+      micro: mean over questions.
+      macro: mean over the groups of each dimension.
+      visual_tokens, seconds: mean, and median, of the questions that were answered.
+    """
+
+    headline_name: str
+    headline: Estimate | None
+    micro: Estimate | None
+    macro: Mapping[str, float]
+    groups: Sequence[GroupResult]
+    counts: Counts
+    visual_tokens: float
+    seconds: float
+
+
+def parse_rows(
+    questions: Sequence[Question], answers: Mapping[str, Answer], parse: Parser
+) -> list[Row]:
+    """Rows in the order of the questions; a question without an answer was not asked, and has none."""
+    return [
+        Row(question, answer, None if answer.error else parse(answer.reply, question))
+        for question in questions
+        if (answer := answers.get(question.id)) is not None
+    ]
+
+
+def score(
+    benchmark: Benchmark,
+    split: str,
+    rows: Sequence[Row],
+    total: int,
+    compression: CompressionConfig | None = None,
+) -> Scores:
+    """Scores the rows that were asked of a split that has `total` in its files."""
+    keyed = [row for row in rows if row.question.answer is not None]
+    dimensions = list(dict.fromkeys(name for row in rows for name in row.question.groups))
+    answered = [row.answer for row in rows if not row.answer.error]
+    groups = _groups(benchmark, split, keyed, dimensions, compression)
+    return Scores(
+        benchmark.headline,
+        estimate(keyed, benchmark.headline_over) if keyed else None,
+        estimate(keyed, "") if keyed else None,
+        {
+            dimension: float(np.mean([g.accuracy for g in groups if g.dimension == dimension]))
+            for dimension in dimensions
+            if keyed
+        },
+        groups,
+        _counts(benchmark.splits[split].rows, total, rows),
+        float(np.mean([a.visual_tokens for a in answered])) if answered else 0.0,
+        float(np.median([a.seconds for a in answered])) if answered else 0.0,
+    )
+
+
+def estimate(rows: Sequence[Row], over: str) -> Estimate:
+    """The mean over rows, or over the groups of the dimension `over`, with its 95 % interval.
+
+    The variance is that of a weighted mean whose deviations are summed within a video before they are
+    squared (Miller, arXiv 2411.00640, eq. 4). The interval is Wilson's (1927) for as many independent
+    questions as would have that variance, and no more than there are.
+    """
+    sizes = Counter(row.question.groups[over] if over else "" for row in rows)
+    rights = Counter(row.question.groups[over] if over else "" for row in rows if row.right)
+    value = sum(rights[group] / size for group, size in sizes.items()) / len(sizes)
+    by_video: dict[str, float] = defaultdict(float)
+    for row in rows:
+        group = row.question.groups[over] if over else ""
+        mean = rights[group] / sizes[group]
+        by_video[row.question.video] += (row.right - mean) / (sizes[group] * len(sizes))
+    variance = sum(deviation**2 for deviation in by_video.values())
+    independent: float = len(by_video)  # where all are right, or none
+    if 0 < value < 1:
+        independent = value * (1 - value) / variance if variance > 0 else math.inf
+    low, high = wilson_interval(value, min(independent, len(rows)))
+    return Estimate(value, low, high)
+
+
+def wilson_interval(share: float, total: float, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % confidence interval of a proportion of `total` (Wilson, 1927)."""
+    if total == 0:
+        return 0.0, 1.0
+    centre = share + z**2 / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _groups(
+    benchmark: Benchmark,
+    split: str,
+    rows: Sequence[Row],
+    dimensions: Sequence[str],
+    compression: CompressionConfig | None,
+) -> list[GroupResult]:
+    results = []
+    for dimension in dimensions:
+        members: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            members[row.question.groups[dimension]].append(row)
+        for group in benchmark.splits[split].sorted_groups(dimension, members):
+            inside = members[group]
+            found = estimate(inside, "")
+            ceiling = None
+            if benchmark.ceiling and compression:
+                ceiling = benchmark.ceiling(inside[0].question, compression)
+            results.append(
+                GroupResult(
+                    dimension,
+                    group,
+                    sum(row.right for row in inside),
+                    len(inside),
+                    sum(bool(row.answer.error) for row in inside),
+                    found.value,
+                    found.low,
+                    found.high,
+                    float(np.mean([row.question.chance for row in inside])),
+                    ceiling,
+                )
+            )
+    return results
+
+
+def _counts(published: int, total: int, rows: Sequence[Row]) -> Counts:
+    statuses = Counter(row.status for row in rows)
+    return Counts(
+        published,
+        total,
+        len(rows),
+        statuses["parsed"],
+        statuses["unparsed"],
+        statuses[MISSING],
+        statuses["failed"],
+        sum(row.question.answer is None for row in rows),
+        sum(row.right and not row.answer.reply.strip() for row in rows),
+    )
+
+
+def to_line(row: Row) -> dict[str, Any]:
+    """A line of predictions.jsonl; `from_line` reads it."""
+    question, answer = row.question, row.answer
+    return {
+        "id": question.id,
+        "video": question.video,
+        "groups": dict(question.groups),
+        "question": question.text,
+        "options": list(question.options),
+        "answer": question.answer,
+        "extra": {k: v for k, v in question.extra.items() if isinstance(v, _PLAIN)},
+        "reply": answer.reply,
+        "parsed": row.parsed,
+        "right": row.right,
+        "status": row.status,
+        "error": answer.error,
+        "cause": answer.cause,
+        "visual_tokens": answer.visual_tokens,
+        "seconds": round(answer.seconds, 6),
+    }
+
+
+def from_line(line: Mapping[str, Any]) -> tuple[Question, Answer]:
+    """A line of predictions.jsonl.
+
+    Raises:
+      KeyError: when it lacks a field.
+    """
+    options = tuple(line["options"])
+    media = Media("video", line["video"])
+    question = Question(
+        line["id"],
+        line["video"],
+        media,
+        line["question"],
+        options,
+        line["answer"],
+        line["groups"],
+        line["extra"],
+    )
+    return question, answer_of(line)
+
+
+def answer_of(line: Mapping[str, Any]) -> Answer:
+    """The reply of a line, which has at least an id and a reply."""
+    return Answer(**{field.name: line[field.name] for field in _FIELDS if field.name in line})
+
+
+_FIELDS = dataclasses.fields(Answer)

@@ -1,0 +1,84 @@
+"""Samples by what they show, so that visual tokens are computed once for all questions about them.
+
+    samples -> scenes (the same media)  -> waves (as many scenes of one static shape as are encoded and
+                                           asked about together)
+
+Static shapes are rounded up, so that few programs are compiled and little is padded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+from storm_jax.compression import plan_clip
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.sample import Media, Sample
+
+_FINEST_PROMPT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneShape:
+    """Slots for the frames (F) and pooled groups (G) of a scene."""
+
+    frames: int
+    groups: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Media, and the samples that ask about them.
+
+    Attributes:
+      counts: frames of each medium.
+      members: indices of the samples.
+      visual_tokens: how many of them the decoder reads.
+    """
+
+    media: tuple[Media, ...]
+    counts: tuple[int, ...]
+    members: tuple[int, ...]
+    visual_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Wave:
+    """Scenes of one shape."""
+
+    shape: SceneShape
+    scenes: tuple[Scene, ...]
+
+
+def plan_waves(samples: Sequence[Sample], encoder: SampleEncoder, size: int) -> list[Wave]:
+    """All samples, in waves of at most `size` scenes, in the order of their first samples."""
+    members: dict[tuple[Media, ...], list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        members[sample.media].append(index)
+    by_shape: dict[SceneShape, list[Scene]] = defaultdict(list)
+    for media, indices in members.items():
+        counts = tuple(encoder.frame_counts(samples[indices[0]]))
+        plans = [plan_clip(count, encoder.side, encoder.compression) for count in counts]
+        shape = SceneShape(
+            round_up(max(1, sum(counts)), 3), round_up(max(1, sum(p.num_groups for p in plans)), 3)
+        )
+        scene = Scene(media, counts, tuple(indices), sum(plan.num_tokens for plan in plans))
+        by_shape[shape].append(scene)
+    return [
+        Wave(shape, tuple(scenes[start : start + size]))
+        for shape, scenes in by_shape.items()
+        for start in range(0, len(scenes), size)
+    ]
+
+
+def prompt_slots(length: int) -> int:
+    """Token slots of a batch whose longest prompt has `length` tokens."""
+    return max(_FINEST_PROMPT, round_up(length, 5, _FINEST_PROMPT))
+
+
+def round_up(n: int, bits: int, finest: int = 1) -> int:
+    """The smallest multiple of a power of two, and of `finest`, that is at least n, with at most
+    2^(bits-1) steps between one power of two and the next."""
+    step = max(finest, 1 << max(0, (n - 1).bit_length() - bits))
+    return -(-n // step) * step

@@ -1,0 +1,275 @@
+"""Each benchmark in each layout: models whose replies are known get the scores that the authors' rules
+give them, counted by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import benchmark_trees as trees
+import numpy as np
+import pytest
+from benchmark_trees import FakeModel, Videos, always_a, failing, oracle, rambler
+
+from storm_jax.config import CompressionConfig
+from storm_jax.data.media import read_media
+from storm_jax.evals.benchmark import BenchmarkError
+from storm_jax.evals.benchmarks import BENCHMARKS
+from storm_jax.evals.check import check
+from storm_jax.evals.runner import evaluate
+from storm_jax.evals.settings import EvalSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A benchmark on disk, and of each model: how many are right of each group, in its order."""
+
+    write: str
+    benchmark: str
+    split: str
+    sizes: dict[str, int]
+    always_a: tuple[int, ...]
+    oracle: tuple[int, ...]
+    failing: tuple[int, ...]
+
+
+_DURATIONS = {"short": 9, "medium": 9, "long": 6}
+_MVBENCH = dict.fromkeys(trees.MVBENCH, 6)
+_LENGTHS = dict.fromkeys(("15", "60", "600", "3600"), 6)
+_EGO = {"": 20}
+TREES = [
+    Tree("videomme_hub", "videomme", "test", _DURATIONS, (3, 2, 1), (9, 9, 6), (6, 6, 4)),
+    Tree("videomme_template", "videomme", "test", _DURATIONS, (3, 2, 1), (9, 9, 6), (6, 6, 4)),
+    Tree("egoschema_authors", "egoschema", "subset", _EGO, (4,), (20,), (13,)),
+    Tree("egoschema_hub", "egoschema", "subset", _EGO, (4,), (20,), (13,)),
+    Tree("mvbench_main", "mvbench", "test", _MVBENCH, (2,) * 4, (6,) * 4, (4,) * 4),
+    Tree("mvbench_video", "mvbench", "test", _MVBENCH, (2,) * 4, (6,) * 4, (4,) * 4),
+    Tree(
+        "mlvu_dev_authors", "mlvu", "dev", trees.MLVU_DEV,
+        (3, 1, 1, 1, 1, 1, 1), (6, 3, 2, 2, 2, 2, 4), (4, 1, 2, 1, 1, 2, 2),
+    ),
+    Tree(
+        "mlvu_dev_hub", "mlvu", "dev", trees.MLVU_DEV,
+        (2, 1, 1, 1, 1, 1, 1), (6, 4, 2, 2, 2, 2, 4), (4, 2, 2, 1, 1, 2, 2),
+    ),
+    Tree(
+        "mlvu_test", "mlvu", "test", trees.MLVU_TEST,
+        (1,) * 9, (6, *(2,) * 8), (4, 1, 1, 2, 1, 1, 2, 1, 1),
+    ),
+    Tree("longvideobench_authors", "longvideobench", "val", _LENGTHS, (2,) * 4, (6,) * 4, (4,) * 4),
+    Tree("longvideobench_hub", "longvideobench", "val", _LENGTHS, (2,) * 4, (6,) * 4, (4,) * 4),
+]  # fmt: skip
+# The headline where it is not the share of all that are right.
+MACRO = {
+    ("mlvu_dev_authors", "always_a"): 3 / 7,
+    ("mlvu_dev_authors", "oracle"): 6.75 / 7,
+    ("mlvu_dev_authors", "failing"): (4 / 6 + 1 / 4 + 1 + 1 / 2 + 1 / 2 + 1 + 1 / 2) / 7,
+    ("mlvu_dev_hub", "always_a"): (1 / 3 + 1 / 4 + 4 / 2 + 1 / 4) / 7,
+    ("mlvu_dev_hub", "failing"): (4 / 6 + 1 / 2 + 1 + 1 / 2 + 1 / 2 + 1 + 1 / 2) / 7,
+    ("mlvu_test", "always_a"): (1 / 6 + 8 / 2) / 9,
+    ("mlvu_test", "failing"): (4 / 6 + 6 / 2 + 2) / 9,
+}
+MODELS = {"always_a": always_a, "oracle": oracle, "rambler": rambler, "failing": failing}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> dict[str, pathlib.Path]:
+    videos = Videos(tmp_path_factory.mktemp("video"))
+    roots = {}
+    for name in {tree.write for tree in TREES}:
+        roots[name] = tmp_path_factory.mktemp(name)
+        getattr(trees, name)(roots[name], videos)
+    return roots
+
+
+def settings_of(benchmark, split, style="", **fields) -> EvalSettings:
+    style = style or next(iter(benchmark.styles))
+    return EvalSettings(split, style, CompressionConfig(8, 4), 16, **fields)
+
+
+def ask(tree: Tree, root, folder, reply, **options):
+    benchmark = BENCHMARKS[tree.benchmark]
+    questions = benchmark.questions(root, tree.split)
+    model = FakeModel(questions, reply)
+    report = evaluate(
+        benchmark,
+        questions,
+        settings_of(benchmark, tree.split),
+        folder,
+        lambda: model,
+        identity={},
+        about={},
+        **options,
+    )
+    return report, model
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.write)
+def test_scores_are_those_of_the_authors_rules(tree, name, roots, tmp_path):
+    report, model = ask(tree, roots[tree.write], tmp_path, MODELS[name])
+    expected = getattr(tree, "oracle" if name == "rambler" else name)
+    key = (tree.write, "oracle" if name == "rambler" else name)
+    total, right = sum(tree.sizes.values()), sum(expected)
+    assert len(model.asked) == total >= 20
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["headline"]["value"] == pytest.approx(MACRO.get(key, right / total))
+    assert results["micro"]["value"] == pytest.approx(right / total)
+    dimension = next(iter(results["macro"]), None)
+    groups = {
+        g["group"]: (g["right"], g["total"])
+        for g in results["groups"]
+        if g["dimension"] == dimension
+    }
+    if tree.sizes != _EGO:
+        sizes = tree.sizes.items()
+        assert groups == {
+            group: (right, size) for (group, size), right in zip(sizes, expected, strict=True)
+        }
+        assert list(groups) == [g for g in published_order(tree) if g in groups]
+    failed = len(range(0, total, 3)) if name == "failing" else 0
+    counts = results["counts"]
+    assert (counts["rows"], counts["asked"], counts["failed"]) == (total, total, failed)
+    assert counts["parsed"] + counts["unparsed"] + failed == total
+    assert counts["missing"] == 0
+    assert counts["published"] == BENCHMARKS[tree.benchmark].splits[tree.split].rows
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert sum(line["right"] for line in lines) == right
+    assert [line["status"] for line in lines].count("failed") == failed
+    assert report.scores.visual_tokens == 64 and report.scores.seconds == 0.5
+
+
+def published_order(tree: Tree) -> list[str]:
+    groups = BENCHMARKS[tree.benchmark].splits[tree.split].groups
+    return list(next(iter(groups.values())))
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.write)
+def test_every_clip_is_found_and_can_be_read(tree, roots):
+    benchmark = BENCHMARKS[tree.benchmark]
+    questions = benchmark.questions(roots[tree.write], tree.split)
+    found = check(benchmark, tree.split, questions, roots[tree.write])
+    assert "  every video is here" in found.lines
+    assert not found.complete  # 20 rows are not what was published
+    kinds = {(q.media.path.suffix, q.media.end): q for q in questions}
+    for question in kinds.values():
+        assert read_media(question.media, 4, 16, 0.0).frames.shape == (4, 16, 16, 3)
+    assert len({question.id for question in questions}) == len(questions)
+
+
+def test_bounds_are_taken_where_clips_are_not_cut(roots):
+    """By the stripes of the numbered frames: 4 a second of a video, 3 a second of a folder."""
+    whole = BENCHMARKS["mvbench"].questions(roots["mvbench_main"], "test")
+    cut = BENCHMARKS["mvbench"].questions(roots["mvbench_video"], "test")
+    assert (whole[0].media.start, whole[0].media.end) == (0.5, 1.5)
+    assert (cut[0].media.start, cut[0].media.end) == (0.0, None)
+    times = read_media(whole[0].media, 3, 16, 0.0).times
+    np.testing.assert_allclose(times, [0.5, 1.0, 1.5])
+    folder = next(q.media for q in whole if q.groups["task"] == "episodic_reasoning")
+    np.testing.assert_allclose(read_media(folder, 3, 16, 0.0).times, [1 / 3, 1, 4 / 3], atol=0.35)
+
+
+def test_videos_that_are_absent_count_as_wrong_and_no_model_is_asked(roots, tmp_path):
+    tree = next(tree for tree in TREES if tree.write == "longvideobench_authors")
+    root = tmp_path / "root"
+    shutil.copytree(roots[tree.write], root)
+    for number in (0, 5, 11):
+        (root / f"videos/lv-{number}.mp4").unlink()
+    report, model = ask(tree, root, tmp_path / "out", oracle)
+    assert len(model.asked) == 18
+    counts = report.scores.counts
+    assert (counts.missing, counts.failed, counts.parsed) == (6, 0, 18)
+    assert report.scores.headline.value == 18 / 24
+    (root / "videos.tar.part.aa").write_bytes(b"")
+    questions = BENCHMARKS["longvideobench"].questions(root, "val")
+    told = check(BENCHMARKS["longvideobench"], "val", questions, root).lines
+    assert "  missing videos: 3, of 6 questions" in told
+    assert "    15: 6 (PUBLISHED: 189), 4 without a video" not in told
+    assert "    15: 6 (PUBLISHED: 189), 2 without a video" in told
+    assert "  not unpacked? videos.tar.part.aa" in told
+    shutil.copy(root / "videos/lv-1.mp4", root / "videos/lv-0.mp4")
+    again, model = ask(tree, root, tmp_path / "out", oracle)
+    assert sorted(model.asked) == ["lv-0_0", "lv-0_1"]  # found, and asked; the others are kept
+    assert again.scores.headline.value == 20 / 24
+
+
+def test_keys_that_are_not_public_are_not_scored(roots, tmp_path):
+    for write, benchmark, split in (
+        ("egoschema_authors", "egoschema", "full"),
+        ("egoschema_hub", "egoschema", "full"),
+        ("longvideobench_authors", "longvideobench", "test"),
+        ("longvideobench_hub", "longvideobench", "test"),
+    ):
+        tree = Tree(write, benchmark, split, {}, (), (), ())
+        report, _ = ask(tree, roots[write], tmp_path / write, always_a)
+        assert report.scores.headline is None and report.scores.micro is None
+        assert report.scores.counts.without_key == 24
+
+
+def test_a_key_without_an_option_is_said_and_never_right(roots, tmp_path):
+    benchmark, root = BENCHMARKS["mlvu"], roots["mlvu_dev_authors"]
+    questions = benchmark.questions(root, "dev")
+    told = check(benchmark, "dev", questions, root).lines
+    assert "  with an answer that is none of the options: needle/2" in told
+    for letter in "ABCD":
+        model = FakeModel(questions, lambda i, q, letter=letter: letter)
+        settings = settings_of(benchmark, "dev")
+        report = evaluate(
+            benchmark,
+            questions,
+            settings,
+            tmp_path / letter,
+            lambda m=model: m,
+            identity={},
+            about={},
+        )
+        assert not next(row for row in report.rows if row.question.id == "needle/2").right
+
+
+def test_another_styles_parser_gives_its_own_figures(roots, tmp_path):
+    """lmms-eval's takes the first letter of a rambling reply, and no letter above D."""
+    videomme = next(tree for tree in TREES if tree.write == "videomme_hub")
+    report, _ = ask(videomme, roots["videomme_hub"], tmp_path / "1", rambler, parser="lmms")
+    assert report.scores.headline.value == 6 / 24  # always A
+    mlvu = next(tree for tree in TREES if tree.write == "mlvu_test")
+    report, _ = ask(mlvu, roots["mlvu_test"], tmp_path / "2", oracle, parser="lmms")
+    assert report.scores.micro.value == 20 / 22
+    mvbench = next(tree for tree in TREES if tree.write == "mvbench_main")
+    silent = ask(mvbench, roots["mvbench_main"], tmp_path / "3", lambda i, q: "", parser="official")
+    assert silent[0].scores.headline.value == 1.0
+    assert silent[0].scores.counts.empty_but_right == 24
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "split", "files", "problem"),
+    [
+        ("videomme", "test", {}, "has none of the annotation files of Video-MME"),
+        ("egoschema", "subset", {"questions.json": "[]"}, "has no subset_answers.json"),
+        ("mvbench", "test", {}, "has no folder json/"),
+        ("mlvu", "generation", {}, "has no MLVU/json/"),
+        ("longvideobench", "val", {"lvb_val.json": "{}"}, "lvb_val.json must be a list of objects"),
+        ("longvideobench", "val", {"lvb_val.json": "[{"}, "lvb_val.json cannot be read"),
+        (
+            "longvideobench",
+            "val",
+            {"lvb_val.json": '[{"id": 1}]'},
+            "a row is not as LongVideoBench",
+        ),
+        ("longvideobench", "val", {"lvb_val.json": "[]"}, "holds no question"),
+        ("videomme", "test", {"test-0.parquet": "nothing"}, "test-0.parquet cannot be read"),
+    ],
+)
+def test_files_that_are_not_as_documented_are_named(benchmark, split, files, problem, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BenchmarkError, match=problem):
+        BENCHMARKS[benchmark].questions(tmp_path, split)
+
+
+def test_repeated_ids_are_refused(tmp_path):
+    rows = trees.longvideobench_rows("val")
+    trees.write_json(tmp_path / "lvb_val.json", [rows[0], rows[0]])
+    with pytest.raises(BenchmarkError, match="'lv-0_0' occurs more than once"):
+        BENCHMARKS["longvideobench"].questions(tmp_path, "val")
