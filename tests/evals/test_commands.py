@@ -1,0 +1,275 @@
+"""`eval.py check`, `score` and `--sweep`, submissions, and judgements."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import benchmark_trees as trees
+import pytest
+from benchmark_trees import FakeModel, Videos, always_a, failing, oracle, rambler
+
+from storm_jax.config import CompressionConfig
+from storm_jax.evals import sweep
+from storm_jax.evals.benchmark import BenchmarkError
+from storm_jax.evals.benchmarks import BENCHMARKS
+from storm_jax.evals.judging import read_scores, score_judgements
+from storm_jax.evals.report import table
+from storm_jax.evals.runner import evaluate
+from storm_jax.evals.settings import EvalSettings
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "eval.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def make(name: str, tmp_path: pathlib.Path) -> pathlib.Path:
+    root = tmp_path / name
+    root.mkdir()
+    getattr(trees, name)(root, Videos(tmp_path))
+    return root
+
+
+def ask(benchmark_name: str, split: str, root, folder, reply):
+    benchmark = BENCHMARKS[benchmark_name]
+    questions = benchmark.questions(root, split)
+    settings = EvalSettings(split, next(iter(benchmark.styles)), CompressionConfig(8, 4), 16)
+    model = FakeModel(questions, reply)
+    return evaluate(
+        benchmark, questions, settings, folder, lambda: model, identity={}, about={"commit": "c0"}
+    )
+
+
+def test_check_tells_what_is_missing_before_anything_is_loaded(tmp_path):
+    root = make("mvbench_main", tmp_path)
+    (root / "video/ssv2_video/w2.webm").unlink()
+    told = call("check", "--benchmark=mvbench", f"--data_root={root}")
+    assert told.returncode == 1
+    assert told.stderr == "eval.py: not all that was published is here\n"
+    lines = told.stdout.splitlines()
+    assert lines[0] == "MVBench test: 24 (PUBLISHED: 4,000) questions about 24 videos"
+    assert "    action_antonym: 6 (PUBLISHED: 200), 1 without a video" in lines
+    assert "    object_shuffle: 0 (PUBLISHED: 200)" in lines
+    assert f"    {root}/video/ssv2_video/w2.webm" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["check", "--benchmark=mlvu"], "--data_root is missing"),
+        (["check", "--benchmark=mlvu", "--data_root=/nowhere"], "/nowhere is no folder"),
+        (["score", "--benchmark=mlvu"], "--predictions is missing"),
+        (["--benchmark=mlvu"], "--workdir is missing"),
+    ],
+)
+def test_what_is_missing_is_one_clear_line(arguments, problem):
+    refused = call(*arguments)
+    assert refused.returncode == 1
+    assert problem in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_predictions_are_scored_again_without_a_model(tmp_path):
+    root = make("videomme_hub", tmp_path)
+    first = ask("videomme", "test", root, tmp_path / "run", rambler)
+    assert first.scores.headline.value == 1
+    predictions = f"--predictions={tmp_path}/run/predictions.jsonl"
+    again = call(
+        "score", "--benchmark=videomme", predictions, "--parser=lmms", f"--out={tmp_path}/out"
+    )
+    assert again.returncode == 0, again.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["headline"]["value"] == 6 / 24
+    assert results["counts"]["published"] == 2700
+    assert results["versions"]["jax"] and results["commit"]
+    assert "THE FILES DO NOT HOLD WHAT WAS PUBLISHED" in again.stdout
+    template = json.loads((tmp_path / "out/videomme_results.json").read_text())
+    assert [len(video["questions"]) for video in template] == [3] * 8
+    asked = template[0]["questions"][1]
+    assert asked == {
+        "question_id": "001-2",
+        "task_type": "Counting Problem",
+        "question": "What is 1?",
+        "options": ["A. red car", "B. blue boat", "C. green tree", "D. white house"],
+        "answer": "B",
+        "response": "A man and a dog. The answer is (B).",
+    }
+    (tmp_path / "few.jsonl").write_text(
+        '{"id": "001-1", "reply": "A"}\n{"id": "8", "reply": "A"}\n'
+    )
+    few = (f"--predictions={tmp_path}/few.jsonl", "--benchmark=videomme")
+    assert "with --data_root, id and reply are enough" in call("score", *few).stderr
+    joined = call("score", *few, f"--data_root={root}")
+    assert (
+        "1 parsed; counted as wrong: 0 unparsed, 0 without a video, 23 not decoded" in joined.stdout
+    )
+
+
+def test_the_full_egoschema_is_submitted_with_every_id(tmp_path):
+    root = make("egoschema_authors", tmp_path)
+    report = ask("egoschema", "full", root, tmp_path / "run", failing_letters)
+    assert table(BENCHMARKS["egoschema"], report.scores).splitlines()[-1] == (
+        "24 have no public answer and are not scored"
+    )
+    answers = json.loads((tmp_path / "run/submission.json").read_text())
+    assert answers == {f"uid-{i}": -1 if i % 3 == 0 else 2 for i in range(24)}
+    rows = list(csv.reader((tmp_path / "run/submission.csv").open()))
+    assert rows == [["q_uid", "answer"], *([uid, str(a)] for uid, a in answers.items())]
+
+
+def failing_letters(number, question):
+    return None if number % 3 == 0 else "C"
+
+
+def test_test_sets_are_submitted_as_their_servers_read_them(tmp_path):
+    root = make("longvideobench_hub", tmp_path)
+    ask("longvideobench", "test", root, tmp_path / "lvb", rambler)
+    path = tmp_path / "lvb/longvideobench_test_for_submission.json"
+    replies = json.loads(path.read_text())
+    assert len(replies) == 24
+    assert replies["lv-0_1"] == "A man and a dog. The answer is (C)."
+    root = make("mlvu_test", tmp_path)
+    ask("mlvu", "test", root, tmp_path / "mlvu", failing)
+    options = json.loads((tmp_path / "mlvu/test_res.json").read_text())
+    assert len(options) == 22
+    assert options[:2] == [
+        {"question_id": "plotQA_0", "question_type": "plotQA", "option": ""},
+        {"question_id": "plotQA_1", "question_type": "plotQA", "option": "B"},
+    ]
+
+
+def test_generation_is_judged_by_whoever_reads_the_judges_input(tmp_path):
+    root = make("mlvu_generation", tmp_path)
+    report = ask("mlvu", "generation", root, tmp_path / "run", failing_text)
+    assert tmp_path / "run/judge_input.jsonl" in report.files
+    lines = [json.loads(x) for x in (tmp_path / "run/judge_input.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 - 7
+    first, last = lines[0], lines[-1]
+    assert first["id"] == "sub_scene/1" and [m["role"] for m in first["messages"]] == [
+        "system",
+        "user",
+    ]
+    assert first["messages"][1]["content"] == (
+        "Please score the respondent's answer according to the steps in the Instructions. You must end "
+        "with a JSON dict to store the scores.\nQuestion: Describe 1.\nScoring Points: point 1\n"
+        "Respondent's Answer: a story\n"
+    )
+    assert "score_accuracy" in first["messages"][0]["content"]
+    assert "Standard Answer: It shows 7.\n" in last["messages"][1]["content"]
+    said = {"sub_scene": "{'score_accuracy': 4, 'score_relevance': 5, 'total_score': 9}",
+            "summary": 'so {"score_completeness": 2.5, "score_reliability": 3}'}  # fmt: skip
+    judgements = [{"id": line["id"], "judgement": said[line["task"]]} for line in lines]
+    judgements[0]["judgement"] = "I cannot say"
+    path = tmp_path / "judgements.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in judgements))
+    scored = call(
+        "score", "--benchmark=mlvu", "--split=generation", f"--judgements={path}",
+        f"--predictions={tmp_path}/run/predictions.jsonl",
+    )  # fmt: skip
+    # 12 sub-scenes: 4 failed and one is not judged (2 each), 7 have 9; 8 summaries: 3 failed, 5 have 5.5.
+    assert scored.stdout.splitlines() == [
+        f"sub_scene   {(5 * 2 + 7 * 9) / 12:8.2f}",
+        f"summary     {(3 * 2 + 5 * 5.5) / 8:8.2f}",
+        f"G-Avg       {((5 * 2 + 7 * 9) / 12 + (3 * 2 + 5 * 5.5) / 8) / 2:8.2f}   of 2 to 10",
+        "20 replies, 8 without a judgement (counted as 2)",
+    ]
+
+
+def failing_text(number, question):
+    return None if number % 3 == 0 else "a story"
+
+
+@pytest.mark.parametrize(
+    ("text", "total"),
+    [
+        ("{'score_accuracy': 3, 'score_relevance': 4.5}", 7.5),
+        ("first score_accuracy: 1, then 'score_accuracy': 2, 'score_relevance': 1", 3),
+        ("'score_accuracy': 3", None),
+        ("'score_accuracy': 9, 'score_relevance': 4", None),
+        ("'score_accuracy': score_acc, 'score_relevance': score_rele", None),
+    ],
+)
+def test_judgements_are_read_or_not_counted(text, total):
+    assert read_scores(text, "sub_scene") == total
+
+
+def test_judgements_of_what_was_not_asked_are_refused(tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"id": "other", "judgement": "x"}\n')
+    with pytest.raises(BenchmarkError, match=r"j.jsonl:1 must have the id of a question"):
+        score_judgements({"sub_scene/0": "sub_scene"}, path)
+
+
+def test_a_sweep_writes_a_table_and_a_plot(trained_run, shapes_folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "tokenizer", "checkpoints"):
+        (run / name).symlink_to(trained_run / name)
+    command = (
+        f"--workdir={run}", "--benchmark=shapes", f"--data_root={shapes_folder}",
+        "--sweep=num_frames=2,8", "--sweep=temporal_sample=1,2", "--max_new_tokens=2",
+        "--batch_size=8", "--limit=12",
+    )  # fmt: skip
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+    folder = run / "evals/shapes/sweep_step2_num_frames_temporal_sample"
+    points = json.loads((folder / "sweep.json").read_text())
+    swept = [(p["compression"]["num_frames"], p["compression"]["temporal_sample"]) for p in points]
+    assert swept == [(2, 1), (8, 1), (2, 2), (8, 2)]
+    tokens = [point["visual_tokens"] for point in points]
+    assert tokens[1] > tokens[3] > tokens[2] and tokens[1] > tokens[0]
+    assert all(point["seconds"] > 0 for point in points)
+    rows = (folder / "sweep.md").read_text().splitlines()
+    assert rows[2].startswith("| num_frames | temporal_sample | accuracy | 95 % interval")
+    assert len(rows) == 8
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    again = call(*command)
+    assert "12 of 12 questions are answered already" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "text", ["frames=8", "num_frames", "num_frames=", "num_frames=8,x", "num_frames=0"]
+)
+def test_a_sweep_that_is_none_is_named(text):
+    with pytest.raises(BenchmarkError, match=f"--sweep={text}"):
+        sweep.parse([text])
+    with pytest.raises(BenchmarkError, match="once"):
+        sweep.parse(["num_frames=1", "num_frames=2"])
+
+
+def test_the_table_says_all_there_is_to_know(tmp_path):
+    root = make("mlvu_dev_hub", tmp_path)
+    report = ask("mlvu", "dev", root, tmp_path / "run", always_a)
+    lines = table(BENCHMARKS["mlvu"], report.scores).splitlines()
+    assert lines[0].split() == ["accuracy", "95", "%", "interval", "chance", "n"]
+    assert lines[1].split() == ["plotQA", "33.3%", "9.7%", "-", "70.0%", "25.0%", "6"]
+    assert lines[8].split()[:2] == ["M-Avg", "40.5%"]
+    assert lines[9].split()[:2] == ["all", "36.4%"]
+    assert lines[10] == "22 questions, 2,175 published"
+    assert lines[12] == (
+        "22 parsed; counted as wrong: 0 unparsed, 0 without a video, 0 not decoded"
+    )
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert (results["commit"], results["split"], results["prompt_style"]) == ("c0", "dev", "vila")
+    assert results["parser"] == "vila"
+
+
+def test_the_built_in_task_is_one_more_benchmark(shapes_folder, tmp_path):
+    report = ask("shapes", "test", shapes_folder, tmp_path / "run", oracle)
+    assert report.scores.headline.value == 1
+    order = next(group for group in report.scores.groups if group.group == "order")
+    assert (order.chance, order.total) == (0.25, 2)
+    assert order.ceiling is not None and order.ceiling < 1
+    assert "ceiling" in table(BENCHMARKS["shapes"], report.scores)

@@ -1,0 +1,194 @@
+"""Every prompt of every benchmark and style, byte for byte."""
+
+from __future__ import annotations
+
+import pathlib
+
+import benchmark_trees as trees
+import numpy as np
+import pytest
+from benchmark_trees import Videos
+
+from storm_jax.evals.benchmark import BenchmarkError, Prompt
+from storm_jax.evals.benchmarks import BENCHMARKS
+
+SELECT = "Select the best answer to the following multiple-choice question based on the video"
+LETTER = "Respond with only the letter (A, B, C, or D) of the correct option.\n"
+FOUR = "A. red car\nB. blue boat\nC. green tree\nD. white house\n"
+VIDEOMME_AUTHORS = f"<video>\n{SELECT}. {LETTER}What is 1?\n{FOUR}The best answer is:"
+MVBENCH_SYSTEM = (
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
+    "movement of objects, and the action and pose of persons. Based on your observations, select the "
+    "best option that accurately addresses the question.\n"
+)
+MLVU_SYSTEM = (
+    "Carefully watch this video and pay attention to every detail. Based on your observations, select "
+    "the best option that accurately addresses the question."
+)
+BRACKETS = "(A) red car\n(B) blue boat\n(C) green tree\n(D) white house"
+MVBENCH_LMMS = (
+    "<video>\nQuestion:What happens in action_sequence 1?\nOption:\n"
+    f"{BRACKETS}\nOnly give the best option.\n"
+)
+MLVU_LMMS = f"<video>\nWhat about ego 1?\n{BRACKETS}\nOnly give the best option.\nBest option: ("
+SIX = f"<video>\nWhat about ego 1?\n{BRACKETS}\n(E) black dog\n(F) grey cat"
+MVBENCH_ASKED = f"Question: What happens in action_sequence 1?\nOptions:\n{BRACKETS}"
+MLVU_ASKED = f"Question: What about ego 1?\nOptions:\n{BRACKETS}"
+LVB_ASKED = (
+    "When the text 1 appears, what is there?\n"
+    "A. red car\nB. blue boat\nC. green tree\nD. white house\n"
+    "Answer with the option's letter from the given choices directly."
+)
+EGO_OPTIONS = "A. red car\nB. blue boat\nC. green tree\nD. white house\nE. black dog\n"
+DIRECTLY = "nswer with the option's letter from the given choices directly."
+GOLDEN = {
+    ("videomme_hub", "test", 1, "vila"): Prompt(VIDEOMME_AUTHORS),
+    ("videomme_hub", "test", 1, "official"): Prompt(VIDEOMME_AUTHORS),
+    ("videomme_template", "test", 1, "vila"): Prompt(VIDEOMME_AUTHORS),
+    ("videomme_hub", "test", 1, "lmms"): Prompt(
+        f"<video>\n{SELECT} and the subtitles. {LETTER}What is 1?\n{FOUR}\nA{DIRECTLY}"
+    ),
+    ("videomme_hub", "test", 1, "vlmevalkit"): Prompt(
+        f"<video>\nThese are the frames of a video. {SELECT}. {LETTER}"
+        f"Question: What is 1?\n{FOUR}Answer: "
+    ),
+    **{
+        (layout, "subset", 1, style): Prompt(text)
+        for layout in ("egoschema_authors", "egoschema_hub")
+        for style, text in (
+            (
+                "vila",
+                f"<video>\nWatching the video and a{DIRECTLY}What does C do, 1?\n{EGO_OPTIONS}",
+            ),
+            ("lmms", f"<video>\nWhat does C do, 1?\n{EGO_OPTIONS}A{DIRECTLY}"),
+        )
+    },
+    ("mvbench_main", "test", 1, "vila"): Prompt(MVBENCH_LMMS),
+    ("mvbench_main", "test", 1, "lmms"): Prompt(MVBENCH_LMMS),
+    ("mvbench_main", "test", 1, "vlmevalkit"): Prompt(
+        f"{MVBENCH_ASKED}<video>\nOnly give the best option.", MVBENCH_SYSTEM
+    ),
+    ("mvbench_main", "test", 1, "official"): Prompt(
+        f"<video>\n{MVBENCH_ASKED}\nOnly give the best option.", MVBENCH_SYSTEM, "Best option:("
+    ),
+    **{
+        (layout, "dev", 11, style): prompt
+        for layout in ("mlvu_dev_authors", "mlvu_dev_hub")
+        for style, prompt in (
+            ("vila", Prompt(MLVU_LMMS)),
+            ("lmms", Prompt(MLVU_LMMS)),
+            (
+                "vlmevalkit",
+                Prompt(f"{MLVU_ASKED}<video>\nOnly give the best option.", MLVU_SYSTEM),
+            ),
+            (
+                "official",
+                Prompt(
+                    f"<video>\n{MLVU_ASKED}\nOnly give the best option.",
+                    MLVU_SYSTEM,
+                    "Best Option: (",
+                ),
+            ),
+        )
+    },
+    ("mlvu_test", "test", 9, "vila"): Prompt(SIX),
+    ("mlvu_test", "test", 9, "lmms"): Prompt(SIX),
+    ("mlvu_generation", "generation", 1, "vila"): Prompt(
+        "<video>\nDescribe 1.",
+        "Carefully watch this video and pay attention to every detail. Based on your observations, "
+        "answer the given questions.",
+    ),
+    **{
+        (layout, "val", 1, style): Prompt(text)
+        for layout in ("longvideobench_authors", "longvideobench_hub")
+        for style, text in (
+            ("vila", f"<video>\n{LVB_ASKED}\n"),
+            ("lmms", f"<video>\n{LVB_ASKED}\n"),
+            ("vlmevalkit", f"<video>{LVB_ASKED}"),
+            ("official", f"<video>\nQuestion: {LVB_ASKED}"),
+        )
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> dict[str, pathlib.Path]:
+    videos = Videos(tmp_path_factory.mktemp("video"))
+    roots = {}
+    for name in {key[0] for key in GOLDEN}:
+        roots[name] = tmp_path_factory.mktemp(name)
+        getattr(trees, name)(roots[name], videos)
+    return roots
+
+
+@pytest.mark.parametrize("key", list(GOLDEN), ids=lambda key: f"{key[0]}-{key[3]}")
+def test_prompts_are_those_of_the_style(key, roots):
+    layout, split, row, style = key
+    benchmark = BENCHMARKS[layout.partition("_")[0]]
+    question = benchmark.questions(roots[layout], split)[row]
+    assert benchmark.style(style).prompt(question, None) == GOLDEN[key]
+
+
+def test_every_style_has_a_golden_prompt():
+    said = {(key[0].partition("_")[0], key[3]) for key in GOLDEN}
+    there = {
+        (name, style)
+        for name, benchmark in BENCHMARKS.items()
+        for style in benchmark.styles
+        if name != "shapes"
+    }
+    assert said == there
+
+
+SHOWN = "This video's subtitles are listed below:"
+SUBTITLED = {
+    "vila": f"<video>\n{SHOWN}\nHi\nyou\n{SELECT} and the subtitles. {LETTER}",
+    "official": f"<video>\n{SHOWN}\nHi\nyou\n{SELECT} and the subtitles. {LETTER}",
+    "lmms": f"<video>\n{SHOWN} \nHi\nyou\n{SELECT} and the subtitles. {LETTER}",
+    "vlmevalkit": f"<video>\nThese are the frames of a video. {SHOWN}\nHi\nyou\n{SELECT}. {LETTER}",
+}
+WITHOUT = {
+    "vila": f"<video>\n{SELECT}. {LETTER}",
+    "official": f"<video>\n{SELECT}. {LETTER}",
+    "lmms": f"<video>\n{SHOWN} \nNo subtitles available\n{SELECT} and the subtitles. {LETTER}",
+    "vlmevalkit": f"<video>\nThese are the frames of a video. {SHOWN}\n\n{SELECT}. {LETTER}",
+}
+ENDS = {"vlmevalkit": f"Question: What is 1?\n{FOUR}Answer: "}
+
+
+@pytest.mark.parametrize("style", list(SUBTITLED))
+def test_subtitles_stand_where_the_style_has_them(style, roots):
+    benchmark = BENCHMARKS["videomme"]
+    question = benchmark.questions(roots["videomme_hub"], "test")[1]
+    prompt = benchmark.style(style).prompt
+    end = ENDS.get(style, f"What is 1?\n{FOUR}The best answer is:")
+    assert prompt(question, "Hi\nyou") == Prompt(SUBTITLED[style] + end)
+    assert prompt(question, "") == Prompt(WITHOUT[style] + end)
+
+
+def test_only_subtitles_of_the_frames_that_are_seen_are_given(roots):
+    benchmark = BENCHMARKS["videomme"]
+    questions = benchmark.questions(roots["videomme_hub"], "test")
+    times = np.array([0.0, 0.5, 1.0 - 1e-9, 1.3, 1.75])
+    assert benchmark.subtitles(questions[0], times) == "Good morning.\nGood night."
+    assert benchmark.subtitles(questions[0], np.array([0.95])) == ""
+    assert benchmark.subtitles(questions[3], times) == ""  # this video has no file
+
+
+def test_words_that_stand_for_media_are_not_taken_for_them(tmp_path):
+    rows = trees.longvideobench_rows("val")[:1]
+    rows[0] |= {
+        "question": "What <video> is <image>?",
+        "candidates": ["<image>x", "y", "z", "u", "v"],
+    }
+    trees.write_json(tmp_path / "lvb_val.json", rows)
+    (question,) = BENCHMARKS["longvideobench"].questions(tmp_path, "val")
+    prompt = BENCHMARKS["longvideobench"].style("").prompt(question, None)
+    assert prompt.user.startswith("<video>\nWhat  is ?\nA. x\nB. y")
+
+
+def test_a_style_or_split_that_a_benchmark_lacks_is_named():
+    with pytest.raises(BenchmarkError, match="--prompt_style=official: EgoSchema has vila, lmms"):
+        BENCHMARKS["egoschema"].style("official")
+    with pytest.raises(BenchmarkError, match="--split=val: MLVU has dev, test, generation"):
+        BENCHMARKS["mlvu"].split("val")

@@ -1,0 +1,102 @@
+"""Figures: what counts, how sure one can be, and that a file of predictions gives them again."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from storm_jax.data.sample import Media
+from storm_jax.evals.benchmark import Question
+from storm_jax.evals.scoring import (
+    Answer,
+    Row,
+    estimate,
+    from_line,
+    parse_rows,
+    to_line,
+    wilson_interval,
+)
+
+
+def rows(right: list[bool], videos: list[str], groups: list[str] | None = None) -> list[Row]:
+    groups = groups or [""] * len(right)
+    return [
+        Row(
+            Question(str(i), video, Media("video", video), "?", ("x", "y"), "A", {"g": group}),
+            Answer("A" if is_right else "B"),
+            "A" if is_right else "B",
+        )
+        for i, (is_right, video, group) in enumerate(zip(right, videos, groups, strict=True))
+    ]
+
+
+def test_wilson_interval_is_the_published_one():
+    low, high = wilson_interval(0.8, 10)  # Brown, Cai and DasGupta (2001): 0.490 to 0.943
+    assert (round(low, 3), round(high, 3)) == (0.49, 0.943)
+    assert wilson_interval(0, 20)[0] == 0
+    assert wilson_interval(1, 20)[1] == pytest.approx(1)
+    assert wilson_interval(0, 0) == (0, 1)
+
+
+def test_independent_questions_have_wilsons_interval():
+    found = estimate(rows([True] * 8 + [False] * 2, [str(i) for i in range(10)]), "")
+    assert found.value == 0.8
+    assert (found.low, found.high) == pytest.approx(wilson_interval(0.8, 10))
+
+
+def test_a_video_that_is_asked_about_three_times_counts_once_where_its_answers_agree():
+    right = [True] * 8 + [False] * 2
+    once = estimate(rows(right, [str(i) for i in range(10)]), "")
+    thrice = estimate(rows(right * 3, [str(i) for i in range(10)] * 3), "")
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
+    all_right = estimate(rows([True] * 30, [str(i) for i in range(10)] * 3), "")
+    assert (all_right.low, all_right.high) == pytest.approx(wilson_interval(1, 10))
+
+
+def test_questions_that_disagree_within_a_video_are_no_surer_than_independent_ones():
+    mixed = estimate(rows([True, False] * 10, [str(i // 2) for i in range(20)]), "")
+    assert (mixed.low, mixed.high) == pytest.approx(wilson_interval(0.5, 20))
+
+
+def test_the_mean_of_groups_and_its_interval_are_those_of_a_simulation(rng):
+    """Two groups of 20 and 200 questions: the interval covers the true mean in about 95 % of draws."""
+    sizes, true = {"small": 20, "large": 200}, {"small": 0.7, "large": 0.4}
+    covered = 0
+    for _ in range(400):
+        groups = [name for name, size in sizes.items() for _ in range(size)]
+        right = [bool(rng.random() < true[name]) for name in groups]
+        found = estimate(rows(right, [str(i) for i in range(220)], groups), "g")
+        by_hand = np.mean([np.mean(right[:20]), np.mean(right[20:])])
+        assert found.value == pytest.approx(by_hand)
+        covered += found.low <= 0.55 <= found.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_failures_and_what_cannot_be_parsed_are_wrong():
+    question = Question("1", "v", Media("video", "v"), "?", ("x", "y"), "A", {})
+    answers = {"1": Answer(error="it is gone", cause="missing")}
+    (row,) = parse_rows([question], answers, lambda reply, q: "A")
+    assert (row.right, row.status, row.parsed) == (False, "missing", None)
+    (row,) = parse_rows([question], {"1": Answer("?")}, lambda reply, q: None)
+    assert (row.right, row.status) == (False, "unparsed")
+    assert parse_rows([question], {}, lambda reply, q: "A") == []
+    unkeyed = Question("1", "v", Media("video", "v"), "?", ("x", "y"), None, {})
+    (row,) = parse_rows([unkeyed], {"1": Answer("A")}, lambda reply, q: "A")
+    assert not row.right
+
+
+def test_a_line_of_predictions_is_the_row_again():
+    extra = {"lines": ("A. x", "B. y"), "srt": None, "scoring_points": "p", "chance": 0.25}
+    question = Question("1", "v", Media("video", "v"), "?", ("x", "y"), "A", {"g": "1"}, extra)
+    row = Row(question, Answer("A", visual_tokens=3, seconds=0.25), "A")
+    again, answer = from_line(json.loads(json.dumps(to_line(row))))
+    assert answer == row.answer
+    assert (again.id, again.options, again.answer, again.groups) == (
+        "1",
+        ("x", "y"),
+        "A",
+        {"g": "1"},
+    )
+    assert again.chance == 0.25 and list(again.extra["lines"]) == ["A. x", "B. y"]
