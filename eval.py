@@ -116,7 +116,11 @@ def run_command() -> str:
     step = run.checkpoint_step(STEP.value)
     base = chosen_compression(trained, benchmark.name)
     swept = sweep.parse(SWEEP.value)
-    identity = {"step": step, "config": config_hash(run.config)}
+    identity = {
+        "step": step,
+        "checkpoint_written": run.checkpoint_written(step),
+        "config": config_hash(run.config),
+    }
     about, load = about_this_machine(), functools.cache(lambda: Predictor(run.path, step))
     home = run.path / "evals" / folder_of(benchmark, split)
     points, problem = [], ""

@@ -144,6 +144,16 @@ class Run:
             raise RunError(f"{self.path} has no checkpoint of step {step}; steps here: {steps}")
         return steps[-1] if step is None else step
 
+    def checkpoint_written(self, step: int) -> int:
+        """When a checkpoint was written, in nanoseconds since 1970: another training's has another time.
+
+        Raises:
+          RunError: when it does not say.
+        """
+        with self.reading(step):
+            path = self.checkpoints_path / str(step) / "_CHECKPOINT_METADATA"
+            return int(json.loads(path.read_text())["init_timestamp_nsecs"])
+
     def restore_params(self, target: Any, step: int) -> Any:
         """Reads the parameters of a checkpoint.
 

@@ -117,6 +117,7 @@ def _draw(
         axis.set_xlabel(unit)
         if name == "visual_tokens":
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
     axes[0].set_ylabel(f"{headline} in %, with its 95 % interval")
     if others:
         axes[0].legend(fontsize=8)

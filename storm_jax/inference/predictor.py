@@ -152,7 +152,8 @@ class Predictor:
         A sample that cannot be used gives a prediction with its error; the others are not touched.
 
         Args:
-          batch_size: how many are answered together, and how many media are encoded before.
+          batch_size: how many are answered together, and how many media are encoded before; rounded up
+            to a multiple of the devices.
           choices: per sample, texts of one token each: the answer is the one that is likeliest to come
             first, and nothing is generated.
           ask: `(index, times of the frames of its media) ->` the sample as it is asked, for questions
@@ -168,6 +169,7 @@ class Predictor:
             compression or self.compression,
             self.config.data.frames,
         )
+        batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
         letters = self._single_tokens(choices)
         ask = ask or (lambda index, times: samples[index])
         waves = plan_waves(samples, encoder, batch_size)

@@ -273,3 +273,48 @@ def test_the_built_in_task_is_one_more_benchmark(shapes_folder, tmp_path):
     assert (order.chance, order.total) == (0.25, 2)
     assert order.ceiling is not None and order.ceiling < 1
     assert "ceiling" in table(BENCHMARKS["shapes"], report.scores)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_of_the_evaluation_guide_runs(trained_run, tmp_path):
+    """On small trees, whose folders and files stand in for those that the guide names."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "tokenizer", "checkpoints"):
+        (run / name).symlink_to(trained_run / name)
+    roots = {
+        "videomme": make("videomme_hub", tmp_path),
+        "egoschema": make("egoschema_hub", tmp_path),
+        "mvbench": make("mvbench_main", tmp_path),
+        "mlvu": make("mlvu_dev_authors", tmp_path),
+        "longvideobench": make("longvideobench_authors", tmp_path),
+    }
+    trees.mlvu_generation(roots["mlvu"], Videos(tmp_path))
+    call(
+        f"--workdir={run}", "--benchmark=mlvu", "--split=generation", "--max_new_tokens=4",
+        f"--data_root={roots['mlvu']}",
+    )  # fmt: skip
+    (replies,) = (run / "evals/mlvu_generation").rglob("predictions.jsonl")
+    (tmp_path / "judged.jsonl").write_text("")
+    guide = (ROOT / "docs/evaluation.md").read_text()
+    commands = [
+        line.split()[2:] for line in guide.splitlines() if line.startswith("    python eval")
+    ]
+    assert len(commands) >= 12
+    for command in commands:
+        name = next(part.split("=")[1] for part in command if part.startswith("--benchmark="))
+        predictions = next(iter((run / f"evals/{name}").rglob("predictions.jsonl")), replies)
+        if "--split=generation" in command:
+            predictions = replies
+        values = {
+            "--workdir": run,
+            "--data_root": roots[name],
+            "--predictions": predictions,
+            "--judgements": tmp_path / "judged.jsonl",
+        }
+        parts = [part.partition("=") for part in command]
+        done = call(*(f"{key}{sign}{values.get(key, value)}" for key, sign, value in parts))
+        incomplete = command[0] == "check" and "not all that was published" in done.stderr
+        assert done.returncode == 0 or incomplete, (command, done.stderr)
+    assert (run / "evals/egoschema_full").exists()

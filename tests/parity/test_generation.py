@@ -24,7 +24,6 @@ from reference_models import (
 from storm_jax.data.conversation import ConversationEncoder, load_tokenizer
 from storm_jax.data.sample import Sample, Turn
 from storm_jax.inference.generate import Sampling, generate
-from storm_jax.models.storm import VisualShape
 from storm_jax.weights.importer import Sources, import_run
 
 NEW = 64
@@ -39,21 +38,19 @@ def family(request) -> str:
 def ours_of(path, prompts: list[np.ndarray], stops: tuple[int, ...]) -> list[list[int]]:
     size = max(len(prompt) for prompt in prompts)
     rows = np.stack([np.pad(prompt, (0, size - len(prompt))) for prompt in prompts])
-    count = len(prompts)
     batch = {
         "tokens": jnp.asarray(rows, jnp.int32),
         "lengths": jnp.array([len(prompt) for prompt in prompts], jnp.int32),
         "visual_index": jnp.full(rows.shape, -1, jnp.int32),
-        "frames": jnp.zeros((count, 1, 56, 56, 3), jnp.uint8),
-        "frame_clip": jnp.zeros((count, 1), jnp.int32),
-        "frame_group": jnp.full((count, 1), -1, jnp.int32),
     }
-    run = nnx.jit(generate, static_argnames=("shape", "sampling", "stop_ids"))
+    model = load_model(path)
+    nothing = jnp.zeros((len(prompts), 1, model.decoder.head().shape[0]))  # a visual table
+    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
     tokens = run(
-        load_model(path),
+        model,
         batch,
+        nothing,
         jax.random.key(0),
-        shape=VisualShape(1, 1),
         sampling=Sampling(max_new_tokens=NEW),
         stop_ids=stops,
     )
