@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import data, scan, scan_compile
+from benchmarks import data, eval_throughput, scan, scan_compile
 from storm_jax.data.media import read_media
 from storm_jax.data.sample import Media
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
@@ -102,3 +102,20 @@ def test_the_data_pipeline_reads_what_it_is_compared_with(tmp_path):
     for kind in data.KINDS:
         seconds, samples = data.run_ours(files, files.source("image", kind), 0, 4)
         assert samples >= 4 and seconds > 0
+
+
+def test_shared_and_separate_videos_are_asked_the_same(tmp_path, capsys):
+    """It compares the replies itself, of two videos with two questions each."""
+    eval_throughput.main(
+        [
+            f"--out={tmp_path}",
+            "--videos=2",
+            "--questions=2",
+            "--frames=4",
+            "--rounds=1",
+            "--batch_size=2",
+        ]
+    )
+    results = json.loads((tmp_path / "eval_throughput.json").read_text())
+    assert results["ratio"] > 0 and len(results["ratio of each round"]) == 1
+    assert set(results["questions a second"]) == {"shared", "not shared"}
