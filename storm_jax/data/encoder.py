@@ -11,7 +11,7 @@ from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, FramesConfig
 from storm_jax.data.conversation import ConversationEncoder, Encoded, Pieces
 from storm_jax.data.media import count_frames
-from storm_jax.data.sample import Media, MediaError, Sample
+from storm_jax.data.sample import Caption, Media, MediaError, Sample
 
 # No video is longer; the text of a time has at most these digits.
 _LONGEST = 99_999.9
@@ -53,19 +53,30 @@ class SampleEncoder:
         return self.text.encode(sample, self._pieces(sample, times))
 
     def _pieces(self, sample: Sample, times: Sequence[np.ndarray]) -> list[Pieces]:
-        return [self._medium(m, t) for m, t in zip(sample.media, times, strict=True)]
+        captions = sample.captions if len(sample.media) == 1 else ()
+        return [self._medium(m, t, captions) for m, t in zip(sample.media, times, strict=True)]
 
-    def _medium(self, medium: Media, times: np.ndarray) -> Pieces:
+    def _medium(
+        self, medium: Media, times: np.ndarray, captions: Sequence[Caption]
+    ) -> list[str | int]:
+        """Tokens of the pooled groups, with the text of their times and the captions between them."""
         plan = plan_clip(len(times), self.side, self.compression)
         style = self.frames.time_text if medium.kind == "video" else "none"
+        pieces: list[str | int] = []
         if style == "sentence":
             listed = ", ".join(f"{time:.1f}" for time in times)
-            text = (
+            pieces.append(
                 f"The video lasts {times[-1]:.1f} s. Its {len(times)} frames are at {listed} s.\n"
             )
-            return [text, plan.num_tokens]
-        if style == "per_group":
-            first = [int(np.argmax(plan.frame_group == g)) for g in range(plan.num_groups)]
-            pairs = [(f"{times[i]:.1f} s: ", plan.tokens_per_group) for i in first]
-            return [part for pair in pairs for part in pair]
-        return [plan.num_tokens]
+        left = iter(captions)
+        caption = next(left, None)
+        for group in range(plan.num_groups):
+            time = times[int(np.argmax(plan.frame_group == group))]
+            while caption and caption.time < time:
+                pieces.append(f"\n{caption.text}\n")
+                caption = next(left, None)
+            if style == "per_group":
+                pieces.append(f"{time:.1f} s: ")
+            pieces.append(plan.tokens_per_group)
+        rest = [caption, *left] if caption else []
+        return pieces + [f"\n{caption.text}\n" for caption in rest]

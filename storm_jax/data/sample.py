@@ -90,17 +90,27 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Caption:
+    """Text that stands among the tokens of a video, behind the frames that are shown by `time` (s)."""
+
+    time: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """A conversation about media. The n-th placeholder of its text stands for the n-th of `media`.
 
     `extra` keeps the record's other fields (a benchmark's family or options). Where it ends with a
-    question, the answer to it begins with `opening`."""
+    question, the answer to it begins with `opening`. `captions`, in order of time, are those of its only
+    medium."""
 
     id: str
     turns: tuple[Turn, ...]
     media: tuple[Media, ...]
     extra: Mapping[str, Any]
     opening: str = ""
+    captions: tuple[Caption, ...] = ()
 
     def prompt(self) -> Sample:
         """The sample up to its last answer, which is left out."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from storm_jax.config import CompressionConfig
-from storm_jax.data.sample import PLACEHOLDER, Media, Sample, Turn
+from storm_jax.data.sample import PLACEHOLDER, Caption, Media, Sample, Turn
 
 
 class BenchmarkError(ValueError):
@@ -65,22 +65,23 @@ class Question:
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """What is said to the model: a system turn ("" = the run's own), the user's turn, which holds
-    `<video>` where the video stands, and the beginning of the answer."""
+    `<video>` where the video stands, the beginning of the answer, and captions among the frames."""
 
     user: str
     system: str = ""
     opening: str = ""
+    captions: tuple[Caption, ...] = ()
 
     def sample(self, question: Question) -> Sample:
         """The question as it is put to the model."""
         turns = [Turn("user", self.user)]
         if self.system:
             turns.insert(0, Turn("system", self.system))
-        return Sample(question.id, tuple(turns), (question.media,), {}, self.opening)
+        return Sample(question.id, tuple(turns), (question.media,), {}, self.opening, self.captions)
 
 
-# `(question, subtitles)`; subtitles is None where they are not asked for, and "" where there are none.
-PromptFunction = Callable[[Question, str | None], Prompt]
+# `(question, subtitles)`: those that are shown with the frames; None where they are not asked for.
+PromptFunction = Callable[[Question, Sequence[Caption] | None], Prompt]
 # `(reply, question) ->` a letter, or for a free answer its text; None = the reply gives none.
 Parser = Callable[[str, Question], str | None]
 
@@ -127,8 +128,8 @@ class Benchmark:
       styles: by the name of the prompt style; the first is the default.
       headline: the name that the authors give to their main figure.
       headline_over: the dimension whose groups it is the mean of; "" = the mean over all questions.
-      subtitles: `(question, times of its frames) ->` the subtitles that are shown then, None where
-        the benchmark has none.
+      subtitles: `(question, times of its frames) ->` the subtitles that are shown then, without words
+        that stand for media; None where the benchmark has none.
       ceiling: `(question, compression) ->` the best expected of a model without temporal mixing.
       submit: `(split, rows, folder) ->` the files written for the authors' own scorers; each row is a
         question, the reply ("" = none) and what was parsed from it.
@@ -142,7 +143,7 @@ class Benchmark:
     styles: Mapping[str, Style]
     headline: str = "accuracy"
     headline_over: str = ""
-    subtitles: Callable[[Question, np.ndarray], str] | None = None
+    subtitles: Callable[[Question, np.ndarray], list[Caption]] | None = None
     ceiling: Callable[[Question, CompressionConfig], float | None] | None = None
     submit: Callable[[str, Sequence[Submitted], pathlib.Path], list[pathlib.Path]] | None = None
 

@@ -44,7 +44,7 @@ def check(
             complete &= here[name] == (expected.get(name) or here[name])
     lines += _keys(questions, published.judged)
     if benchmark.subtitles:
-        with_some = len({q.video for q in questions if q.extra.get("srt")})
+        with_some = len({q.video for q in questions if q.extra["subtitles"]})
         lines.append(f"  videos with subtitles: {with_some:,}")
     lines += _absent(absent, root)
     if not complete:

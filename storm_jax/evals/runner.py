@@ -196,8 +196,9 @@ def _predict(
         if settings.subtitles and benchmark.subtitles:
             try:
                 subs = benchmark.subtitles(question, times[0])
-            except OSError as error:
-                raise SampleError(question.id, "subtitles", str(error)) from error
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                problem = f"{question.extra['subtitles']} cannot be read: {error!r}"
+                raise SampleError(question.id, "subtitles", problem) from error
         return prompt(question, subs).sample(question)
 
     return model.predict(

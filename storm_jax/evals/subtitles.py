@@ -1,8 +1,9 @@
-"""SRT files: which lines are shown at given times."""
+"""Files of subtitles, and which of their lines are shown at given times."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -42,7 +43,26 @@ def read_srt(path: pathlib.Path) -> list[Line]:
     return lines
 
 
-def shown_at(lines: Sequence[Line], times: np.ndarray) -> str:
-    """The lines that are shown at one of the times, each once, in the order of the file."""
-    seen = [line.text for line in lines if ((line.start <= times) & (times < line.end)).any()]
-    return "\n".join(text for text in seen if text)
+def read_json(path: pathlib.Path, duration: float) -> list[Line]:
+    """LongVideoBench's subtitles, whose lines are {"timestamp": [start, end], "text"} or {"start": "H:M:S",
+    "end": "H:M:S", "line"}; one without an end lasts until `duration`."""
+    lines = []
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        if "timestamp" in row:
+            start, end = row["timestamp"]
+            lines.append(Line(float(start), float(duration if end is None else end), row["text"]))
+        else:
+            lines.append(Line(_seconds(row["start"]), _seconds(row["end"]), row["line"]))
+    return lines
+
+
+def shown_at(lines: Sequence[Line], times: np.ndarray) -> list[Line]:
+    """The lines with text that are shown at one of the times, in the order of the file."""
+    return [
+        line for line in lines if line.text and ((line.start <= times) & (times < line.end)).any()
+    ]
+
+
+def _seconds(text: str) -> float:
+    hours, minutes, seconds = text.split(":")
+    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)

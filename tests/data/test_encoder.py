@@ -3,6 +3,8 @@ lengths that are planned before they are known."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -12,7 +14,7 @@ from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, FramesConfig
 from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.encoder import SampleEncoder
-from storm_jax.data.sample import Media, Sample, Turn
+from storm_jax.data.sample import Caption, Media, Sample, Turn
 
 
 def sample(text: str = "<video>\nWhy?", *kinds: str, answer: str = "So.") -> Sample:
@@ -41,6 +43,30 @@ def test_a_sentence_tells_all_times(tokenizer):
     made = encoder(tokenizer, "sentence", CompressionConfig(4))
     text = tokenizer.decode(made.encode(sample(), [np.array([0, 0.5, 1, 70.25])]).tokens)
     assert "lasts 70.2 s. Its 4 frames are at 0.0, 0.5, 1.0, 70.2 s.\n" in text
+
+
+@pytest.mark.parametrize("style", ["none", "per_group"])
+def test_captions_stand_behind_the_groups_that_are_shown_by_then(tokenizer, style):
+    """Groups of 2 frames begin at 0, 2, 4 and 6 seconds."""
+    said = [
+        Caption(0.0, "at once"),
+        Caption(3.9, "third"),
+        Caption(4.0, "fourth"),
+        Caption(99, "end"),
+    ]
+    item = dataclasses.replace(sample(), captions=tuple(said))
+    made = encoder(tokenizer, style, CompressionConfig(8, 2))
+    encoded = made.encode(item, [np.arange(8.0)])
+    marked = np.where(
+        encoded.media == 0, tokenizer.encode("|", add_special_tokens=False)[0], encoded.tokens
+    )
+    groups = ["0.0 s: ||||", "2.0 s: ||||", "4.0 s: ||||", "6.0 s: ||||"]
+    if style == "none":
+        groups = ["||||"] * 4
+    expected = f"{groups[0]}\nat once\n{groups[1]}\nthird\n{groups[2]}\nfourth\n{groups[3]}\nend\n"
+    assert f"{expected}\nWhy?" in tokenizer.decode(marked)
+    assert (encoded.media == 0).sum() == 16
+    assert len(made.plan(item, [8])) >= len(encoded)
 
 
 def test_images_have_no_times(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import benchmark_trees as trees
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from benchmark_trees import Videos
 
+from storm_jax.data.sample import Caption
 from storm_jax.evals.benchmark import BenchmarkError, Prompt
 from storm_jax.evals.benchmarks import BENCHMARKS
 
@@ -162,17 +164,46 @@ def test_subtitles_stand_where_the_style_has_them(style, roots):
     question = benchmark.questions(roots["videomme_hub"], "test")[1]
     prompt = benchmark.style(style).prompt
     end = ENDS.get(style, f"What is 1?\n{FOUR}The best answer is:")
-    assert prompt(question, "Hi\nyou") == Prompt(SUBTITLED[style] + end)
-    assert prompt(question, "") == Prompt(WITHOUT[style] + end)
+    said = [Caption(0, "Hi"), Caption(1, "you")]
+    assert prompt(question, said) == Prompt(SUBTITLED[style] + end)
+    assert prompt(question, []) == Prompt(WITHOUT[style] + end)
 
 
 def test_only_subtitles_of_the_frames_that_are_seen_are_given(roots):
     benchmark = BENCHMARKS["videomme"]
     questions = benchmark.questions(roots["videomme_hub"], "test")
     times = np.array([0.0, 0.5, 1.0 - 1e-9, 1.3, 1.75])
-    assert benchmark.subtitles(questions[0], times) == "Good morning.\nGood night."
-    assert benchmark.subtitles(questions[0], np.array([0.95])) == ""
-    assert benchmark.subtitles(questions[3], times) == ""  # this video has no file
+    said = [caption.text for caption in benchmark.subtitles(questions[0], times)]
+    assert said == ["Good morning.", "Good night."]
+    assert benchmark.subtitles(questions[0], np.array([0.95])) == []
+    assert benchmark.subtitles(questions[3], times) == []  # this video has no file
+
+
+def test_subtitles_of_longvideobench_stand_where_they_are_said(roots):
+    """Both forms of a line; times count from `starting_timestamp_for_subtitles`; frames are at 0, 2, 4, 6
+    and 8 seconds."""
+    root = roots["longvideobench_authors"]
+    rows = trees.longvideobench_rows("val")[:2]
+    rows[0] |= {"starting_timestamp_for_subtitles": 10, "duration": 20}
+    rows[1] |= {"subtitle_path": "none.json"}
+    lines = [
+        {"timestamp": [11.9, 12.3], "text": "short, at 2.1"},
+        {"timestamp": [12.6, 12.8], "text": "between frames"},
+        {"start": "00:00:13.500", "end": "00:00:14.500", "line": "at <image>4"},
+        {"timestamp": [17.5, None], "text": "to the end"},
+    ]
+    trees.write_json(root / "more/lvb_val.json", rows)
+    trees.write_json(root / "more/subtitles/lv-0_en.json", lines)
+    benchmark = BENCHMARKS["longvideobench"]
+    first, second = benchmark.questions(root / "more", "val")
+    times = np.array([0.0, 2.0, 4.0, 6.0, 8.0])
+    found = benchmark.subtitles(first, times)
+    assert [caption.text for caption in found] == ["short, at 2.1", "at 4", "to the end"]
+    np.testing.assert_allclose([caption.time for caption in found], [2.1, 4.0, 8.75])
+    assert benchmark.subtitles(second, times) == []
+    for style in benchmark.styles.values():
+        plain, shown = style.prompt(first, None), style.prompt(first, found)
+        assert shown == dataclasses.replace(plain, captions=tuple(found))
 
 
 def test_words_that_stand_for_media_are_not_taken_for_them(tmp_path):

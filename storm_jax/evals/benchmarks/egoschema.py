@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from storm_jax.data.sample import Media
+from storm_jax.data.sample import Caption, Media
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import (
     Benchmark,
@@ -91,12 +91,12 @@ def _authors_rows(
     return rows
 
 
-def vila(question: Question, subs: str | None) -> Prompt:
+def vila(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     lines = "".join(f"{line}\n" for line in question.extra["lines"])
     return Prompt(f"<video>\nWatching the video and {_DIRECTLY}{question.text}\n{lines}")
 
 
-def lmms(question: Question, subs: str | None) -> Prompt:
+def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     lines = "\n".join(question.extra["lines"])
     return Prompt(f"<video>\n{question.text}\n{lines}\n{_DIRECTLY.capitalize()}")
 

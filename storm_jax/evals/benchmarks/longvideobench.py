@@ -2,8 +2,9 @@
 
     DIR/lvb_val.json, DIR/lvb_test_wo_gt.json       the authors' annotations, or the hub's parquet files
     DIR/videos/VIDEO.mp4
+    DIR/subtitles/VIDEO_en.json
 
-Without subtitles, as the paper's figures and lmms-eval's longvideobench_val_v are.
+Subtitles, where they are asked for, stand among the frames.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from storm_jax.data.sample import Media
-from storm_jax.evals import parsing
+import numpy as np
+
+from storm_jax.data.sample import Caption, Media
+from storm_jax.evals import parsing, subtitles
 from storm_jax.evals.benchmark import (
     Benchmark,
     Prompt,
@@ -35,6 +38,7 @@ _DIRECTLY = "Answer with the option's letter from the given choices directly."
 
 def load(root: pathlib.Path, split: str) -> list[Question]:
     videos = FileFinder(root, ("videos", "video", "."))
+    subs = FileFinder(root, ("subtitles",), (".json",))
     questions = []
     for row in read_rows(root, ANNOTATIONS[split], "LongVideoBench"):
         options = row.get("candidates") or [row.get(f"option{i}") for i in range(5)]
@@ -53,21 +57,42 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
                     "question_category": str(row["question_category"]),
                     "level": str(row.get("level", "?")),
                 },
+                {
+                    "subtitles": subs.find(
+                        row.get("subtitle_path") or f"{row['video_id']}_en.json"
+                    ),
+                    "subtitles_from": float(row.get("starting_timestamp_for_subtitles") or 0),
+                    "duration": float(row.get("duration") or 0),
+                },
             )
         )
     return questions
 
 
-def lmms(question: Question, subs: str | None) -> Prompt:
-    return Prompt(f"<video>\n{_asked(question)}\n{_DIRECTLY}\n")
+def read_subtitles(question: Question, times: np.ndarray) -> list[Caption]:
+    """Lines with a frame inside their time, which is at least a second long, each in its middle."""
+    path, extra = question.extra["subtitles"], question.extra
+    captions = []
+    for line in subtitles.read_json(path, extra["duration"]) if path else []:
+        start, end = line.start - extra["subtitles_from"], line.end - extra["subtitles_from"]
+        middle = (start + end) / 2
+        half = max(0.5, (end - start) / 2)
+        if (np.abs(times - middle) < half).any():
+            captions.append(Caption(middle, without_placeholders(line.text)))
+    return sorted(captions, key=lambda caption: caption.time)
 
 
-def vlmevalkit(question: Question, subs: str | None) -> Prompt:
-    return Prompt(f"<video>{_asked(question)}\n{_DIRECTLY}")
+def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+    return Prompt(f"<video>\n{_asked(question)}\n{_DIRECTLY}\n", captions=tuple(subs or ()))
 
 
-def official(question: Question, subs: str | None) -> Prompt:
-    return Prompt(f"<video>\nQuestion: {_asked(question)}\n{_DIRECTLY}")
+def vlmevalkit(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+    return Prompt(f"<video>{_asked(question)}\n{_DIRECTLY}", captions=tuple(subs or ()))
+
+
+def official(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+    asked = f"<video>\nQuestion: {_asked(question)}\n{_DIRECTLY}"
+    return Prompt(asked, captions=tuple(subs or ()))
 
 
 def _asked(question: Question) -> str:
@@ -108,5 +133,6 @@ BENCHMARK = Benchmark(
         "vlmevalkit": Style(vlmevalkit, parsing.first_letter_vlm("ABCDE")),
         "official": Style(official, parsing.first_letter),
     },
+    subtitles=read_subtitles,
     submit=submit,
 )

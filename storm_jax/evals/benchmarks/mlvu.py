@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from storm_jax.data.sample import Media
+from storm_jax.data.sample import Caption, Media
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import (
     Benchmark,
@@ -139,7 +139,7 @@ def _letter(answer: Any, options: Sequence[str]) -> str | None:
     return text if len(text) == 1 and text.isupper() else ""
 
 
-def lmms(question: Question, subs: str | None) -> Prompt:
+def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     """The dev set asks for the best option and begins the answer in the user's turn; six options, in
     the test set, are asked for with no word more."""
     if not question.options:
@@ -148,19 +148,19 @@ def lmms(question: Question, subs: str | None) -> Prompt:
     return Prompt(asked if len(question.options) > 4 else f"{asked}{_BEST}\nBest option: (")
 
 
-def official(question: Question, subs: str | None) -> Prompt:
+def official(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     if not question.options:
         return open_ended(question, subs)
     return Prompt(f"<video>\n{_asked(question)}{_BEST}", _SELECT, "Best Option: (")
 
 
-def vlmevalkit(question: Question, subs: str | None) -> Prompt:
+def vlmevalkit(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     if not question.options:
         return open_ended(question, subs)
     return Prompt(f"{_asked(question)}<video>{_BEST}", _SELECT)
 
 
-def open_ended(question: Question, subs: str | None) -> Prompt:
+def open_ended(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     return Prompt(f"<video>\n{question.text}", _ANSWER)
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
-from storm_jax.data.sample import Media
+from storm_jax.data.sample import Caption, Media
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import (
     Benchmark,
@@ -115,16 +116,16 @@ def _medium(row: dict[str, Any], task: Task, whole: FileFinder, cut: FileFinder)
     return dataclasses.replace(medium, fps=TVQA_FPS)
 
 
-def lmms(question: Question, subs: str | None) -> Prompt:
+def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     options = question.listed("({letter}) {option}")
     return Prompt(f"<video>\nQuestion:{question.text}\nOption:\n{options}\n{_BEST}\n")
 
 
-def official(question: Question, subs: str | None) -> Prompt:
+def official(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     return Prompt(f"<video>\n{_asked(question)}\n{_BEST}", _SYSTEM, "Best option:(")
 
 
-def vlmevalkit(question: Question, subs: str | None) -> Prompt:
+def vlmevalkit(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     return Prompt(f"{_asked(question)}<video>\n{_BEST}", _SYSTEM)
 
 

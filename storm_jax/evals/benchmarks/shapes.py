@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 from storm_jax.config import CompressionConfig, SourceConfig
 from storm_jax.data import shapes
+from storm_jax.data.sample import Caption
 from storm_jax.data.sources import open_source
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import Benchmark, Prompt, Question, Split, Style
@@ -35,7 +37,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     return questions
 
 
-def as_trained(question: Question, subs: str | None) -> Prompt:
+def as_trained(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     return Prompt(question.text)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from storm_jax.data.sample import Media
+from storm_jax.data.sample import Caption, Media
 from storm_jax.evals import parsing, subtitles
 from storm_jax.evals.benchmark import (
     Benchmark,
@@ -65,7 +65,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
                 tuple(line.partition(". ")[2] for line in lines),
                 row["answer"],
                 {name: row[name] for name in ("duration", "domain", "sub_category", "task_type")},
-                {"lines": lines, "srt": srt.find(f"{name}.srt"), "url": row.get("url", "")},
+                {"lines": lines, "subtitles": srt.find(f"{name}.srt"), "url": row.get("url", "")},
             )
         )
     return questions
@@ -78,35 +78,40 @@ def _rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def read_subtitles(question: Question, times: np.ndarray) -> str:
-    path = question.extra["srt"]
-    return subtitles.shown_at(subtitles.read_srt(path), times) if path else ""
+def read_subtitles(question: Question, times: np.ndarray) -> list[Caption]:
+    path = question.extra["subtitles"]
+    lines = subtitles.shown_at(subtitles.read_srt(path), times) if path else []
+    return [Caption(line.start, without_placeholders(line.text)) for line in lines]
 
 
-def vila(question: Question, subs: str | None) -> Prompt:
+def vila(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     """The authors' own prompt, also when subtitles were asked for and the video has none."""
     asked = f"{question.text}\n{_options(question)}\nThe best answer is:"
     if not subs:
         return Prompt(f"<video>\n{_BASED_ON_VIDEO}{asked}")
-    head = f"This video's subtitles are listed below:\n{subs}\n"
+    head = f"This video's subtitles are listed below:\n{_said(subs)}\n"
     return Prompt(f"<video>\n{head}{_BASED_ON_BOTH}{asked}")
 
 
-def lmms(question: Question, subs: str | None) -> Prompt:
+def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
     """It speaks of subtitles where none are given, too."""
     asked = f"{_BASED_ON_BOTH}{question.text}\n{_options(question)}\n"
     if subs is None:
         end = "\nAnswer with the option's letter from the given choices directly."
         return Prompt(f"<video>\n{asked}{end}")
-    head = f"This video's subtitles are listed below: \n{subs or 'No subtitles available'}\n"
+    head = f"This video's subtitles are listed below: \n{_said(subs) or 'No subtitles available'}\n"
     return Prompt(f"<video>\n{head}{asked}The best answer is:")
 
 
-def vlmevalkit(question: Question, subs: str | None) -> Prompt:
-    told = "" if subs is None else f"This video's subtitles are listed below:\n{subs}\n"
+def vlmevalkit(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+    told = "" if subs is None else f"This video's subtitles are listed below:\n{_said(subs)}\n"
     head = f"\nThese are the frames of a video. {told}{_BASED_ON_VIDEO}"
     asked = f"Question: {question.text}\n{_options(question)}\nAnswer: "
     return Prompt(f"<video>{head}{asked}")
+
+
+def _said(subs: Sequence[Caption]) -> str:
+    return "\n".join(caption.text for caption in subs)
 
 
 def _options(question: Question) -> str:
