@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import textwrap
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
 from storm_jax.data.contact_sheet import draw_frames, sheet_height
 from storm_jax.data.sample import PLACEHOLDER
+
+WIDTH, LINES = 120, 4  # of the texts above a panel, in letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +36,29 @@ def draw_contact_sheet(path: pathlib.Path, panels: Sequence[Panel]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    heights = [0.75 + sheet_height(len(panel.frames)) for panel in panels]
+    titles = [_title(panel) for panel in panels]
+    heights = [
+        0.6 + 0.15 * len(title) + sheet_height(len(panel.frames))
+        for panel, title in zip(panels, titles, strict=True)
+    ]
     figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(panels), height_ratios=heights, squeeze=False)[:, 0]
-    for part, panel in zip(rows, panels, strict=True):
-        question = " ".join(PLACEHOLDER.sub("", panel.question).split())
-        part.suptitle(
-            f"{panel.title}: {question}\nanswer {panel.answer!r}, model {panel.prediction!r}",
-            fontsize=9,
-            color="darkgreen" if panel.right else "firebrick",
-        )
+    for part, panel, title in zip(rows, panels, titles, strict=True):
+        colour = "darkgreen" if panel.right else "firebrick"
+        text = part.suptitle("\n".join(title), fontsize=9, color=colour)
+        text.set_parse_math(False)  # a price is no formula
         draw_frames(part, panel.frames, panel.times)
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+        figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _title(panel: Panel) -> list[str]:
+    """The lines above a panel."""
+    question = " ".join(PLACEHOLDER.sub("", panel.question).split())
+    asked = textwrap.wrap(f"{panel.title}: {question}", WIDTH, max_lines=LINES)
+    said = textwrap.wrap(
+        f"answer {panel.answer!r}, model {panel.prediction!r}", WIDTH, max_lines=LINES
+    )
+    return [*asked, *said]
