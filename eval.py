@@ -14,28 +14,33 @@ alone, `score` scores replies again without a model. docs/evaluation.md has the 
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import app, flags, logging
+from jax.errors import JaxRuntimeError
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals import sweep
-from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Question
+from storm_jax.evals import predictions, sweep
+from storm_jax.evals.benchmark import Benchmark, BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.check import check
 from storm_jax.evals.judging import score_judgements
 from storm_jax.evals.provenance import about_this_machine, config_hash
+from storm_jax.evals.questions import Question
 from storm_jax.evals.report import table
 from storm_jax.evals.runner import Report, evaluate, write_report
-from storm_jax.evals.scoring import Answer, Scores, answer_of, from_line, parse_rows, score
+from storm_jax.evals.scoring import Scores, parse_rows, score
 from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS, EvalSettings
 from storm_jax.inference.predictor import Predictor
-from storm_jax.run import Run, RunError, read_lines
+from storm_jax.run import Run, RunError
 
-STYLES = ("vila", "lmms", "vlmevalkit", "official")
+STYLES = sorted({style for benchmark in BENCHMARKS.values() for style in benchmark.prompts})
+PARSERS = sorted({parser for benchmark in BENCHMARKS.values() for parser in benchmark.parsers})
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py wrote.")
 BENCHMARK = flags.DEFINE_enum(
     "benchmark", None, list(BENCHMARKS), "What to evaluate on.", required=True
@@ -51,7 +56,10 @@ PROMPT_STYLE = flags.DEFINE_enum(
     "prompt_style", "", ["", *STYLES], "Whose prompt; by default vila, as the paper's."
 )
 PARSER = flags.DEFINE_enum(
-    "parser", "", ["", *STYLES], "Whose way to read replies; by default that of the prompt style."
+    "parser",
+    "",
+    ["", *PARSERS],
+    "Whose way to read replies; by default that of the prompt style, and strict for vila.",
 )
 ANSWER = flags.DEFINE_enum(
     "answers", "generate", ANSWERS, "Replies are generated, or the likeliest letter is taken."
@@ -80,7 +88,12 @@ LIMIT = flags.DEFINE_integer("limit", None, "Ask the first questions only.", low
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Length of a reply; the benchmark's own by default.", lower_bound=1
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Questions answered together.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Questions answered together; by default 32, or fewer where they have very many visual tokens.",
+    lower_bound=1,
+)
 SHARE = flags.DEFINE_string(
     "share", "0/1", "I/N: ask every N-th video from the I-th on; N processes make one report."
 )
@@ -107,105 +120,110 @@ def run_command() -> str:
     if WORKDIR.value is None:
         raise BenchmarkError("--workdir is missing: the folder of a run that train.py wrote")
     benchmark, run = BENCHMARKS[BENCHMARK.value], Run(WORKDIR.value)
-    split, trained = benchmark.split(SPLIT.value), run.config.compression
-    if SUBTITLES.value and not benchmark.subtitles:
-        raise BenchmarkError(f"--subtitles: {benchmark.title} is asked without")
+    split, style = benchmark.pick_split(SPLIT.value), benchmark.pick_prompt(PROMPT_STYLE.value)
+    benchmark.pick_parser(PARSER.value, style)
+    if SUBTITLES.value and not benchmark.captions:
+        raise BenchmarkError(f"--subtitles: {benchmark.title} has none")
     questions = read_questions(benchmark, split, run)
     if ANSWER.value == "likelihood" and not all(question.options for question in questions):
         raise BenchmarkError("--answers=likelihood: some questions have no options to choose from")
     step = run.checkpoint_step(STEP.value)
-    base = chosen_compression(trained, benchmark.name)
+    base = chosen_compression(run.config.compression, benchmark.name)
     swept = sweep.parse(SWEEP.value)
-    identity = {
-        "step": step,
-        "checkpoint_written": run.checkpoint_written(step),
-        "config": config_hash(run.config),
-    }
-    about, load = about_this_machine(), functools.cache(lambda: Predictor(run.path, step))
+    ask = functools.partial(
+        evaluate,
+        benchmark,
+        questions,
+        load_model=functools.cache(lambda: Predictor(run.path, step)),
+        identity={
+            "step": step,
+            "checkpoint_written": run.checkpoint_written(step),
+            "config": config_hash(run.config),
+        },
+        about=about_this_machine(),
+        parser=PARSER.value,
+        batch_size=BATCH_SIZE.value,
+        share=parse_share(SHARE.value),
+    )
     home = run.path / "evals" / folder_of(benchmark, split)
-    points, problem = [], ""
+    points: list[sweep.Point | None] = []
+    problems = []
     for compression in sweep.compressions(swept, base):
-        settings = eval_settings(benchmark, split, compression)
-        folder = home / settings.folder_name(step, next(iter(benchmark.styles)))
+        settings = eval_settings(benchmark, split, style, compression)
         if swept:
             print(", ".join(f"{name}={getattr(compression, name)}" for name in swept), flush=True)
-        report = evaluate(
-            benchmark,
-            questions,
-            settings,
-            folder,
-            load,
-            identity=identity,
-            about=about,
-            parser=PARSER.value,
-            batch_size=BATCH_SIZE.value,
-            share=parse_share(SHARE.value),
+        report = ask(settings, home / settings.folder_name(step, next(iter(benchmark.prompts))))
+        points.append(sweep.point(compression, report.scores) if report else None)
+        if report:
+            print_report(benchmark, report)
+            problems.append(problem_of(report.scores))
+    if swept and all(points):
+        settings = eval_settings(benchmark, split, style, base)
+        name = settings.folder_name(step, next(iter(benchmark.prompts)))
+        files = sweep.write(
+            [point for point in points if point],
+            list(swept),
+            benchmark.headline,
+            f"{benchmark.title} {split}, step {step}",
+            home / f"sweep_{'_'.join(swept)}_{name}",
         )
-        if report is None:
-            print("this share is done; the process that ends last writes the report")
-            continue
-        print_report(benchmark, report)
-        problem = problem or problem_of(report.scores)
-        headline = report.scores.headline
-        if headline:
-            cost = report.scores.visual_tokens, report.scores.seconds
-            points.append(sweep.Point(compression, headline, *cost))
-    if swept and points:
-        title = f"{benchmark.title} {split}, step {step}"
-        folder = home / f"sweep_step{step}_{'_'.join(swept)}"
-        files = sweep.write(points, list(swept), benchmark.headline, title, folder)
         print(files[1].read_text() + "\n" + "\n".join(map(str, files)))
-    return problem
+    elif swept:
+        print("no table of the sweep: replies of other processes, or public answers, are lacking")
+    return next(filter(None, problems), "")
 
 
 def check_command() -> str:
     benchmark = BENCHMARKS[BENCHMARK.value]
-    split = benchmark.split(SPLIT.value)
+    split = benchmark.pick_split(SPLIT.value)
     questions = read_questions(benchmark, split, None)
-    found = check(benchmark, split, questions, pathlib.Path(DATA_ROOT.value or ""))
+    found = check(benchmark, split, questions, pathlib.Path(str(DATA_ROOT.value)))
     print("\n".join(found.lines))
     return "" if found.complete else "not all that was published is here"
 
 
 def score_command() -> str:
-    """Scores a file of predictions."""
+    """Scores a file of predictions; what its run was stands beside it, in results.json."""
     if PREDICTIONS.value is None:
         raise BenchmarkError("--predictions is missing: the predictions.jsonl to score")
     benchmark, path = BENCHMARKS[BENCHMARK.value], pathlib.Path(PREDICTIONS.value)
-    split = benchmark.split(SPLIT.value)
-    try:
-        lines = read_lines(path)
-        if DATA_ROOT.value:
-            questions = read_questions(benchmark, split, None)
-            nothing = Answer(error=f"{path} has no reply", cause="no_reply")
-            answers = {question.id: nothing for question in questions}
-            answers |= {str(line["id"]): answer_of(line) for line in lines}
-        else:
-            pairs = [from_line(line) for line in lines]
-            questions = [question for question, _ in pairs]
-            answers = {question.id: answer for question, answer in pairs}
-    except KeyError as error:
-        raise BenchmarkError(
-            f"{path}: a line has no {error}; with --data_root, id and reply are enough"
-        ) from error
+    beside = results_beside(path, benchmark)
+    split = benchmark.pick_split(SPLIT.value or beside.get("split", ""))
+    known = read_questions(benchmark, split, None) if DATA_ROOT.value else None
+    questions, answers = predictions.read(path, known)
     if JUDGEMENTS.value:
+        if not benchmark.splits[split].judged:
+            raise BenchmarkError(f"--judgements: no judge scores {benchmark.title} {split}")
         tasks = {question.id: question.groups["task"] for question in questions}
         print(score_judgements(tasks, pathlib.Path(JUDGEMENTS.value)).table())
         return ""
-    style = PARSER.value or PROMPT_STYLE.value
-    rows = parse_rows(questions, answers, benchmark.style(style).parse)
-    scores = score(benchmark, split, rows, len(questions))
+    style = PROMPT_STYLE.value or beside.get("prompt_style", "")
+    parser = benchmark.pick_parser(PARSER.value, benchmark.pick_prompt(style))
+    rows = parse_rows(questions, answers, benchmark.parsers[parser])
+    total = beside["counts"]["rows"] if beside and known is None else len(questions)
+    scores = score(benchmark, split, rows, total)
     print(table(benchmark, scores))
     if OUT.value:
-        about = {
-            "benchmark": benchmark.name,
-            "split": split,
-            "parser": style,
-            **about_this_machine(),
-        }
+        if pathlib.Path(OUT.value, "settings.json").exists():
+            raise BenchmarkError(f"--out={OUT.value} is the report of a run: name another folder")
+        about = {"benchmark": benchmark.name, "split": split, "parser": parser}
+        about |= {"predictions": str(path), **about_this_machine()}
         files = write_report(benchmark, split, rows, scores, about, pathlib.Path(OUT.value))
         print("\n".join(map(str, files)))
     return problem_of(scores)
+
+
+def results_beside(path: pathlib.Path, benchmark: Benchmark) -> Mapping[str, Any]:
+    """The results of the run that a file of predictions is from; empty where it is from elsewhere."""
+    results = path.with_name("results.json")
+    if path.name != "predictions.jsonl" or not results.exists():
+        return {}
+    beside = json.loads(results.read_text())
+    if beside["benchmark"] != benchmark.name:
+        raise BenchmarkError(
+            f"--benchmark={benchmark.name}: {path} has replies to {beside['benchmark']}"
+        )
+    return beside
 
 
 def read_questions(benchmark: Benchmark, split: str, run: Run | None) -> list[Question]:
@@ -225,10 +243,9 @@ def chosen_compression(trained: CompressionConfig, benchmark: str) -> Compressio
     return CompressionConfig(**values)
 
 
-def eval_settings(benchmark: Benchmark, split: str, compression: CompressionConfig) -> EvalSettings:
-    style = PROMPT_STYLE.value or next(iter(benchmark.styles))
-    benchmark.style(style)
-    benchmark.style(PARSER.value)
+def eval_settings(
+    benchmark: Benchmark, split: str, style: str, compression: CompressionConfig
+) -> EvalSettings:
     return EvalSettings(
         split,
         style,
@@ -264,16 +281,21 @@ def print_report(benchmark: Benchmark, report: Report) -> None:
 
 
 def problem_of(scores: Scores) -> str:
-    if scores.counts.missing and not ALLOW_MISSING.value:
-        return f"{scores.counts.missing:,} questions have no video; --allow_missing accepts that"
-    missed = unproven(scores, REQUIRE.value)
+    """Why the exit status is 1, "" = it is 0."""
+    counts = scores.counts
+    if counts.missing and not ALLOW_MISSING.value:
+        return f"{counts.missing:,} questions have no video; --allow_missing accepts that"
+    if not counts.parsed + counts.unparsed:
+        return "no question could be answered"
+    groups = {group.group: group for group in scores.groups}
+    if unknown := [name for name in REQUIRE.value if name not in groups]:
+        return f"--require={unknown[0]}: the groups are {', '.join(groups)}"
+    missed = [
+        name
+        for name in dict.fromkeys(REQUIRE.value)
+        if groups[name].accuracy.low < groups[name].chance + MARGIN
+    ]
     return f"not {MARGIN:.0%} above chance: {', '.join(missed)}" if missed else ""
-
-
-def unproven(scores: Scores, required: Sequence[str]) -> list[str]:
-    """The required groups that are not clearly above chance."""
-    proven = {group.group for group in scores.groups if group.low >= group.chance + MARGIN}
-    return [name for name in dict.fromkeys(required) if name not in proven]
 
 
 COMMANDS: Mapping[str, Callable[[], str]] = {"check": check_command, "score": score_command}
@@ -288,6 +310,13 @@ def main(argv: Sequence[str]) -> None:
         problem = command()
     except (RunError, ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"eval.py: the device has too little memory ({str(error).splitlines()[0]}); a smaller "
+            f"--batch_size needs less, and the same command goes on"
+        )
     except KeyboardInterrupt:
         sys.exit("eval.py: stopped; the same command goes on with the rest")
     if problem:

@@ -178,7 +178,7 @@ def evaluate(
             *(f"--{name}={value}" for name, value in dataclasses.asdict(compression).items()),
         )
     groups = json.loads(report.read_text())["groups"]
-    return {group["group"]: group["accuracy"] for group in groups}
+    return {group["group"]: group["accuracy"]["value"] for group in groups}
 
 
 def run_script(script: str, *arguments: str) -> None:

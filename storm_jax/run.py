@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import re
+import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -281,7 +282,8 @@ def replace_model(
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file that is either there whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Processes of several containers may have one number.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     partial.write_text(text)
     partial.rename(path)
 

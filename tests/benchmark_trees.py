@@ -18,7 +18,7 @@ from media_files import barcode, write_numbered
 from PIL import Image
 
 from storm_jax.data.sample import Sample
-from storm_jax.evals.benchmark import Question
+from storm_jax.evals.questions import Question
 from storm_jax.inference.predictor import Prediction
 
 OPTIONS = ("red car", "blue boat", "green tree", "white house", "black dog", "grey cat")
@@ -85,15 +85,13 @@ def videomme_hub(root: pathlib.Path, videos: Videos) -> None:
     )
 
 
-def videomme_template(root: pathlib.Path, videos: Videos) -> None:
-    records: dict[str, dict[str, Any]] = {}
-    for row in videomme_rows():
-        about = {k: row[k] for k in ("video_id", "duration", "domain", "sub_category", "url")}
-        record = records.setdefault(row["video_id"], {**about, "questions": []})
-        keys = ("question_id", "task_type", "question", "options", "answer")
-        record["questions"].append({key: row[key] for key in keys})
+def videomme_flat(root: pathlib.Path, videos: Videos) -> None:
+    """As others unpack it: the annotations beside videos/ and subtitles/."""
+    rows = videomme_rows()
+    write_rows(root / "test-00000-of-00001.parquet", rows)
+    for row in rows:
         videos.put(root / "videos" / f"{row['videoID']}.mp4")
-    write_json(root / "output_test_template.json", list(records.values()))
+    (root / "subtitles").mkdir()
 
 
 def egoschema_authors(root: pathlib.Path, videos: Videos) -> None:
@@ -242,20 +240,15 @@ MLVU_TEST = {
 
 
 def mlvu_test(root: pathlib.Path, videos: Videos) -> None:
-    """22 questions of six options; the keys are A to F in turn."""
+    """22 questions of six options; the keys are A to F in turn, given as texts."""
     rows = []
     for task, count in MLVU_TEST.items():
         for i, row in enumerate(_mlvu_rows(task, count, OPTIONS)):
-            row.pop("answer")
             rows.append({**row, "question_id": f"{task}_{i}"})
-            videos.put(root / "video" / row["video"])
-    write_json(root / "test_question.json", rows)
-    answers = [
-        {"question_id": f"{task}_{i}", "answer": "ABCDEF"[i % 6]}
-        for task, count in MLVU_TEST.items()
-        for i in range(count)
-    ]
-    write_json(root / "test_answers.json", answers)
+            videos.put(root / "MLVU_Test/video" / row["video"])
+    write_json(root / "MLVU_Test/test-ground-truth/test_mcq_gt.json", rows)
+    unkeyed = [{k: v for k, v in row.items() if k != "answer"} for row in rows]
+    write_json(root / "MLVU_Test/leaderboard/test_question.json", unkeyed)
 
 
 def mlvu_generation(root: pathlib.Path, videos: Videos) -> None:

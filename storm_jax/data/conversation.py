@@ -230,7 +230,18 @@ class ConversationEncoder:
 
         A sample that ends with a question (see `Sample.prompt`) ends with the template's opening of
         the assistant's turn and the sample's own opening of the answer.
+
+        Raises:
+          SampleError: when it has no turn, as many placeholders as media it has not, or the template
+            renders it otherwise.
         """
+        placeholders = sum(len(PLACEHOLDER.findall(turn.text)) for turn in sample.turns)
+        if not sample.turns or placeholders != len(media):
+            raise SampleError(
+                sample.id,
+                "placeholder",
+                f"{len(sample.turns)} turns with {placeholders} placeholders for {len(media)} media",
+            )
         parts = _Parts(self.tokenizer, media)
         for text, is_answer in self._spans(sample):
             parts.add(text, is_answer)

@@ -127,7 +127,10 @@ def folder_duration(medium: Media) -> float:
 def frame_files(medium: Media) -> list[pathlib.Path]:
     """The images of a folder; frame_10 comes behind frame_9."""
     assert medium.path is not None
-    files = [path for path in medium.path.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    try:
+        files = [path for path in medium.path.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    except OSError as error:
+        raise MediaError(medium, "unreadable", str(error)) from error
     if not files:
         raise MediaError(medium, "empty", "the folder holds no image")
     return sorted(files, key=lambda path: [

@@ -7,8 +7,9 @@ import pathlib
 from collections import Counter
 from collections.abc import Sequence
 
-from storm_jax.evals.benchmark import Benchmark, Question
-from storm_jax.evals.files import archives
+from storm_jax.evals.benchmark import Benchmark
+from storm_jax.evals.files import archives, is_there
+from storm_jax.evals.questions import Question
 
 EXAMPLES = 3
 
@@ -26,7 +27,7 @@ def check(
 ) -> Checked:
     """Counts questions, keys and videos against what was published, group by group."""
     published = benchmark.splits[split]
-    absent = [q for q in questions if q.media.path is not None and not q.media.path.exists()]
+    absent = [q for q in questions if q.media.path is not None and not is_there(q.media.path)]
     lines = [
         f"{benchmark.title} {split}: {_compared(len(questions), published.rows)} questions about "
         f"{len({q.video for q in questions}):,} videos"
@@ -43,8 +44,8 @@ def check(
             lines.append(f"    {name}: {count}{without}")
             complete &= here[name] == (expected.get(name) or here[name])
     lines += _keys(questions, published.judged)
-    if benchmark.subtitles:
-        with_some = len({q.video for q in questions if q.extra["subtitles"]})
+    if benchmark.captions:
+        with_some = len({q.video for q in questions if q.subtitles})
         lines.append(f"  videos with subtitles: {with_some:,}")
     lines += _absent(absent, root)
     if not complete:

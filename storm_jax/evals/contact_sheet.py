@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import textwrap
 import warnings
@@ -50,7 +51,9 @@ def draw_contact_sheet(path: pathlib.Path, panels: Sequence[Panel]) -> None:
         draw_frames(part, panel.frames, panel.times)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
-        figure.savefig(path, dpi=110)
+        partial = path.with_suffix(f".{os.getpid()}.png")
+        figure.savefig(partial, dpi=110)
+        partial.rename(path)
     pyplot.close(figure)
 
 

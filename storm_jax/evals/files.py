@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ def first_match(root: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path | N
 
 
 def read_rows(root: pathlib.Path, patterns: Sequence[str], title: str) -> list[dict[str, Any]]:
-    """The rows of the first file that one of the patterns finds; .parquet or .json.
+    """The rows of the first file that one of the patterns finds, or of all its shards; .parquet or .json.
 
     Raises:
       BenchmarkError: when there is none, or it is damaged.
@@ -35,7 +37,8 @@ def read_rows(root: pathlib.Path, patterns: Sequence[str], title: str) -> list[d
         raise BenchmarkError(
             f"--data_root={root} has none of the annotation files of {title}: {', '.join(patterns)}"
         )
-    return read_file(path)
+    shards = re.sub(r"-\d{5}-of-(\d{5})\.parquet$", r"-*-of-\1.parquet", glob.escape(path.name))
+    return [row for shard in sorted(path.parent.glob(shards)) for row in read_file(shard)]
 
 
 def read_file(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -92,7 +95,7 @@ class FileFinder:
             exact, folded = self._list(place)
             stem = self._stem(relative.name)
             found = exact.get(relative.name) or exact.get(stem) or folded.get(stem.casefold())
-            if found:
+            if found and is_there(place / found):  # it may be a link to nothing
                 return place / found
         return None
 
@@ -107,15 +110,27 @@ class FileFinder:
     def _list(self, folder: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
         """Names in a folder, by name and by stem; and by stem whatever its case."""
         if folder not in self._listed:
-            names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+            try:
+                names = sorted(path.name for path in folder.iterdir())
+            except OSError:  # no such folder, or none that may be read
+                names = []
+            files = [name for name in names if self._stem(name) != name]
+            folders = [name for name in names if self._stem(name) == name]
             exact: dict[str, str] = {}
             folded: dict[str, str] = {}
-            for name in names:
-                if self._stem(name) != name or (folder / name).is_dir():
-                    exact.setdefault(self._stem(name), name)
-                    folded.setdefault(self._stem(name).casefold(), name)
-            self._listed[folder] = (exact | {name: name for name in names}, folded)
+            for name in (*files, *(name for name in folders if (folder / name).is_dir())):
+                exact.setdefault(self._stem(name), name)
+                folded.setdefault(self._stem(name).casefold(), name)
+            self._listed[folder] = ({name: name for name in names} | exact, folded)
         return self._listed[folder]
+
+
+def is_there(path: pathlib.Path) -> bool:
+    """Whether a file or folder can be seen."""
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 def archives(root: pathlib.Path) -> list[str]:

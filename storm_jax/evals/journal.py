@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from storm_jax.evals.scoring import Answer
-from storm_jax.run import RunError, read_lines, write_atomically, write_lines
+from storm_jax.evals.predictions import answer_of
+from storm_jax.evals.questions import Answer
+from storm_jax.run import RunError, read_lines, write_atomically
 
 
 class Journal:
@@ -55,17 +57,29 @@ class Journal:
         found: dict[str, Answer] = {}
         for path in sorted(self.folder.glob("answers.*.jsonl")):
             for line in read_lines(path):
-                answer = Answer(**{key: value for key, value in line.items() if key != "id"})
+                answer = answer_of(line)
                 if line["id"] not in found or found[line["id"]].error:
                     found[line["id"]] = answer
         return found
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[_Writer]:
-        """Appends answers; a line that a killed process left unfinished is taken away first."""
-        if self._path.exists():
-            write_lines(self._path, read_lines(self._path))
-        with self._path.open("a", encoding="utf-8") as file:
+        """Appends answers; a line that a killed process left unfinished is taken away first.
+
+        Raises:
+          RunError: when another process is writing them.
+        """
+        with self._path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is answering {self._path}: wait for it, or give each its --share"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
             yield _Writer(file)
 
 
@@ -75,5 +89,5 @@ class _Writer:
 
     def add(self, identity: str, answer: Answer) -> None:
         line = {"id": identity, **dataclasses.asdict(answer)}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()

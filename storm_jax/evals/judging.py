@@ -14,8 +14,10 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from storm_jax.evals.benchmark import BenchmarkError, Submitted
-from storm_jax.run import read_lines, write_lines
+from storm_jax.evals.benchmark import BenchmarkError
+from storm_jax.evals.predictions import read_objects
+from storm_jax.evals.questions import Row
+from storm_jax.run import write_lines
 
 SCORES = {
     "sub_scene": ("score_accuracy", "score_relevance"),
@@ -95,7 +97,7 @@ class Judged:
         return "\n".join(lines)
 
 
-def write_judge_input(rows: Sequence[Submitted], folder: pathlib.Path) -> pathlib.Path:
+def write_judge_input(rows: Sequence[Row], folder: pathlib.Path) -> pathlib.Path:
     """The messages for a judge, of all questions that have a reply."""
     path = folder / "judge_input.jsonl"
     lines = [
@@ -108,14 +110,14 @@ def write_judge_input(rows: Sequence[Submitted], folder: pathlib.Path) -> pathli
             ],
         }
         for row in rows
-        if row.reply
+        if row.answer.reply
     ]
     write_lines(path, lines)
     return path
 
 
-def _asked(row: Submitted) -> str:
-    question, said = row.question, f"Respondent's Answer: {row.reply}\n"
+def _asked(row: Row) -> str:
+    question, said = row.question, f"Respondent's Answer: {row.answer.reply}\n"
     if question.groups["task"] == "summary":
         return f"{_SCORE}Standard Answer: {question.answer}\n{said}"
     points = question.extra.get("scoring_points", "")
@@ -132,10 +134,11 @@ def score_judgements(tasks: Mapping[str, str], path: pathlib.Path) -> Judged:
       BenchmarkError: when a line has no id or judgement, or judges what was not asked.
     """
     given: dict[str, float | None] = {}
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(read_objects(path), start=1):
         if line.get("id") not in tasks or not isinstance(line.get("judgement"), str):
             raise BenchmarkError(
-                f"{path}:{number} must have the id of a question and a judgement, which is text"
+                f"{path}: judgement {number} must have the id of a question and a judgement, which is "
+                f"text"
             )
         given[line["id"]] = read_scores(line["judgement"], tasks[line["id"]])
     scores: dict[str, list[float]] = defaultdict(list)

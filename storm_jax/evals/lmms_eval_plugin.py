@@ -23,7 +23,7 @@ from PIL import Image
 
 from storm_jax.data.image import IMAGE_SUFFIXES
 from storm_jax.data.sample import Media, Sample, Turn
-from storm_jax.evals.benchmark import without_placeholders
+from storm_jax.evals.questions import without_placeholders
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 
@@ -35,7 +35,7 @@ class StormForLmmsEval(lmms):
 
     Args:
       workdir, step: as of `Predictor`.
-      num_frames, temporal_pool, spatial_pool, temporal_sample: as in training by default.
+      compression: fields of `CompressionConfig`, such as num_frames; as in training by default.
       batch_size: questions answered together, all of which may be about one video.
       device: ignored; JAX uses all devices that it sees.
     """
@@ -46,23 +46,13 @@ class StormForLmmsEval(lmms):
         self,
         workdir: str,
         step: int | None = None,
-        num_frames: int | None = None,
-        temporal_pool: int | None = None,
-        spatial_pool: int | None = None,
-        temporal_sample: int | None = None,
         batch_size: int | str = 32,
         device: str | None = None,
+        **compression: int,
     ):
         super().__init__()
         self._predictor = Predictor(workdir, step)
-        asked = {
-            "num_frames": num_frames,
-            "temporal_pool": temporal_pool,
-            "spatial_pool": spatial_pool,
-            "temporal_sample": temporal_sample,
-        }
-        changes = {name: int(value) for name, value in asked.items() if value is not None}
-        self._compression = dataclasses.replace(self._predictor.compression, **changes)
+        self._compression = dataclasses.replace(self._predictor.compression, **compression)
         self._batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

@@ -13,44 +13,55 @@ have no random guess and ask no judge: where those would, a reply is unparsed an
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 
-from storm_jax.evals.benchmark import Parser, Question, normalise
+from storm_jax.evals.benchmark import Parser
+from storm_jax.evals.questions import Question
 
 _THINKING = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 _MARKERS = re.compile(r"<\|[^|>]*\|>|</s>")
-_ALONE = re.compile(r"[\s(\[{*_\"'`]*([A-Za-z])[\s)\]}*_\"'`.:]*")
+_WRAP = r"[(\[{*_\"'`]*"  # before a letter
+_ALONE = re.compile(
+    r"(?:(?:option|choice|answer)\b\s*:?)?[\s(\[{*_\"'`]*([A-Z])[\s)\]}*_\"'`.:]*", re.IGNORECASE
+)
 _STATED = re.compile(
     r"\b(?:answer|option|choice)\b\s*(?:\bis\b|[:=])[\s:]*"
     r"(?:the\s+)?(?:(?:correct|best)\s+)?(?:(?:option|choice|letter)\b\s*:?\s*)?"
-    r"[(\[{*_\"'`]*(?-i:([A-Z])|(?<=[(\[{])([a-z])(?=[)\]}]))(?!\w)",
+    rf"{_WRAP}(?-i:([A-Z])|(?<=[(\[{{])([a-z])(?=[)\]}}]))(?!\w)",
     re.IGNORECASE,
 )
-_LEADING = re.compile(r"[(\[{*_\"'`]*([A-Za-z])[*_\"'`]*[.):\]}](?!\w)")
+_LEADING = re.compile(
+    rf"{_WRAP}([A-Za-z])[*_\"'`]*(?:[.):\]}}](?!\w)|[ \t]*\n|,(?!\s*(?:and\s+|or\s+)?\w\b))"
+)
+# "A" as a word: what follows is a noun and no reason.
+_ARTICLE = re.compile(r"\s+(?!(?:because|since|as|and|or|is|for|due)\b)[a-z]")
 
 
 def strict(reply: str, question: Question) -> str | None:
     """The letter that a reply gives, by the first rule that applies:
 
     1. thoughts and chat markers are cut out;
-    2. the reply is one letter, which may stand in brackets or before a dot or colon;
+    2. the reply is one letter, which may stand in brackets, before a dot or colon, or behind "Option";
     3. the last letter that is said to be the answer, option or choice ("the answer is (C)");
-    4. a letter at the start with a dot, bracket or colon behind it;
+    4. a letter at the start with a dot, bracket, colon, comma or the end of the line behind it;
     5. the text of exactly one option is the reply, or occurs in it;
     6. else it gives none, and so it does when the letter is none of the question's.
+
+    "I", where it is none of the letters, and "A" before a noun are words.
     """
     text = _MARKERS.sub("", _THINKING.sub("", reply)).strip()
     found = ""
     if alone := _ALONE.fullmatch(text):
         found = alone[1]
-    elif stated := list(_STATED.finditer(text)):
+    elif stated := [match for match in _STATED.finditer(text) if not _is_word(match, question)]:
         found = stated[-1][1] or stated[-1][2]
     elif leading := _LEADING.match(text):
         found = leading[1]
     if found:
         return found.upper() if found.upper() in question.letters else None
     said = f" {normalise(text)} "
-    options = {letter: f" {normalise(o)} " for letter, o in _lettered(question).items()}
+    options = {letter: f" {normalise(o)} " for letter, o in question.lettered.items()}
     for fits in (
         [letter for letter, option in options.items() if option == said],
         [letter for letter, option in options.items() if option.strip() and option in said],
@@ -60,10 +71,16 @@ def strict(reply: str, question: Question) -> str | None:
     return None
 
 
+def _is_word(match: re.Match[str], question: Question) -> bool:
+    if match[1] == "A":
+        return _ARTICLE.match(match.string, match.end()) is not None
+    return match[1] == "I" and "I" not in question.letters
+
+
 def exact(reply: str, question: Question) -> str | None:
     """The reply but for case and punctuation; for a multiple choice the letter, its option or both."""
     said = normalise(reply)
-    for letter, option in _lettered(question).items():
+    for letter, option in question.lettered.items():
         if said in (letter.lower(), normalise(option), f"{letter.lower()} {normalise(option)}"):
             return letter
     if not question.options and question.answer and said == normalise(question.answer):
@@ -129,7 +146,7 @@ def mmmu(reply: str, question: Question) -> str | None:
         if form.format(letter) in text
     ]
     if not found and len(text.split()) > 5:
-        lines = question.extra.get("lines") or question.options
+        lines = question.lines or question.options
         found = [
             (text.lower().rfind(line.strip().lower()), letter)
             for letter, line in zip(question.letters, lines, strict=True)
@@ -198,7 +215,7 @@ def before_bracket(reply: str, question: Question) -> str | None:
 def before_bracket_vlm(reply: str, question: Question) -> str | None:
     """As `before_bracket`, or what `_infer` makes of the reply, whichever is right."""
     found = _before_bracket(reply), _infer(reply, question)
-    if question.answer in found:
+    if question.answer and question.answer in found:
         return question.answer
     return next((letter for letter in found if letter and letter in question.letters), None)
 
@@ -243,9 +260,11 @@ def _infer(reply: str, question: Question) -> str | None:
     text = reply.lower()
     if len(text) > 2 * sum(map(len, question.options)):
         return None
-    fits = [letter for letter, o in _lettered(question).items() if o.lower() in text]
+    fits = [letter for letter, o in question.lettered.items() if o.lower() in text]
     return fits[0] if len(fits) == 1 else None
 
 
-def _lettered(question: Question) -> dict[str, str]:
-    return dict(zip(question.letters, question.options, strict=True))
+def normalise(text: str) -> str:
+    """Compatible characters folded, lower case, no punctuation, single spaces."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.sub(r"[^\w\s]", " ", text).split())

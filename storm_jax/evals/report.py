@@ -32,10 +32,9 @@ def table(benchmark: Benchmark, scores: Scores) -> str:
 
 
 def _group(group: GroupResult, width: int, with_ceiling: bool) -> str:
-    estimate = _estimate(Estimate(group.accuracy, group.low, group.high))
     ceiling = "?" if group.ceiling is None else f"{group.ceiling:.1%}"
     return (
-        f"{group.group:<{width}}{estimate}{group.chance:>9.1%}"
+        f"{group.group:<{width}}{_estimate(group.accuracy)}{group.chance:>9.1%}"
         f"{ceiling if with_ceiling else '':>{9 * with_ceiling}}{group.total:>7,}"
     )
 
@@ -63,15 +62,20 @@ def told(counts: Counts) -> list[str]:
         )
     lines.append(
         f"{counts.parsed:,} parsed; counted as wrong: {counts.unparsed:,} unparsed, "
-        f"{counts.missing:,} without a video, {counts.failed:,} not decoded"
+        f"{counts.missing:,} without a video, {counts.failed:,} failed{_causes(counts)}"
     )
     if counts.without_key:
-        lines.append(f"{counts.without_key:,} have no public answer and are not scored")
+        lines.append(f"{counts.without_key:,} have no public answer, or a judge scores them")
     if counts.empty_but_right:
         lines.append(
             f"{counts.empty_but_right:,} empty replies count as right: so this parser has it"
         )
     return lines
+
+
+def _causes(counts: Counts) -> str:
+    listed = ", ".join(f"{cause} {count:,}" for cause, count in counts.causes.items())
+    return f" ({listed})" if listed else ""
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -21,12 +21,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from storm_jax.config import CompressionConfig
+from storm_jax.data.cache import digest
+from storm_jax.data.contact_sheet import pick_frames
 from storm_jax.data.progress import with_progress
 from storm_jax.data.sample import MediaError, Sample, SampleError
-from storm_jax.evals.benchmark import Benchmark, Parser, Question, Submitted
+from storm_jax.evals.benchmark import Benchmark, Parser
 from storm_jax.evals.contact_sheet import Panel, draw_contact_sheet
+from storm_jax.evals.files import is_there
 from storm_jax.evals.journal import Journal
-from storm_jax.evals.scoring import MISSING, Answer, Row, Scores, parse_rows, score, to_line
+from storm_jax.evals.predictions import to_line
+from storm_jax.evals.questions import MISSING, Answer, Question, Row
+from storm_jax.evals.scoring import Scores, parse_rows, score
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Prediction
@@ -45,7 +50,7 @@ class Model(Protocol):
         *,
         compression: CompressionConfig | None = None,
         sampling: Sampling | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         choices: Sequence[Sequence[str]] | None = None,
         ask: Callable[[int, Sequence[np.ndarray]], Sample] | None = None,
         with_clips: Collection[int] = (),
@@ -71,7 +76,7 @@ def evaluate(
     identity: Mapping[str, Any],
     about: Mapping[str, Any],
     parser: str = "",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Report | None:
     """Asks what has no reply yet in `folder`, and writes the report when all questions have been asked.
@@ -81,7 +86,7 @@ def evaluate(
       load_model: called when there is something to ask.
       identity: what replies depend on beside `settings`: other values are refused.
       about: versions and the like, for results.json.
-      parser: the prompt style whose parser is used; "" = that of the prompt.
+      parser: its name; "" = that of the prompt style.
       share: which of how many processes this is.
 
     Returns:
@@ -91,20 +96,23 @@ def evaluate(
       RunError: when the folder holds replies of other settings.
     """
     asked = list(questions)[: settings.limit]
+    parser = benchmark.pick_parser(parser, settings.prompt_style)
+    parse = benchmark.parsers[parser]
     journal = Journal(folder, share)
+    identity = {**identity, "questions": _digest(questions)}
     journal.prepare({"benchmark": benchmark.name, **dataclasses.asdict(settings), **identity})
-    _ask(
-        benchmark, _open_questions(asked, journal, share), settings, journal, load_model, batch_size
-    )
+    left = _open_questions(asked, journal, share)
+    _ask(benchmark, left, settings, journal, load_model, batch_size, parse)
     answers = journal.answers()
-    if any(question.id not in answers for question in asked):
+    if lacking := sum(question.id not in answers for question in asked):
+        print(f"{lacking:,} of {len(asked):,} questions wait for other processes (--share)")
         return None
-    rows = parse_rows(asked, answers, benchmark.style(parser or settings.prompt_style).parse)
+    rows = parse_rows(asked, answers, parse)
     scores = score(benchmark, settings.split, rows, len(questions), settings.compression)
     about = {
         "benchmark": benchmark.name,
         **dataclasses.asdict(settings),
-        "parser": parser or settings.prompt_style,
+        "parser": parser,
         **identity,
         **about,
     }
@@ -128,10 +136,18 @@ def write_report(
     write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     files = [folder / "results.json", folder / "predictions.jsonl"]
     if benchmark.submit:
-        submitted = [Submitted(row.question, row.answer.reply, row.parsed) for row in rows]
-        files += benchmark.submit(split, submitted, folder)
+        files += benchmark.submit(split, rows, folder)
     sheet = folder / "contact_sheet.png"
     return [*files, sheet] if sheet.exists() else files
+
+
+def _digest(questions: Sequence[Question]) -> str:
+    """Changes with what is asked about which clip, not with the key or where the files are."""
+    asked = [
+        (q.id, q.text, q.options, q.media.path and q.media.path.stem, q.media.start, q.media.end)
+        for q in questions
+    ]
+    return digest(json.dumps(asked))
 
 
 def _open_questions(
@@ -154,13 +170,14 @@ def _ask(
     settings: EvalSettings,
     journal: Journal,
     load_model: Callable[[], Model],
-    batch_size: int,
+    batch_size: int | None,
+    parse: Parser,
 ) -> None:
     here: list[Question] = []
     absent: list[Question] = []
     for question in questions:
         path = question.media.path
-        (absent if path is not None and not path.exists() else here).append(question)
+        (absent if path is not None and not is_there(path) else here).append(question)
     with journal.writing() as writer:
         for question in absent:
             error = MediaError(question.media, MISSING, "there is no such file")
@@ -174,7 +191,6 @@ def _ask(
         for index, prediction in with_progress(answered, len(here), line, tells_end=True):
             writer.add(here[index].id, _answer(prediction))
             if prediction.clips:
-                parse = benchmark.style(settings.prompt_style).parse
                 drawn[index] = _panel(here[index], prediction, parse)
     sheet = journal.folder / "contact_sheet.png"
     if drawn and not sheet.exists():
@@ -186,20 +202,19 @@ def _predict(
     benchmark: Benchmark,
     questions: Sequence[Question],
     settings: EvalSettings,
-    batch_size: int,
+    batch_size: int | None,
     with_clips: Collection[int],
 ) -> Iterator[tuple[int, Prediction]]:
-    prompt = benchmark.style(settings.prompt_style).prompt
+    prompt = benchmark.prompts[settings.prompt_style]
 
     def ask(index: int, times: Sequence[np.ndarray]) -> Sample:
-        question, subs = questions[index], None
-        if settings.subtitles and benchmark.subtitles:
-            try:
-                subs = benchmark.subtitles(question, times[0])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problem = f"{question.extra['subtitles']} cannot be read: {error!r}"
-                raise SampleError(question.id, "subtitles", problem) from error
-        return prompt(question, subs).sample(question)
+        question = questions[index]
+        if settings.subtitles:
+            question = _with_captions(benchmark, question, times[0])
+        sample = prompt(question).sample(question)
+        if benchmark.captions_among_frames:
+            sample = dataclasses.replace(sample, captions=question.captions or ())
+        return sample
 
     return model.predict(
         [Sample(question.id, (), (question.media,), {}) for question in questions],
@@ -210,6 +225,16 @@ def _predict(
         ask=ask,
         with_clips=with_clips,
     )
+
+
+def _with_captions(benchmark: Benchmark, question: Question, times: np.ndarray) -> Question:
+    assert benchmark.captions is not None
+    try:
+        captions = tuple(benchmark.captions(question, times))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{question.subtitles} cannot be read: {error!r}"
+        raise SampleError(question.id, "subtitles", problem) from error
+    return dataclasses.replace(question, captions=captions)
 
 
 def _answer(prediction: Prediction) -> Answer:
@@ -235,10 +260,12 @@ def _panels(questions: Sequence[Question]) -> set[int]:
 
 
 def _panel(question: Question, prediction: Prediction, parse: Parser) -> Panel:
+    """With no more frames than are drawn: a whole clip is large."""
+    picks = pick_frames(len(prediction.clips[0]))
     return Panel(
         next(iter(question.groups.values()), question.id),
-        prediction.clips[0],
-        prediction.times[0],
+        prediction.clips[0][picks],
+        prediction.times[0][picks],
         f"{question.text}\n{question.listed('({letter}) {option}')}",
         question.answer or "?",
         prediction.text,

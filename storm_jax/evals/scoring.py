@@ -7,52 +7,12 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from storm_jax.config import CompressionConfig
-from storm_jax.data.sample import Media
-from storm_jax.evals.benchmark import Benchmark, Parser, Question
-
-MISSING = "missing"
-_PLAIN = (str, int, float, list, tuple)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a model replied to a question, or why it could not.
-
-    Attributes:
-      error, cause: as in `Prediction`; the cause "missing" is a video that is not there.
-      visual_tokens, seconds: what the reply cost.
-    """
-
-    reply: str = ""
-    error: str = ""
-    cause: str = ""
-    visual_tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A question, its answer, and what the parser made of it."""
-
-    question: Question
-    answer: Answer
-    parsed: str | None
-
-    @property
-    def right(self) -> bool:
-        return self.parsed is not None and self.parsed == self.question.answer
-
-    @property
-    def status(self) -> str:
-        """ "parsed", "unparsed", "missing" or "failed"."""
-        if self.answer.error:
-            return MISSING if self.answer.cause == MISSING else "failed"
-        return "unparsed" if self.parsed is None else "parsed"
+from storm_jax.evals.benchmark import Benchmark, Parser, Split
+from storm_jax.evals.questions import MISSING, Answer, Question, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +33,21 @@ class GroupResult:
     right: int
     total: int
     unanswered: int
-    accuracy: float
-    low: float
-    high: float
+    accuracy: Estimate
     chance: float
     ceiling: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How many questions were published and are in the files; of those that were asked, how many have
-    which status and no public answer; and empty replies that the parser takes for right ones."""
+    """How many questions were published and are in the files; how many were asked; what became of those.
+
+    Attributes:
+      missing, failed: without a video, and whose video or subtitles could not be used.
+      causes: of `failed`, by the word each is counted under.
+      without_key: without a public answer; those are not scored.
+      empty_but_right: empty replies that the parser takes for right ones.
+    """
 
     published: int
     rows: int
@@ -92,6 +56,7 @@ class Counts:
     unparsed: int
     missing: int
     failed: int
+    causes: Mapping[str, int]
     without_key: int
     empty_but_right: int
 
@@ -122,10 +87,18 @@ def parse_rows(
 ) -> list[Row]:
     """Rows in the order of the questions; a question without an answer was not asked, and has none."""
     return [
-        Row(question, answer, None if answer.error else parse(answer.reply, question))
+        Row(question, answer, _parsed(question, answer, parse))
         for question in questions
         if (answer := answers.get(question.id)) is not None
     ]
+
+
+def _parsed(question: Question, answer: Answer, parse: Parser) -> str | None:
+    """A letter of the question's, or the text of a free answer."""
+    if answer.error:
+        return None
+    found = parse(answer.reply, question)
+    return None if question.options and found not in question.lettered else found
 
 
 def score(
@@ -135,22 +108,26 @@ def score(
     total: int,
     compression: CompressionConfig | None = None,
 ) -> Scores:
-    """Scores the rows that were asked of a split that has `total` in its files."""
-    keyed = [row for row in rows if row.question.answer is not None]
+    """Scores the rows that were asked of a split that has `total` in its files; what a judge scores
+    counts as without a public answer."""
+    published = benchmark.splits[split]
+    keyed = [row for row in rows if row.question.answer is not None and not published.judged]
     dimensions = list(dict.fromkeys(name for row in rows for name in row.question.groups))
     answered = [row.answer for row in rows if not row.answer.error]
-    groups = _groups(benchmark, split, keyed, dimensions, compression)
+    groups = _groups(benchmark, published, keyed, dimensions, compression)
     return Scores(
         benchmark.headline,
         estimate(keyed, benchmark.headline_over) if keyed else None,
         estimate(keyed, "") if keyed else None,
         {
-            dimension: float(np.mean([g.accuracy for g in groups if g.dimension == dimension]))
+            dimension: float(
+                np.mean([g.accuracy.value for g in groups if g.dimension == dimension])
+            )
             for dimension in dimensions
             if keyed
         },
         groups,
-        _counts(benchmark.splits[split].rows, total, rows),
+        _counts(published.rows, total, rows, len(rows) - len(keyed)),
         float(np.mean([a.visual_tokens for a in answered])) if answered else 0.0,
         float(np.median([a.seconds for a in answered])) if answered else 0.0,
     )
@@ -193,7 +170,7 @@ def wilson_interval(share: float, total: float, z: float = 1.96) -> tuple[float,
 
 def _groups(
     benchmark: Benchmark,
-    split: str,
+    published: Split,
     rows: Sequence[Row],
     dimensions: Sequence[str],
     compression: CompressionConfig | None,
@@ -203,9 +180,8 @@ def _groups(
         members: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
             members[row.question.groups[dimension]].append(row)
-        for group in benchmark.splits[split].sorted_groups(dimension, members):
+        for group in published.sorted_groups(dimension, members):
             inside = members[group]
-            found = estimate(inside, "")
             ceiling = None
             if benchmark.ceiling and compression:
                 ceiling = benchmark.ceiling(inside[0].question, compression)
@@ -216,9 +192,7 @@ def _groups(
                     sum(row.right for row in inside),
                     len(inside),
                     sum(bool(row.answer.error) for row in inside),
-                    found.value,
-                    found.low,
-                    found.high,
+                    estimate(inside, ""),
                     float(np.mean([row.question.chance for row in inside])),
                     ceiling,
                 )
@@ -226,7 +200,7 @@ def _groups(
     return results
 
 
-def _counts(published: int, total: int, rows: Sequence[Row]) -> Counts:
+def _counts(published: int, total: int, rows: Sequence[Row], without_key: int) -> Counts:
     statuses = Counter(row.status for row in rows)
     return Counts(
         published,
@@ -236,57 +210,7 @@ def _counts(published: int, total: int, rows: Sequence[Row]) -> Counts:
         statuses["unparsed"],
         statuses[MISSING],
         statuses["failed"],
-        sum(row.question.answer is None for row in rows),
+        dict(Counter(row.answer.cause for row in rows if row.status == "failed")),
+        without_key,
         sum(row.right and not row.answer.reply.strip() for row in rows),
     )
-
-
-def to_line(row: Row) -> dict[str, Any]:
-    """A line of predictions.jsonl; `from_line` reads it."""
-    question, answer = row.question, row.answer
-    return {
-        "id": question.id,
-        "video": question.video,
-        "groups": dict(question.groups),
-        "question": question.text,
-        "options": list(question.options),
-        "answer": question.answer,
-        "extra": {k: v for k, v in question.extra.items() if isinstance(v, _PLAIN)},
-        "reply": answer.reply,
-        "parsed": row.parsed,
-        "right": row.right,
-        "status": row.status,
-        "error": answer.error,
-        "cause": answer.cause,
-        "visual_tokens": answer.visual_tokens,
-        "seconds": round(answer.seconds, 6),
-    }
-
-
-def from_line(line: Mapping[str, Any]) -> tuple[Question, Answer]:
-    """A line of predictions.jsonl.
-
-    Raises:
-      KeyError: when it lacks a field.
-    """
-    options = tuple(line["options"])
-    media = Media("video", line["video"])
-    question = Question(
-        line["id"],
-        line["video"],
-        media,
-        line["question"],
-        options,
-        line["answer"],
-        line["groups"],
-        line["extra"],
-    )
-    return question, answer_of(line)
-
-
-def answer_of(line: Mapping[str, Any]) -> Answer:
-    """The reply of a line, which has at least an id and a reply."""
-    return Answer(**{field.name: line[field.name] for field in _FIELDS if field.name in line})
-
-
-_FIELDS = dataclasses.fields(Answer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_TIME = r"(\d+):(\d{1,2}):(\d{1,2})[,.](\d{1,3})"
+_TIME = r"(\d+:\d{1,2}:\d{1,2}[,.]\d{1,3})"
 _SPAN = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
 _TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
 
@@ -25,21 +27,22 @@ class Line:
 
 
 def read_srt(path: pathlib.Path) -> list[Line]:
-    """The subtitles of a file in their order, without formatting; a block without times is left out."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
+    """The subtitles of a file in their order, without formatting. A line of times begins one; the number
+    before it is not part of the one before."""
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
+    rows = text.splitlines()
+    starts = [number for number, row in enumerate(rows) if _SPAN.match(row)]
     lines = []
-    for block in re.split(r"\n\s*\n", text):
-        rows = block.strip().split("\n")
-        for number, row in enumerate(rows):
-            if span := _SPAN.match(row):
-                said = " ".join(rows[number + 1 :])
-                values = [int(group) for group in span.groups()]
-                values[3], values[7] = (int(span[i].ljust(3, "0")) for i in (4, 8))
-                start, end = (
-                    h * 3600 + m * 60 + s + ms / 1000 for h, m, s, ms in (values[:4], values[4:])
-                )
-                lines.append(Line(start, end, " ".join(_TAG.sub("", said).split())))
-                break
+    for start, end in itertools.pairwise([*starts, len(rows) + 1]):
+        said = rows[start + 1 : end - 1]
+        if end <= len(rows) and not rows[end - 1].strip().isdigit():
+            said.append(rows[end - 1])
+        times = _SPAN.match(rows[start])
+        assert times is not None
+        first, last = (_seconds(times[i].replace(",", ".")) for i in (1, 2))
+        lines.append(Line(first, last, " ".join(_TAG.sub("", " ".join(said)).split())))
     return lines
 
 

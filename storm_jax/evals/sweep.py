@@ -1,4 +1,5 @@
-"""Accuracy against visual tokens and latency, over several compressions (as Figure 4 of the paper)."""
+"""Accuracy against visual tokens and latency, over several compressions (in the manner of the paper's
+Figure 4)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.report import markdown
-from storm_jax.evals.scoring import Estimate
+from storm_jax.evals.scoring import Estimate, Scores
 from storm_jax.run import write_atomically
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CompressionConfig))
@@ -26,6 +27,13 @@ class Point:
     accuracy: Estimate
     visual_tokens: float
     seconds: float
+
+
+def point(compression: CompressionConfig, scores: Scores) -> Point | None:
+    """What a sweep keeps of an evaluation, None where no answer is public."""
+    if scores.headline is None:
+        return None
+    return Point(compression, scores.headline, scores.visual_tokens, scores.seconds)
 
 
 def parse(texts: Sequence[str]) -> dict[str, list[int]]:

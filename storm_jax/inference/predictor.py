@@ -31,14 +31,25 @@ from storm_jax.data.rows import Taken, place_clips
 from storm_jax.data.sample import PLACEHOLDER, Media, MediaError, Sample, SampleError, Turn
 from storm_jax.data.workers import WorkerPool
 from storm_jax.inference.generate import Sampling, generate, score_first
-from storm_jax.inference.scenes import Scene, SceneShape, Wave, plan_waves, prompt_slots
+from storm_jax.inference.scenes import (
+    Scene,
+    SceneShape,
+    Wave,
+    group_scenes,
+    plan_waves,
+    prompt_slots,
+)
 from storm_jax.models.storm import VisualShape
 from storm_jax.params import abstract_model, compute_dtypes, with_sharding
 from storm_jax.run import Run
 from storm_jax.sharding import batch_sharding, constrain, make_mesh, param_shardings
 
-# Frames that a device encodes at once, and bytes of frames that are decoded ahead.
+# Scenes of fewer frames are encoded together, up to so many frames a device.
 _FRAMES_AT_ONCE = 64
+# Visual tokens that a device holds in a batch, at most in so many rows, unless it is told otherwise.
+_TOKENS_AT_ONCE = 2**17
+_LARGEST_BATCH = 32
+# Of frames that are decoded ahead.
 _BYTES_AHEAD = 2**31
 
 
@@ -142,7 +153,7 @@ class Predictor:
         compression: CompressionConfig | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         choices: Sequence[Sequence[str]] | None = None,
         ask: Callable[[int, Sequence[np.ndarray]], Sample] | None = None,
         with_clips: Collection[int] = (),
@@ -153,7 +164,8 @@ class Predictor:
 
         Args:
           batch_size: how many are answered together, and how many media are encoded before; rounded up
-            to a multiple of the devices.
+            to a multiple of the devices. By default 32, or fewer where media have so many tokens that
+            they would not fit beside a 7B model.
           choices: per sample, texts of one token each: the answer is the one that is likeliest to come
             first, and nothing is generated.
           ask: `(index, times of the frames of its media) ->` the sample as it is asked, for questions
@@ -169,10 +181,11 @@ class Predictor:
             compression or self.compression,
             self.config.data.frames,
         )
-        batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
         letters = self._single_tokens(choices)
         ask = ask or (lambda index, times: samples[index])
-        waves = plan_waves(samples, encoder, batch_size)
+        scenes = group_scenes(samples, encoder)
+        batch_size = self._batch_size(batch_size, scenes)
+        waves = plan_waves(scenes, batch_size)
         clips = self._read_ahead([scene for wave in waves for scene in wave.scenes], batch_size)
         for number, wave in enumerate(waves):
             watch = _Stopwatch()
@@ -187,10 +200,7 @@ class Predictor:
                 if choices is not None:
                     scores = self._score(arrays, chunks, tuple(letters.values()), watch)
                     texts = [
-                        max(
-                            choices[prompt.index],
-                            key=dict(zip(letters, row, strict=True)).__getitem__,
-                        )
+                        _likeliest(choices[prompt.index], dict(zip(letters, row, strict=True)))
                         for prompt, row in zip(batch, scores, strict=False)
                     ]
                 else:
@@ -202,6 +212,14 @@ class Predictor:
                 for prompt, text in zip(batch, texts, strict=True):
                     answered = dataclasses.replace(prompt.prediction, text=text, seconds=seconds)
                     yield prompt.index, answered
+
+    def _batch_size(self, asked: int | None, scenes: Sequence[Scene]) -> int:
+        """Rows of a batch, a multiple of the devices."""
+        if asked is None:
+            largest = max((scene.visual_tokens for scene in scenes), default=0)
+            fitting = max(1, _TOKENS_AT_ONCE // max(1, largest)) * self.mesh.size
+            asked = min(_LARGEST_BATCH, fitting)
+        return -(-asked // self.mesh.size) * self.mesh.size
 
     def _single_tokens(self, choices: Sequence[Sequence[str]] | None) -> dict[str, int]:
         """The token of each text that occurs in `choices`."""
@@ -379,6 +397,10 @@ class Predictor:
         answer = itertools.takewhile(lambda token: token not in self._stop_ids, ids.tolist())
         text = self._text.tokenizer.decode(list(answer), skip_special_tokens=True)
         return str(text).strip()
+
+
+def _likeliest(texts: Sequence[str], scores: Mapping[str, float]) -> str:
+    return max(texts, key=scores.__getitem__)
 
 
 class _Stopwatch:

@@ -41,6 +41,7 @@ class Scene:
     counts: tuple[int, ...]
     members: tuple[int, ...]
     visual_tokens: int
+    shape: SceneShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +52,32 @@ class Wave:
     scenes: tuple[Scene, ...]
 
 
-def plan_waves(samples: Sequence[Sample], encoder: SampleEncoder, size: int) -> list[Wave]:
-    """All samples, in waves of at most `size` scenes, in the order of their first samples."""
+def group_scenes(samples: Sequence[Sample], encoder: SampleEncoder) -> list[Scene]:
+    """Samples with the same media together, in the order of the first of each."""
     members: dict[tuple[Media, ...], list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         members[sample.media].append(index)
-    by_shape: dict[SceneShape, list[Scene]] = defaultdict(list)
+    scenes = []
     for media, indices in members.items():
         counts = tuple(encoder.frame_counts(samples[indices[0]]))
         plans = [plan_clip(count, encoder.side, encoder.compression) for count in counts]
         shape = SceneShape(
             round_up(max(1, sum(counts)), 3), round_up(max(1, sum(p.num_groups for p in plans)), 3)
         )
-        scene = Scene(media, counts, tuple(indices), sum(plan.num_tokens for plan in plans))
-        by_shape[shape].append(scene)
+        tokens = sum(plan.num_tokens for plan in plans)
+        scenes.append(Scene(media, counts, tuple(indices), tokens, shape))
+    return scenes
+
+
+def plan_waves(scenes: Sequence[Scene], size: int) -> list[Wave]:
+    """All scenes, shape by shape, in waves of at most `size`."""
+    by_shape: dict[SceneShape, list[Scene]] = defaultdict(list)
+    for scene in scenes:
+        by_shape[scene.shape].append(scene)
     return [
-        Wave(shape, tuple(scenes[start : start + size]))
-        for shape, scenes in by_shape.items()
-        for start in range(0, len(scenes), size)
+        Wave(shape, tuple(alike[start : start + size]))
+        for shape, alike in by_shape.items()
+        for start in range(0, len(alike), size)
     ]
 
 

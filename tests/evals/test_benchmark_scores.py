@@ -14,7 +14,9 @@ import pytest
 from benchmark_trees import FakeModel, Videos, always_a, failing, oracle, rambler
 
 from storm_jax.config import CompressionConfig
+from storm_jax.data.frames import frame_files
 from storm_jax.data.media import read_media
+from storm_jax.data.sample import Media, MediaError
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.check import check
@@ -41,7 +43,7 @@ _LENGTHS = dict.fromkeys(("15", "60", "600", "3600"), 6)
 _EGO = {"": 20}
 TREES = [
     Tree("videomme_hub", "videomme", "test", _DURATIONS, (3, 2, 1), (9, 9, 6), (6, 6, 4)),
-    Tree("videomme_template", "videomme", "test", _DURATIONS, (3, 2, 1), (9, 9, 6), (6, 6, 4)),
+    Tree("videomme_flat", "videomme", "test", _DURATIONS, (3, 2, 1), (9, 9, 6), (6, 6, 4)),
     Tree("egoschema_authors", "egoschema", "subset", _EGO, (4,), (20,), (13,)),
     Tree("egoschema_hub", "egoschema", "subset", _EGO, (4,), (20,), (13,)),
     Tree("mvbench_main", "mvbench", "test", _MVBENCH, (2,) * 4, (6,) * 4, (4,) * 4),
@@ -85,7 +87,7 @@ def roots(tmp_path_factory) -> dict[str, pathlib.Path]:
 
 
 def settings_of(benchmark, split, style="", **fields) -> EvalSettings:
-    style = style or next(iter(benchmark.styles))
+    style = style or next(iter(benchmark.prompts))
     return EvalSettings(split, style, CompressionConfig(8, 4), 16, **fields)
 
 
@@ -228,6 +230,13 @@ def test_a_key_without_an_option_is_said_and_never_right(roots, tmp_path):
         assert not next(row for row in report.rows if row.question.id == "needle/2").right
 
 
+def test_a_folder_of_frames_that_may_not_be_read_is_one_failure(tmp_path):
+    medium = Media.file("video", tmp_path / "frames")
+    (tmp_path / "frames").write_bytes(b"")
+    with pytest.raises(MediaError, match="unreadable"):
+        frame_files(medium)
+
+
 def test_another_styles_parser_gives_its_own_figures(roots, tmp_path):
     """lmms-eval's takes the first letter of a rambling reply, and no letter above D."""
     videomme = next(tree for tree in TREES if tree.write == "videomme_hub")
@@ -266,6 +275,24 @@ def test_files_that_are_not_as_documented_are_named(benchmark, split, files, pro
         (tmp_path / name).write_text(text)
     with pytest.raises(BenchmarkError, match=problem):
         BENCHMARKS[benchmark].questions(tmp_path, split)
+
+
+def test_rows_that_are_odd_keep_their_keys(tmp_path):
+    row = {**trees.longvideobench_rows("val")[0], "correct_choice": 2}
+    row.pop("candidates")
+    options = ["N/A", "red", "blue", "N/A", None]
+    trees.write_json(
+        tmp_path / "lvb_val.json", [{**row, **{f"option{i}": o for i, o in enumerate(options)}}]
+    )
+    (question,) = BENCHMARKS["longvideobench"].questions(tmp_path, "val")
+    assert question.lettered == {"A": "N/A", "B": "red", "C": "blue"} and question.answer == "C"
+    ego = {"question": "?", "video_idx": "u", "option": trees.lettered(trees.OPTIONS[:5])}
+    trees.write_rows(tmp_path / "MC/test-0.parquet", [{**ego, "answer": "-1"}])
+    (question,) = BENCHMARKS["egoschema"].questions(tmp_path, "full")
+    assert question.answer is None
+    rows = [{**row, "sub_category": None, "domain": None} for row in trees.videomme_rows()]
+    trees.write_rows(tmp_path / "test-0.parquet", rows)
+    assert BENCHMARKS["videomme"].questions(tmp_path, "test")[0].groups["domain"] == "None"
 
 
 def test_repeated_ids_are_refused(tmp_path):

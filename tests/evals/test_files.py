@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import benchmark_trees as trees
 import pytest
 
-from storm_jax.evals.files import FileFinder, archives
+from storm_jax.evals.files import FileFinder, archives, is_there, read_rows
 from storm_jax.evals.subtitles import read_srt
 
 
@@ -48,14 +49,40 @@ def test_archives_that_are_not_unpacked_are_found(tmp_path):
     assert archives(tmp_path) == ["videos.tar.part.aa", "x.zip"]
 
 
+def test_a_dead_link_or_a_folder_does_not_hide_a_video(tmp_path):
+    for folder in ("data", "videos"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data/a.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (tmp_path / "videos/a.mp4").write_bytes(b"")
+    (tmp_path / "data/b").mkdir()
+    (tmp_path / "data/b.mkv").write_bytes(b"")
+    finder = FileFinder(tmp_path, ("data", "videos"))
+    assert finder.find("a.mp4") == tmp_path / "videos/a.mp4"
+    assert finder.find("b.mp4") == tmp_path / "data/b.mkv"
+    assert not is_there(tmp_path / ("x" * 300))
+
+
+def test_all_shards_of_a_parquet_are_read(tmp_path):
+    for shard in range(3):
+        rows = [{"n": 2 * shard}, {"n": 2 * shard + 1}]
+        trees.write_rows(tmp_path / f"data/test-{shard:05}-of-00003.parquet", rows)
+    trees.write_rows(tmp_path / "data/train-00000-of-00001.parquet", [{"n": 9}])
+    found = read_rows(tmp_path, ("other*", "data/test-*.parquet"), "Title")
+    assert [row["n"] for row in found] == list(range(6))
+
+
 def test_subtitles_of_many_forms_are_read(tmp_path):
     path = tmp_path / "a.srt"
     path.write_bytes(
         "\ufeff1\r\n00:00:01,5 --> 00:00:02,25\r\n<i>Hé</i>\r\n  two  lines\r\n\r\n"
-        "00:01:00.000 --> 01:00:00,000\n{\\an8}no number\n\n\n3\nno times\n\n"
+        "00:01:00.000 --> 01:00:00,000\n{\\an8}no number\n\nbehind a blank line\n"
         "4\n00:00:03,000 --> 00:00:04,000\n".encode()
         + b"\xff\n"
     )
     lines = read_srt(path)
     assert [(line.start, line.end) for line in lines] == [(1.5, 2.25), (60.0, 3600.0), (3.0, 4.0)]
-    assert [line.text for line in lines[:2]] == ["Hé two lines", "no number"]
+    assert [line.text for line in lines[:2]] == ["Hé two lines", "no number behind a blank line"]
+    path.write_text("1\n00:00:01,000 --> 00:00:02,000\nwide\n", encoding="utf-16")
+    assert [line.text for line in read_srt(path)] == ["wide"]
+    path.write_text("")
+    assert read_srt(path) == []

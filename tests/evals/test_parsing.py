@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Question
 from storm_jax.evals.benchmarks import BENCHMARKS
+from storm_jax.evals.questions import Question
 
 
-def question(options=("red car", "blue boat", "a man", "dog"), answer="B", **extra) -> Question:
-    return Question("1", "v", Media("video", "v"), "?", tuple(options), answer, {}, extra)
+def question(options=("red car", "blue boat", "a man", "dog"), answer="B") -> Question:
+    return Question("1", "v", Media("video", "v"), "?", tuple(options), answer, {})
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,10 @@ def question(options=("red car", "blue boat", "a man", "dog"), answer="B", **ext
         ("the answer is (b)", "B"),
         ("B. red car", "B"), ("C) it is", "C"), ("(D) dog", "D"), ("B: boat", "B"),
         ("red car", "A"), ("It is the Red Car!", "A"), ("I think of a blue boat here", "B"),
+        ("Option B", "B"), ("( C )", "C"), ("C\n\nThe man sits down.", "C"), ("B, because it floats", "B"),
+        ("Answer: I believe C.", None), ("The answer is A man running", "C"),
+        ("The answer is A because it is red", "A"), ("A, B and C are wrong", None),
+        ("A, B", None), ("I choose it", None),
         ("<think>Answer: A</think>C", "C"), ("thinking: A</think>D<|im_end|>", "D"),
         ("", None), ("E", None), ("The answer is F", None), ("The answer is A, no: answer is F", None),
         ("red car and dog", None), ("neither", None), ("<think>the answer is A", None),
@@ -49,10 +53,10 @@ def test_no_reply_is_too_strange(reply, count):
     asked = question(tuple("uvwxyz"[:count]), "A" if count else "u")
     assert parsing.strict(reply, asked) in (None, *asked.letters)
     for benchmark in BENCHMARKS.values():
-        for style in benchmark.styles.values():
-            parsed = style.parse(reply, asked)
+        for parse in benchmark.parsers.values():
+            parsed = parse(reply, asked)
             assert parsed is None or (parsed and isinstance(parsed, str))
-            assert style.parse(reply, asked) == parsed  # nothing is drawn
+            assert parse(reply, asked) == parsed  # nothing is drawn
 
 
 @given(
@@ -100,6 +104,16 @@ def test_plain_replies_are_understood(letter, form):
 )  # fmt: skip
 def test_other_scorers_are_copied_with_their_faults(parser, reply, letter):
     assert parser(reply, question()) == letter
+
+
+def test_no_parser_needs_a_key():
+    """Nothing is right where no option is; where the key is not public, letters are read all the same."""
+    for benchmark in BENCHMARKS.values():
+        for name, parse in benchmark.parsers.items():
+            for reply in ("", "(", "B", "B) boat"):
+                assert parse(reply, question(answer="")) != "", name
+            if name != "exact":
+                assert parse("(B)", question(answer=None)) == "B", name
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 from benchmark_trees import Videos
 
 from storm_jax.data.sample import Caption
-from storm_jax.evals.benchmark import BenchmarkError, Prompt
+from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
+from storm_jax.evals.questions import Prompt
 
 SELECT = "Select the best answer to the following multiple-choice question based on the video"
 LETTER = "Respond with only the letter (A, B, C, or D) of the correct option.\n"
@@ -46,7 +47,7 @@ DIRECTLY = "nswer with the option's letter from the given choices directly."
 GOLDEN = {
     ("videomme_hub", "test", 1, "vila"): Prompt(VIDEOMME_AUTHORS),
     ("videomme_hub", "test", 1, "official"): Prompt(VIDEOMME_AUTHORS),
-    ("videomme_template", "test", 1, "vila"): Prompt(VIDEOMME_AUTHORS),
+    ("videomme_flat", "test", 1, "vila"): Prompt(VIDEOMME_AUTHORS),
     ("videomme_hub", "test", 1, "lmms"): Prompt(
         f"<video>\n{SELECT} and the subtitles. {LETTER}What is 1?\n{FOUR}\nA{DIRECTLY}"
     ),
@@ -128,7 +129,7 @@ def test_prompts_are_those_of_the_style(key, roots):
     layout, split, row, style = key
     benchmark = BENCHMARKS[layout.partition("_")[0]]
     question = benchmark.questions(roots[layout], split)[row]
-    assert benchmark.style(style).prompt(question, None) == GOLDEN[key]
+    assert benchmark.prompts[style](question) == GOLDEN[key]
 
 
 def test_every_style_has_a_golden_prompt():
@@ -136,7 +137,7 @@ def test_every_style_has_a_golden_prompt():
     there = {
         (name, style)
         for name, benchmark in BENCHMARKS.items()
-        for style in benchmark.styles
+        for style in benchmark.prompts
         if name != "shapes"
     }
     assert said == there
@@ -162,21 +163,21 @@ ENDS = {"vlmevalkit": f"Question: What is 1?\n{FOUR}Answer: "}
 def test_subtitles_stand_where_the_style_has_them(style, roots):
     benchmark = BENCHMARKS["videomme"]
     question = benchmark.questions(roots["videomme_hub"], "test")[1]
-    prompt = benchmark.style(style).prompt
+    prompt = benchmark.prompts[style]
     end = ENDS.get(style, f"What is 1?\n{FOUR}The best answer is:")
-    said = [Caption(0, "Hi"), Caption(1, "you")]
-    assert prompt(question, said) == Prompt(SUBTITLED[style] + end)
-    assert prompt(question, []) == Prompt(WITHOUT[style] + end)
+    said = dataclasses.replace(question, captions=(Caption(0, "Hi"), Caption(1, "you")))
+    assert prompt(said) == Prompt(SUBTITLED[style] + end)
+    assert prompt(dataclasses.replace(question, captions=())) == Prompt(WITHOUT[style] + end)
 
 
 def test_only_subtitles_of_the_frames_that_are_seen_are_given(roots):
     benchmark = BENCHMARKS["videomme"]
     questions = benchmark.questions(roots["videomme_hub"], "test")
     times = np.array([0.0, 0.5, 1.0 - 1e-9, 1.3, 1.75])
-    said = [caption.text for caption in benchmark.subtitles(questions[0], times)]
+    said = [caption.text for caption in benchmark.captions(questions[0], times)]
     assert said == ["Good morning.", "Good night."]
-    assert benchmark.subtitles(questions[0], np.array([0.95])) == []
-    assert benchmark.subtitles(questions[3], times) == []  # this video has no file
+    assert benchmark.captions(questions[0], np.array([0.95])) == []
+    assert benchmark.captions(questions[3], times) == []  # this video has no file
 
 
 def test_subtitles_of_longvideobench_stand_where_they_are_said(roots):
@@ -197,13 +198,13 @@ def test_subtitles_of_longvideobench_stand_where_they_are_said(roots):
     benchmark = BENCHMARKS["longvideobench"]
     first, second = benchmark.questions(root / "more", "val")
     times = np.array([0.0, 2.0, 4.0, 6.0, 8.0])
-    found = benchmark.subtitles(first, times)
+    found = benchmark.captions(first, times)
     assert [caption.text for caption in found] == ["short, at 2.1", "at 4", "to the end"]
     np.testing.assert_allclose([caption.time for caption in found], [2.1, 4.0, 8.75])
-    assert benchmark.subtitles(second, times) == []
-    for style in benchmark.styles.values():
-        plain, shown = style.prompt(first, None), style.prompt(first, found)
-        assert shown == dataclasses.replace(plain, captions=tuple(found))
+    assert benchmark.captions(second, times) == []
+    assert benchmark.captions_among_frames
+    for prompt in benchmark.prompts.values():
+        assert prompt(dataclasses.replace(first, captions=tuple(found))) == prompt(first)
 
 
 def test_words_that_stand_for_media_are_not_taken_for_them(tmp_path):
@@ -214,12 +215,16 @@ def test_words_that_stand_for_media_are_not_taken_for_them(tmp_path):
     }
     trees.write_json(tmp_path / "lvb_val.json", rows)
     (question,) = BENCHMARKS["longvideobench"].questions(tmp_path, "val")
-    prompt = BENCHMARKS["longvideobench"].style("").prompt(question, None)
+    prompt = BENCHMARKS["longvideobench"].prompts["vila"](question)
     assert prompt.user.startswith("<video>\nWhat  is ?\nA. x\nB. y")
 
 
 def test_a_style_or_split_that_a_benchmark_lacks_is_named():
     with pytest.raises(BenchmarkError, match="--prompt_style=official: EgoSchema has vila, lmms"):
-        BENCHMARKS["egoschema"].style("official")
+        BENCHMARKS["egoschema"].pick_prompt("official")
+    with pytest.raises(BenchmarkError, match="--parser=official: EgoSchema has strict, lmms"):
+        BENCHMARKS["egoschema"].pick_parser("official", "vila")
     with pytest.raises(BenchmarkError, match="--split=val: MLVU has dev, test, generation"):
-        BENCHMARKS["mlvu"].split("val")
+        BENCHMARKS["mlvu"].pick_split("val")
+    assert BENCHMARKS["mlvu"].pick_parser("", "vila") == "strict"
+    assert BENCHMARKS["mlvu"].pick_parser("", "official") == "official"

@@ -18,8 +18,8 @@ from benchmark_trees import FakeModel, Videos, failing, oracle
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.journal import Journal
+from storm_jax.evals.questions import Answer
 from storm_jax.evals.runner import evaluate
-from storm_jax.evals.scoring import Answer
 from storm_jax.evals.settings import PAPER_SETTINGS, EvalSettings
 from storm_jax.inference.generate import Sampling
 from storm_jax.run import RunError
@@ -104,6 +104,31 @@ def test_answers_of_other_settings_are_not_mixed(root, tmp_path, changes, proble
         ask(root, tmp_path / "out", settings=settings)
     with pytest.raises(RunError, match="step: 3 there, 4 now"):
         ask(root, tmp_path / "out", identity={"step": 4})
+
+
+def test_answers_to_other_questions_are_not_taken_for_these(root, tmp_path):
+    ask(root, tmp_path / "out")
+    rows = trees.longvideobench_rows("val")
+    rows[3]["question"] += " And why?"
+    trees.write_json(root / "lvb_val.json", rows)
+    with pytest.raises(RunError, match="questions: '"):
+        ask(root, tmp_path / "out")
+    rows = trees.longvideobench_rows("val")
+    rows[3]["correct_choice"] = 1  # a better key is welcome
+    trees.write_json(root / "lvb_val.json", rows)
+    report, model = ask(root, tmp_path / "out")
+    assert model.asked == [] and report.scores.headline.value == 23 / 24
+
+
+def test_two_processes_do_not_write_one_journal(root, tmp_path):
+    journal = Journal(tmp_path, (0, 1))
+    with journal.writing() as writer:
+        writer.add("a", Answer("x"))
+        other = Journal(tmp_path, (0, 1)).writing()
+        with pytest.raises(RunError, match=r"another process is answering .*answers.0-of-1.jsonl"):
+            other.__enter__()
+        writer.add("b", Answer("y"))
+    assert journal.answers() == {"a": Answer("x"), "b": Answer("y")}
 
 
 def test_limit_asks_the_first_and_says_so(root, tmp_path):

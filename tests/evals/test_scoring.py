@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from storm_jax.data.sample import Media
-from storm_jax.evals.benchmark import Question
-from storm_jax.evals.scoring import (
-    Answer,
-    Row,
-    estimate,
-    from_line,
-    parse_rows,
-    to_line,
-    wilson_interval,
-)
+from storm_jax.evals import predictions
+from storm_jax.evals.benchmark import BenchmarkError
+from storm_jax.evals.questions import Answer, Question, Row
+from storm_jax.evals.scoring import estimate, parse_rows, wilson_interval
 
 
 def rows(right: list[bool], videos: list[str], groups: list[str] | None = None) -> list[Row]:
@@ -87,16 +82,59 @@ def test_failures_and_what_cannot_be_parsed_are_wrong():
     assert not row.right
 
 
-def test_a_line_of_predictions_is_the_row_again():
-    extra = {"lines": ("A. x", "B. y"), "srt": None, "scoring_points": "p", "chance": 0.25}
-    question = Question("1", "v", Media("video", "v"), "?", ("x", "y"), "A", {"g": "1"}, extra)
+def test_a_line_of_predictions_is_the_row_again(tmp_path):
+    question = Question(
+        "1", "v", Media("video", "v"), "?", ("x", "y"), "A", {"g": "1"}, ("A. x", "B. y"),
+        guess=0.25, extra={"scoring_points": "p\u2028q", "settings": object()},
+    )  # fmt: skip
     row = Row(question, Answer("A", visual_tokens=3, seconds=0.25), "A")
-    again, answer = from_line(json.loads(json.dumps(to_line(row))))
-    assert answer == row.answer
-    assert (again.id, again.options, again.answer, again.groups) == (
-        "1",
-        ("x", "y"),
-        "A",
-        {"g": "1"},
-    )
-    assert again.chance == 0.25 and list(again.extra["lines"]) == ["A. x", "B. y"]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(predictions.to_line(row), ensure_ascii=False) + "\n")
+    (again,), answers = predictions.read(path, None)
+    assert answers == {"1": row.answer}
+    plain = {"scoring_points": "p\u2028q"}
+    assert again == dataclasses.replace(question, extra=plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"id": "1", "reply": "A"}\n{"id": "1", "re\n{"id": "2", "reply": "B"}', ":2 is no JSON"),
+        (
+            '{"id": "1", "reply": "A"}\n\n{"id": "1", "reply": "B"}',
+            "the id '1' occurs more than once",
+        ),
+        ('{"id": "1"}', "a line has no 'reply'"),
+        (
+            '{"id": "9", "reply": "A"}',
+            "1 ids are none of the benchmark's, such as '9'; .* like '0'",
+        ),
+        ("[1]", ":1 must be an object"),
+        ("", "is empty"),
+    ],
+)
+def test_files_of_predictions_that_cannot_be_scored_are_refused(text, problem, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    questions = [row.question for row in rows([True, True], ["a", "b"])]
+    with pytest.raises(BenchmarkError, match=problem):
+        predictions.read(path, questions)
+    if "none of the" not in problem:
+        with pytest.raises(BenchmarkError):
+            predictions.read(path, None)
+
+
+def test_a_null_reply_is_an_empty_one_and_a_blank_line_is_none(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "0", "reply": null}\n\n{"id": 1, "reply": "B"}\n')
+    questions = [row.question for row in rows([True] * 3, ["a", "b", "c"])]
+    _, answers = predictions.read(path, questions)
+    assert answers["0"] == Answer("") and answers["1"] == Answer("B")
+    assert answers["2"].cause == "no_reply"
+
+
+def test_what_a_parser_takes_for_no_letter_of_the_row_is_unparsed():
+    question = Question("1", "v", Media("video", "v"), "?", ("x", "y"), "A", {})
+    for found in ("C", "I cannot tell", ""):
+        (row,) = parse_rows([question], {"1": Answer("?")}, lambda reply, q, found=found: found)
+        assert (row.parsed, row.status) == (None, "unparsed")

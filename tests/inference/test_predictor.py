@@ -22,8 +22,8 @@ def storm(trained_run):
 def questions_of(folder) -> list[Sample]:
     """The test questions of the built-in task as they are asked."""
     benchmark = BENCHMARKS["shapes"]
-    prompt = benchmark.style("").prompt
-    return [prompt(q, None).sample(q) for q in benchmark.questions(folder, "test")]
+    prompt = benchmark.prompts["trained"]
+    return [prompt(q).sample(q) for q in benchmark.questions(folder, "test")]
 
 
 def test_answers_do_not_depend_on_the_batch(storm, shapes_folder):
@@ -120,6 +120,28 @@ def test_a_question_may_depend_on_the_frames_and_open_its_answer(storm, shapes_f
     assert prediction.error == ""
     ((index, times),) = seen
     assert index == 0 and len(times) == 8 and times[0] == 0 and times == sorted(times)
+
+
+def test_samples_that_do_not_fit_their_media_leave_the_others_alone(storm, shapes_folder):
+    video = (Media.file("video", next((shapes_folder / "media/test").glob("*.mp4"))),)
+    texts = ["<video>\nWhat?", "<video><video>\nWhat?", "What?", None]
+    samples = [
+        Sample(str(i), (Turn("user", text),) if text is not None else (), video, {})
+        for i, text in enumerate(texts)
+    ]
+    answers = dict(storm.predict(samples, batch_size=4))
+    assert answers[0].error == ""
+    assert [answers[i].cause for i in (1, 2, 3)] == ["placeholder"] * 3
+    assert "1 turns with 2 placeholders for 1 media" in answers[1].error
+
+
+def test_batches_are_smaller_where_there_are_many_visual_tokens(storm, monkeypatch):
+    scene = type("Scene", (), {"visual_tokens": 2**14})
+    assert storm._batch_size(None, []) == 32
+    assert storm._batch_size(None, [scene]) == 32  # 8 rows a device, of which there are 8
+    assert storm._batch_size(5, [scene]) == 8
+    scene.visual_tokens = 2**17
+    assert storm._batch_size(None, [scene]) == 8
 
 
 def test_no_samples_give_no_answers(storm):

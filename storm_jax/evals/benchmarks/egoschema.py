@@ -14,19 +14,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from storm_jax.data.sample import Caption, Media
+from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import (
-    Benchmark,
-    BenchmarkError,
-    Prompt,
-    Question,
-    Split,
-    Style,
-    Submitted,
-    without_placeholders,
-)
+from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
 from storm_jax.evals.files import FileFinder, first_match, read_json, read_rows
+from storm_jax.evals.questions import Prompt, Question, Row, without_letter, without_placeholders
 from storm_jax.run import write_atomically
 
 LETTERS = "ABCDE"
@@ -41,12 +33,12 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
             Question(
                 uid,
                 uid,
-                Media.file("video", videos.find(uid) or videos.path(f"{uid}.mp4")),
+                Media.file("video", videos.path(f"{uid}.mp4")),
                 without_placeholders(text),
-                tuple(line.partition(". ")[2] for line in lines),
+                tuple(map(without_letter, lines)),
                 answer,
                 {},
-                {"lines": lines},
+                lines,
             )
         )
     return questions
@@ -55,12 +47,12 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
 def _rows(root: pathlib.Path, split: str) -> list[tuple[str, str, tuple[str, ...], str | None]]:
     """Id, question, options with letters, and the letter of the answer where it is public."""
     patterns = {"subset": ("Subset/*.parquet",), "full": ("MC/*.parquet",)}[split]
-    if (root / "questions.json").exists() or first_match(root, patterns) is None:
+    if first_match(root, patterns) is None:
         return _authors_rows(root, split, patterns)
     rows = []
     for row in read_rows(root, patterns, "EgoSchema"):
         answer = row.get("answer")
-        letter = None if answer in (None, "") else LETTERS[int(answer)]
+        letter = None if answer in (None, "") or int(answer) < 0 else LETTERS[int(answer)]
         lines = tuple(without_placeholders(line) for line in row["option"])
         rows.append((str(row["video_idx"]), row["question"], lines, letter))
     return rows
@@ -91,17 +83,17 @@ def _authors_rows(
     return rows
 
 
-def vila(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    lines = "".join(f"{line}\n" for line in question.extra["lines"])
+def vila(question: Question) -> Prompt:
+    lines = "".join(f"{line}\n" for line in question.lines)
     return Prompt(f"<video>\nWatching the video and {_DIRECTLY}{question.text}\n{lines}")
 
 
-def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    lines = "\n".join(question.extra["lines"])
+def lmms(question: Question) -> Prompt:
+    lines = "\n".join(question.lines)
     return Prompt(f"<video>\n{question.text}\n{lines}\n{_DIRECTLY.capitalize()}")
 
 
-def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[pathlib.Path]:
+def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     """submission.csv for Kaggle and submission.json for the authors' server; -1 = no answer, which both
     count as wrong."""
     if split != "full":
@@ -122,6 +114,7 @@ BENCHMARK = Benchmark(
     "get it from github.com/egoschema/EgoSchema or huggingface.co/datasets/lmms-lab/egoschema",
     {"subset": Split(500), "full": Split(5031)},
     load,
-    {"vila": Style(vila, parsing.strict), "lmms": Style(lmms, parsing.mmmu)},
+    {"vila": vila, "lmms": lmms},
+    {"strict": parsing.strict, "lmms": parsing.mmmu},
     submit=submit,
 )

@@ -17,16 +17,9 @@ import numpy as np
 
 from storm_jax.data.sample import Caption, Media
 from storm_jax.evals import parsing, subtitles
-from storm_jax.evals.benchmark import (
-    Benchmark,
-    Prompt,
-    Question,
-    Split,
-    Style,
-    Submitted,
-    without_placeholders,
-)
+from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.files import FileFinder, read_rows
+from storm_jax.evals.questions import Prompt, Question, Row, without_placeholders
 from storm_jax.run import write_atomically
 
 ANNOTATIONS = {
@@ -41,8 +34,9 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     subs = FileFinder(root, ("subtitles",), (".json",))
     questions = []
     for row in read_rows(root, ANNOTATIONS[split], "LongVideoBench"):
-        options = row.get("candidates") or [row.get(f"option{i}") for i in range(5)]
-        options = tuple(without_placeholders(str(o)) for o in options if o not in (None, "N/A"))
+        options = list(row.get("candidates") or [row.get(f"option{i}") for i in range(5)])
+        while options and options[-1] in (None, "N/A"):  # what fills a row up
+            options.pop()
         choice = row.get("correct_choice")
         questions.append(
             Question(
@@ -50,17 +44,15 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
                 str(row["video_id"]),
                 Media.file("video", videos.path(row.get("video_path") or f"{row['video_id']}.mp4")),
                 without_placeholders(row["question"]),
-                options,
+                tuple(without_placeholders(str(option)) for option in options),
                 None if choice in (None, -1) else "ABCDE"[int(choice)],
                 {
                     "duration_group": str(row["duration_group"]),
                     "question_category": str(row["question_category"]),
                     "level": str(row.get("level", "?")),
                 },
-                {
-                    "subtitles": subs.find(
-                        row.get("subtitle_path") or f"{row['video_id']}_en.json"
-                    ),
+                subtitles=subs.find(row.get("subtitle_path") or f"{row['video_id']}_en.json"),
+                extra={
                     "subtitles_from": float(row.get("starting_timestamp_for_subtitles") or 0),
                     "duration": float(row.get("duration") or 0),
                 },
@@ -69,30 +61,29 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     return questions
 
 
-def read_subtitles(question: Question, times: np.ndarray) -> list[Caption]:
+def captions(question: Question, times: np.ndarray) -> list[Caption]:
     """Lines with a frame inside their time, which is at least a second long, each in its middle."""
-    path, extra = question.extra["subtitles"], question.extra
-    captions = []
+    path, extra = question.subtitles, question.extra
+    shown = []
     for line in subtitles.read_json(path, extra["duration"]) if path else []:
         start, end = line.start - extra["subtitles_from"], line.end - extra["subtitles_from"]
         middle = (start + end) / 2
         half = max(0.5, (end - start) / 2)
         if (np.abs(times - middle) < half).any():
-            captions.append(Caption(middle, without_placeholders(line.text)))
-    return sorted(captions, key=lambda caption: caption.time)
+            shown.append(Caption(middle, without_placeholders(line.text)))
+    return sorted(shown, key=lambda caption: caption.time)
 
 
-def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    return Prompt(f"<video>\n{_asked(question)}\n{_DIRECTLY}\n", captions=tuple(subs or ()))
+def lmms(question: Question) -> Prompt:
+    return Prompt(f"<video>\n{_asked(question)}\n{_DIRECTLY}\n")
 
 
-def vlmevalkit(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    return Prompt(f"<video>{_asked(question)}\n{_DIRECTLY}", captions=tuple(subs or ()))
+def vlmevalkit(question: Question) -> Prompt:
+    return Prompt(f"<video>{_asked(question)}\n{_DIRECTLY}")
 
 
-def official(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    asked = f"<video>\nQuestion: {_asked(question)}\n{_DIRECTLY}"
-    return Prompt(asked, captions=tuple(subs or ()))
+def official(question: Question) -> Prompt:
+    return Prompt(f"<video>\nQuestion: {_asked(question)}\n{_DIRECTLY}")
 
 
 def _asked(question: Question) -> str:
@@ -100,12 +91,12 @@ def _asked(question: Question) -> str:
     return f"{question.text}\n{options}"
 
 
-def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[pathlib.Path]:
+def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     """The replies of the test set, for the authors' server."""
     if split != "test":
         return []
     path = folder / "longvideobench_test_for_submission.json"
-    replies = {row.question.id: row.reply for row in rows}
+    replies = {row.question.id: row.answer.reply for row in rows}
     write_atomically(path, json.dumps(replies, indent=1, ensure_ascii=False) + "\n")
     return [path]
 
@@ -127,12 +118,14 @@ BENCHMARK = Benchmark(
         ),
     },
     load,
+    {"vila": lmms, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": official},
     {
-        "vila": Style(lmms, parsing.strict),
-        "lmms": Style(lmms, parsing.first_letter),
-        "vlmevalkit": Style(vlmevalkit, parsing.first_letter_vlm("ABCDE")),
-        "official": Style(official, parsing.first_letter),
+        "strict": parsing.strict,
+        "lmms": parsing.first_letter,
+        "vlmevalkit": parsing.first_letter_vlm("ABCDE"),
+        "official": parsing.first_letter,
     },
-    subtitles=read_subtitles,
+    captions=captions,
+    captions_among_frames=True,
     submit=submit,
 )

@@ -2,7 +2,7 @@
 
     DIR/MLVU/json/1_plotQA.json ..., DIR/MLVU/video/1_plotQA/   dev and generation, the authors' layout
     DIR/data/test-*.parquet, DIR/*.mp4                          dev or test, lmms-eval's layout
-    DIR/test_question.json, DIR/video/                          test, the authors' layout
+    DIR/test-ground-truth/test_mcq_gt.json, DIR/video/          test, the authors' layout; or in DIR/MLVU_Test
 
 The two generation tasks are scored by a judge: their replies are written as its input, and what it said
 is read (`eval.py score --judgements`); none is called.
@@ -10,28 +10,20 @@ is read (`eval.py score --judgements`); none is called.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from storm_jax.data.sample import Caption, Media
+from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import (
-    Benchmark,
-    BenchmarkError,
-    Prompt,
-    Question,
-    Split,
-    Style,
-    Submitted,
-    letter_of,
-    without_placeholders,
-)
-from storm_jax.evals.files import FileFinder, first_match, read_file, read_json, read_rows
+from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
+from storm_jax.evals.benchmarks.mvbench import asked
+from storm_jax.evals.files import FileFinder, read_file, read_rows
 from storm_jax.evals.judging import write_judge_input
+from storm_jax.evals.questions import Prompt, Question, Row, letter_of, without_placeholders
 from storm_jax.run import write_atomically
 
 DEV = {
@@ -43,6 +35,11 @@ TEST = {
     "plotQA": 50, "needleQA": 60, "ego": 53, "count": 60, "order": 70, "anomaly_reco": 39,
     "topic_reasoning": 91, "tutorialQA": 43, "sportsQA": 36,
 }  # fmt: skip
+# The first has the answers, too.
+TEST_FILES = (
+    "test-ground-truth/test_mcq_gt.json", "test_mcq_gt.json", "leaderboard/test_question.json",
+    "test_question.json", "data/*.parquet", "*.parquet",
+)  # fmt: skip
 _FILES = {task: f"{number}_{task}" for number, task in enumerate((*DEV, *GENERATION), start=1)}
 _VIDEOS = ("video", "videos", "data", ".")
 
@@ -56,7 +53,7 @@ _BEST = "\nOnly give the best option."
 
 def load(root: pathlib.Path, split: str) -> list[Question]:
     if split == "test":
-        return _load_test(root)
+        return _load_flat(root / "MLVU_Test" if (root / "MLVU_Test").is_dir() else root, TEST_FILES)
     tasks = GENERATION if split == "generation" else DEV
     base = next((p for p in (root / "MLVU", root) if (p / "json").is_dir()), None)
     if base is not None:
@@ -81,33 +78,17 @@ def _load_task(base: pathlib.Path, task: str) -> list[Question]:
 
 
 def _load_flat(root: pathlib.Path, patterns: Sequence[str]) -> list[Question]:
+    """One file of all tasks; where it has no ids, a row's is its number within its task."""
     videos = FileFinder(root, _VIDEOS)
+    numbers: Counter[str] = Counter()
     questions = []
-    for i, row in enumerate(read_rows(root, patterns, "MLVU")):
+    for row in read_rows(root, patterns, "MLVU"):
         task = str(row.get("task_type") or row["question_type"])
-        identity = str(row.get("question_id") or f"{task}/{i}")
+        identity = str(row.get("question_id") or f"{task}/{numbers[task]}")
+        numbers[task] += 1
         name = row.get("video_name") or row["video"]
-        answer = row.get("answer")
-        questions.append(_question(identity, row, name, task, answer, videos))
+        questions.append(_question(identity, row, name, task, row.get("answer"), videos))
     return questions
-
-
-def _load_test(root: pathlib.Path) -> list[Question]:
-    base = root / "MLVU_Test" if (root / "MLVU_Test").is_dir() else root
-    patterns = ("test_question.json", "*/test_question.json", "data/*.parquet", "*.parquet")
-    questions = _load_flat(base, patterns)
-    path = first_match(base, ("test_answers.json", "*/test_answers.json"))
-    if path is None:
-        return questions
-    key = read_json(path)
-    if isinstance(key, list):
-        key = {row["question_id"]: row.get("answer") or row.get("option") for row in key}
-    return [
-        dataclasses.replace(question, answer=_letter(key[question.id], question.options))
-        if question.id in key
-        else question
-        for question in questions
-    ]
 
 
 def _question(
@@ -125,7 +106,7 @@ def _question(
         candidates,
         key,
         {"task": task},
-        {"scoring_points": row["scoring_points"]} if "scoring_points" in row else {},
+        extra={"scoring_points": row["scoring_points"]} if "scoring_points" in row else {},
     )
 
 
@@ -139,37 +120,33 @@ def _letter(answer: Any, options: Sequence[str]) -> str | None:
     return text if len(text) == 1 and text.isupper() else ""
 
 
-def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+def _or_open(prompt: Callable[[Question], Prompt]) -> Callable[[Question], Prompt]:
+    """The prompt of a multiple choice, and that of the generation tasks."""
+
+    def ask(question: Question) -> Prompt:
+        if question.options:
+            return prompt(question)
+        return Prompt(f"<video>\n{question.text}", _ANSWER)
+
+    return ask
+
+
+def lmms(question: Question) -> Prompt:
     """The dev set asks for the best option and begins the answer in the user's turn; six options, in
     the test set, are asked for with no word more."""
-    if not question.options:
-        return open_ended(question, subs)
-    asked = f"<video>\n{question.text}\n{question.listed('({letter}) {option}')}"
-    return Prompt(asked if len(question.options) > 4 else f"{asked}{_BEST}\nBest option: (")
+    text = f"<video>\n{question.text}\n{question.listed('({letter}) {option}')}"
+    return Prompt(text if len(question.options) > 4 else f"{text}{_BEST}\nBest option: (")
 
 
-def official(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    if not question.options:
-        return open_ended(question, subs)
-    return Prompt(f"<video>\n{_asked(question)}{_BEST}", _SELECT, "Best Option: (")
+def official(question: Question) -> Prompt:
+    return Prompt(f"<video>\n{asked(question)}{_BEST}", _SELECT, "Best Option: (")
 
 
-def vlmevalkit(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    if not question.options:
-        return open_ended(question, subs)
-    return Prompt(f"{_asked(question)}<video>{_BEST}", _SELECT)
+def vlmevalkit(question: Question) -> Prompt:
+    return Prompt(f"{asked(question)}<video>{_BEST}", _SELECT)
 
 
-def open_ended(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    return Prompt(f"<video>\n{question.text}", _ANSWER)
-
-
-def _asked(question: Question) -> str:
-    options = question.listed("({letter}) {option}")
-    return f"Question: {question.text}\nOptions:\n{options}".rstrip()
-
-
-def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[pathlib.Path]:
+def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     """The test set's list of options for the authors' server; the judge's input of the generation
     tasks."""
     if split == "generation":
@@ -200,10 +177,16 @@ BENCHMARK = Benchmark(
     },
     load,
     {
-        "vila": Style(lmms, parsing.strict),
-        "lmms": Style(lmms, parsing.extract_mcq("ABCD")),
-        "vlmevalkit": Style(vlmevalkit, parsing.before_bracket_vlm),
-        "official": Style(official, parsing.before_bracket),
+        "vila": _or_open(lmms),
+        "lmms": _or_open(lmms),
+        "vlmevalkit": _or_open(vlmevalkit),
+        "official": _or_open(official),
+    },
+    {
+        "strict": parsing.strict,
+        "lmms": parsing.extract_mcq("ABCD"),
+        "vlmevalkit": parsing.before_bracket_vlm,
+        "official": parsing.before_bracket,
     },
     headline="M-Avg",
     headline_over="task",

@@ -11,22 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
-from storm_jax.data.sample import Caption, Media
+from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import (
-    Benchmark,
-    BenchmarkError,
-    Prompt,
-    Question,
-    Split,
-    Style,
-    letter_of,
-    without_placeholders,
-)
+from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
 from storm_jax.evals.files import FileFinder, read_file
+from storm_jax.evals.questions import Prompt, Question, letter_of, without_placeholders
 
 TVQA_FPS = 3.0
 
@@ -116,20 +107,21 @@ def _medium(row: dict[str, Any], task: Task, whole: FileFinder, cut: FileFinder)
     return dataclasses.replace(medium, fps=TVQA_FPS)
 
 
-def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+def lmms(question: Question) -> Prompt:
     options = question.listed("({letter}) {option}")
     return Prompt(f"<video>\nQuestion:{question.text}\nOption:\n{options}\n{_BEST}\n")
 
 
-def official(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    return Prompt(f"<video>\n{_asked(question)}\n{_BEST}", _SYSTEM, "Best option:(")
+def official(question: Question) -> Prompt:
+    return Prompt(f"<video>\n{asked(question)}\n{_BEST}", _SYSTEM, "Best option:(")
 
 
-def vlmevalkit(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    return Prompt(f"{_asked(question)}<video>\n{_BEST}", _SYSTEM)
+def vlmevalkit(question: Question) -> Prompt:
+    return Prompt(f"{asked(question)}<video>\n{_BEST}", _SYSTEM)
 
 
-def _asked(question: Question) -> str:
+def asked(question: Question) -> str:
+    """As VideoChat2's evaluation asks, which MLVU's authors took over."""
     options = question.listed("({letter}) {option}")
     return f"Question: {question.text}\nOptions:\n{options}".rstrip()
 
@@ -140,11 +132,12 @@ BENCHMARK = Benchmark(
     "get it from huggingface.co/datasets/OpenGVLab/MVBench, branch main or video",
     {"test": Split(4000, {"task": dict.fromkeys(TASKS, 200)})},
     load,
+    {"vila": lmms, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": official},
     {
-        "vila": Style(lmms, parsing.strict),
-        "lmms": Style(lmms, parsing.letter_in_text),
-        "vlmevalkit": Style(vlmevalkit, parsing.check_answer_vlm),
-        "official": Style(official, parsing.check_answer),
+        "strict": parsing.strict,
+        "lmms": parsing.letter_in_text,
+        "vlmevalkit": parsing.check_answer_vlm,
+        "official": parsing.check_answer,
     },
     headline="mean of tasks",
     headline_over="task",

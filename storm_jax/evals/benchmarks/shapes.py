@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 
 from storm_jax.config import CompressionConfig, SourceConfig
 from storm_jax.data import shapes
-from storm_jax.data.sample import Caption
 from storm_jax.data.sources import open_source
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Benchmark, Prompt, Question, Split, Style
+from storm_jax.evals.benchmark import Benchmark, Split
+from storm_jax.evals.questions import Prompt, Question
 
 
 def load(root: pathlib.Path, split: str) -> list[Question]:
@@ -21,7 +20,6 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
         sample = source.sample(index)
         family = sample.extra["family"]
         (medium,) = sample.media
-        chance = shapes.FAMILIES[family].chance
         questions.append(
             Question(
                 sample.id,
@@ -31,13 +29,14 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
                 tuple(sample.extra.get("options", ())),
                 sample.answer(),
                 {"family": family},
-                {"chance": chance, "settings": settings},
+                guess=shapes.FAMILIES[family].chance,
+                extra={"settings": settings},
             )
         )
     return questions
 
 
-def as_trained(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+def as_trained(question: Question) -> Prompt:
     return Prompt(question.text)
 
 
@@ -55,6 +54,7 @@ BENCHMARK = Benchmark(
     "render it with python -m storm_jax.data.shapes",
     {name: Split(0, {"family": dict.fromkeys(shapes.FAMILIES, 0)}, 64) for name in ("test", "val")},
     load,
-    {"trained": Style(as_trained, parsing.exact)},
+    {"trained": as_trained},
+    {"exact": parsing.exact},
     ceiling=ceiling,
 )

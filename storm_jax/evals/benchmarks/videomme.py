@@ -1,6 +1,6 @@
 """Video-MME (arXiv 2405.21075): 2,700 questions about 900 videos of 11 seconds to an hour.
 
-DIR/videomme/test-00000-of-00001.parquet      the annotations, or output_test_template.json
+DIR/videomme/test-00000-of-00001.parquet      the annotations; or in DIR itself
 DIR/data/VIDEO.mp4                            or video/, videos/; .MP4, .mkv and others too
 DIR/subtitle/VIDEO.srt                        or subtitles/; 744 of the videos have some
 """
@@ -16,22 +16,12 @@ import numpy as np
 
 from storm_jax.data.sample import Caption, Media
 from storm_jax.evals import parsing, subtitles
-from storm_jax.evals.benchmark import (
-    Benchmark,
-    Prompt,
-    Question,
-    Split,
-    Style,
-    Submitted,
-    without_placeholders,
-)
+from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.files import FileFinder, read_rows
+from storm_jax.evals.questions import Prompt, Question, Row, without_letter, without_placeholders
 from storm_jax.run import write_atomically
 
-ANNOTATIONS = (
-    "videomme/*.parquet", "test-*.parquet", "data/test-*.parquet", "output_test_template.json",
-    "evaluation/output_test_template.json",
-)  # fmt: skip
+ANNOTATIONS = ("videomme/*.parquet", "test-*.parquet", "data/test-*.parquet")
 TASKS = {
     "Temporal Perception": 55, "Spatial Perception": 54, "Attribute Perception": 222,
     "Action Recognition": 313, "Object Recognition": 354, "OCR Problems": 139,
@@ -53,72 +43,68 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     videos = FileFinder(root, ("data", "video", "videos", "."))
     srt = FileFinder(root, ("subtitle", "subtitles"), (".srt",))
     questions = []
-    for row in _rows(read_rows(root, ANNOTATIONS, "Video-MME")):
+    for row in read_rows(root, ANNOTATIONS, "Video-MME"):
         lines = tuple(without_placeholders(line) for line in row["options"])
-        name = row.get("videoID") or row.get("url", "").rpartition("v=")[2]
+        name = row["videoID"]
         questions.append(
             Question(
                 str(row["question_id"]),
                 str(row["video_id"]),
-                Media.file("video", videos.find(name) or videos.path(f"{name}.mp4")),
+                Media.file("video", videos.path(f"{name}.mp4")),
                 without_placeholders(row["question"]),
-                tuple(line.partition(". ")[2] for line in lines),
+                tuple(map(without_letter, lines)),
                 row["answer"],
-                {name: row[name] for name in ("duration", "domain", "sub_category", "task_type")},
-                {"lines": lines, "subtitles": srt.find(f"{name}.srt"), "url": row.get("url", "")},
+                {key: str(row[key]) for key in ("duration", "domain", "sub_category", "task_type")},
+                lines,
+                srt.find(f"{name}.srt"),
             )
         )
     return questions
 
 
-def _rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a question; the authors' template has one a video."""
-    return [
-        {**record, **question} for record in records for question in record.get("questions") or [{}]
-    ]
-
-
-def read_subtitles(question: Question, times: np.ndarray) -> list[Caption]:
-    path = question.extra["subtitles"]
+def captions(question: Question, times: np.ndarray) -> list[Caption]:
+    path = question.subtitles
     lines = subtitles.shown_at(subtitles.read_srt(path), times) if path else []
     return [Caption(line.start, without_placeholders(line.text)) for line in lines]
 
 
-def vila(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+def vila(question: Question) -> Prompt:
     """The authors' own prompt, also when subtitles were asked for and the video has none."""
     asked = f"{question.text}\n{_options(question)}\nThe best answer is:"
-    if not subs:
+    if not question.captions:
         return Prompt(f"<video>\n{_BASED_ON_VIDEO}{asked}")
-    head = f"This video's subtitles are listed below:\n{_said(subs)}\n"
+    head = f"This video's subtitles are listed below:\n{_said(question)}\n"
     return Prompt(f"<video>\n{head}{_BASED_ON_BOTH}{asked}")
 
 
-def lmms(question: Question, subs: Sequence[Caption] | None) -> Prompt:
+def lmms(question: Question) -> Prompt:
     """It speaks of subtitles where none are given, too."""
     asked = f"{_BASED_ON_BOTH}{question.text}\n{_options(question)}\n"
-    if subs is None:
+    if question.captions is None:
         end = "\nAnswer with the option's letter from the given choices directly."
         return Prompt(f"<video>\n{asked}{end}")
-    head = f"This video's subtitles are listed below: \n{_said(subs) or 'No subtitles available'}\n"
+    said = _said(question) or "No subtitles available"
+    head = f"This video's subtitles are listed below: \n{said}\n"
     return Prompt(f"<video>\n{head}{asked}The best answer is:")
 
 
-def vlmevalkit(question: Question, subs: Sequence[Caption] | None) -> Prompt:
-    told = "" if subs is None else f"This video's subtitles are listed below:\n{_said(subs)}\n"
-    head = f"\nThese are the frames of a video. {told}{_BASED_ON_VIDEO}"
+def vlmevalkit(question: Question) -> Prompt:
+    told = f"This video's subtitles are listed below:\n{_said(question)}\n"
+    shown = "" if question.captions is None else told
+    head = f"\nThese are the frames of a video. {shown}{_BASED_ON_VIDEO}"
     asked = f"Question: {question.text}\n{_options(question)}\nAnswer: "
     return Prompt(f"<video>{head}{asked}")
 
 
-def _said(subs: Sequence[Caption]) -> str:
-    return "\n".join(caption.text for caption in subs)
+def _said(question: Question) -> str:
+    return "\n".join(caption.text for caption in question.captions or ())
 
 
 def _options(question: Question) -> str:
-    return "\n".join(question.extra["lines"])
+    return "\n".join(question.lines)
 
 
-def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[pathlib.Path]:
+def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     """The input of the authors' eval_your_results.py: videos with their questions and responses."""
     videos: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -135,9 +121,9 @@ def submit(split: str, rows: Sequence[Submitted], folder: pathlib.Path) -> list[
                 "question_id": question.id,
                 "task_type": question.groups["task_type"],
                 "question": question.text,
-                "options": list(question.extra["lines"]),
+                "options": list(question.lines),
                 "answer": question.answer,
-                "response": row.reply,
+                "response": row.answer.reply,
             }
         )
     path = folder / "videomme_results.json"
@@ -161,12 +147,13 @@ BENCHMARK = Benchmark(
         )
     },
     load,
+    {"vila": vila, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": vila},
     {
-        "vila": Style(vila, parsing.strict),
-        "lmms": Style(lmms, parsing.extract_mcq("ABCD")),
-        "vlmevalkit": Style(vlmevalkit, parsing.first_letter_vlm("ABCD")),
-        "official": Style(vila, parsing.first_letter_videomme),
+        "strict": parsing.strict,
+        "lmms": parsing.extract_mcq("ABCD"),
+        "vlmevalkit": parsing.first_letter_vlm("ABCD"),
+        "official": parsing.first_letter_videomme,
     },
-    subtitles=read_subtitles,
+    captions=captions,
     submit=submit,
 )
