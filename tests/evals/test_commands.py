@@ -297,7 +297,7 @@ def test_every_command_of_the_evaluation_guide_runs(trained_run, tmp_path):
         f"--data_root={roots['mlvu']}",
     )  # fmt: skip
     (replies,) = (run / "evals/mlvu_generation").rglob("predictions.jsonl")
-    (tmp_path / "judged.jsonl").write_text("")
+    (tmp_path / "judged.jsonl").write_text('{"id": "summary/0", "judgement": "I cannot say"}')
     guide = (ROOT / "docs/evaluation.md").read_text()
     commands = [
         line.split()[2:] for line in guide.splitlines() if line.startswith("    python eval")

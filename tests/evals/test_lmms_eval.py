@@ -221,13 +221,12 @@ from lmms_eval.tasks.egoschema import utils as ego
 import yaml, lmms_eval, pathlib
 from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Question
+from storm_jax.evals.questions import Question
 from storm_jax.evals.benchmarks import BENCHMARKS
 options = ("red car", "blue", "a man", "dog", "the sea")
 lines = tuple(f"{x}. {o}" for x, o in zip("ABCDE", options))
 def question(count, key, groups={}):
-    return Question("1", "v", Media("video", "v"), "Why?", options[:count], key, groups,
-                    {"lines": lines[:count]})
+    return Question("1", "v", Media("video", "v"), "Why?", options[:count], key, groups, lines[:count])
 words = ["A","B","C","D","E","F","a","b","(A)","(B)","B.","C.","D)","A:","the answer is","answer",
          "The best answer is","Answer:","Best option:","a man","red car","blue","is","because","\\n",".",
          ",","(",")","I choose","1,000","3.5","The best option is","-","/","'","correct choice is"]
@@ -246,7 +245,7 @@ def kwargs(path):
     plain = "\\n".join(line for line in text.splitlines() if "!function" not in line)
     return yaml.safe_load(plain)["lmms_eval_specific_kwargs"]["default"]
 def ours(name, q):
-    return BENCHMARKS[name].style("lmms").prompt(q, None).user.removeprefix("<video>\\n")
+    return BENCHMARKS[name].prompts["lmms"](q).user.removeprefix("<video>\\n")
 doc = {"question": "Why?", "options": lines[:4], "candidates": options[:4], "option": lines}
 assert ours("videomme", question(4, "A")) == videomme_doc_to_text(doc, kwargs("videomme/videomme.yaml"))
 assert ours("mvbench", question(4, "A")) == mvbench_doc_to_text(
