@@ -24,7 +24,7 @@ from typing import Any
 from absl import app, flags, logging
 from jax.errors import JaxRuntimeError
 
-from storm_jax.config import CompressionConfig
+from storm_jax.config import CompressionConfig, RunConfig
 from storm_jax.evals import predictions, sweep
 from storm_jax.evals.benchmark import Benchmark, BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
@@ -138,9 +138,9 @@ def run_command() -> str:
         identity={
             "step": step,
             "checkpoint_written": run.checkpoint_written(step),
-            "config": config_hash(run.config),
+            **how_media_are_read(run.config),
         },
-        about=about_this_machine(),
+        about={"config": config_hash(run.config), **about_this_machine()},
         parser=PARSER.value,
         batch_size=BATCH_SIZE.value,
         share=parse_share(SHARE.value),
@@ -171,6 +171,17 @@ def run_command() -> str:
     elif swept:
         print("no table of the sweep: replies of other processes, or public answers, are lacking")
     return next(filter(None, problems), "")
+
+
+def how_media_are_read(config: RunConfig) -> dict[str, Any]:
+    """What replies depend on of a run's configuration beside its weights and compression."""
+    frames = config.data.frames
+    return {
+        "system": config.data.system,
+        "fps": frames.fps,
+        "time_text": frames.time_text,
+        "max_damage": frames.max_damage,
+    }
 
 
 def check_command() -> str:

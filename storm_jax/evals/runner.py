@@ -142,11 +142,8 @@ def write_report(
 
 
 def _digest(questions: Sequence[Question]) -> str:
-    """Changes with what is asked about which clip, not with the key or where the files are."""
-    asked = [
-        (q.id, q.text, q.options, q.media.path and q.media.path.stem, q.media.start, q.media.end)
-        for q in questions
-    ]
+    """Changes with what is asked about which video, not with the key or how the files are unpacked."""
+    asked = [(q.id, q.text, q.options, q.media.path and q.media.path.stem) for q in questions]
     return digest(json.dumps(asked))
 
 

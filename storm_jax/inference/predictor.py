@@ -89,6 +89,16 @@ class _Prompt:
     prediction: Prediction
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What one call of `predict` asks for; see there."""
+
+    encoder: SampleEncoder
+    ask: Callable[[int, Sequence[np.ndarray]], Sample]
+    with_clips: Collection[int]
+    batch_size: int
+
+
 class Predictor:
     """The parameters and tokenizer of one checkpoint, spread over all devices."""
 
@@ -182,16 +192,15 @@ class Predictor:
             self.config.data.frames,
         )
         letters = self._single_tokens(choices)
-        ask = ask or (lambda index, times: samples[index])
         scenes = group_scenes(samples, encoder)
         batch_size = self._batch_size(batch_size, scenes)
+        ask = ask or (lambda index, times: samples[index])
+        call = _Call(encoder, ask, with_clips, batch_size)
         waves = plan_waves(scenes, batch_size)
         clips = self._read_ahead([scene for wave in waves for scene in wave.scenes], batch_size)
         for number, wave in enumerate(waves):
             watch = _Stopwatch()
-            prompts, failed, chunks = self._see(
-                wave, clips, encoder, ask, with_clips, batch_size, watch
-            )
+            prompts, failed, chunks = self._see(wave, clips, call, watch)
             yield from failed
             encoding = watch.seconds / max(1, len(prompts))
             for start in range(0, len(prompts), batch_size):
@@ -258,10 +267,7 @@ class Predictor:
         self,
         wave: Wave,
         clips: Iterator[list[Clip] | MediaError],
-        encoder: SampleEncoder,
-        ask: Callable[[int, Sequence[np.ndarray]], Sample],
-        with_clips: Collection[int],
-        batch_size: int,
+        call: _Call,
         watch: _Stopwatch,
     ) -> tuple[list[_Prompt], list[tuple[int, Prediction]], list[jax.Array]]:
         """Encodes the scenes of a wave.
@@ -273,7 +279,7 @@ class Predictor:
         prompts: list[_Prompt] = []
         failed: list[tuple[int, Prediction]] = []
         chunks: list[jax.Array] = []
-        at_once = self._scenes_at_once(wave.shape, batch_size)
+        encoder, at_once = call.encoder, self._scenes_at_once(wave.shape, call.batch_size)
         for start in range(0, len(wave.scenes), at_once):
             rows = _empty_frames(at_once, wave.shape.frames, self.config.model.vision.image_size)
             for slot, scene in enumerate(wave.scenes[start : start + at_once]):
@@ -292,17 +298,17 @@ class Predictor:
                 )
                 times = tuple(clip.times for clip in seen)
                 for index in scene.members:
-                    frames = tuple(c.frames for c in seen) if index in with_clips else ()
+                    frames = tuple(c.frames for c in seen) if index in call.with_clips else ()
                     prediction = Prediction(
                         visual_tokens=scene.visual_tokens, clips=frames, times=times
                     )
                     try:
-                        encoded = encoder.encode(ask(index, times), times)
+                        encoded = encoder.encode(call.ask(index, times), times)
                         prompts.append(_Prompt(index, start + slot, encoded, entries, prediction))
                     except SampleError as error:
                         failed.append((index, Prediction(error=str(error), cause=error.cause)))
             chunks.append(self._encode(rows, wave.shape, encoder.compression, watch))
-        chunks += chunks[:1] * (-(-batch_size // at_once) - len(chunks))
+        chunks += chunks[:1] * (-(-call.batch_size // at_once) - len(chunks))
         return sorted(prompts, key=lambda prompt: len(prompt.encoded)), failed, chunks
 
     def _scenes_at_once(self, shape: SceneShape, batch_size: int) -> int:
