@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import pathlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -193,7 +194,9 @@ class Predictor:
         )
         letters = self._single_tokens(choices)
         scenes = group_scenes(samples, encoder)
-        batch_size = self._batch_size(batch_size, scenes)
+        largest = max((scene.visual_tokens for scene in scenes), default=0)
+        self._warn_of_length(largest)
+        batch_size = self._batch_size(batch_size, largest)
         ask = ask or (lambda index, times: samples[index])
         call = _Call(encoder, ask, with_clips, batch_size)
         waves = plan_waves(scenes, batch_size)
@@ -222,10 +225,19 @@ class Predictor:
                     answered = dataclasses.replace(prompt.prediction, text=text, seconds=seconds)
                     yield prompt.index, answered
 
-    def _batch_size(self, asked: int | None, scenes: Sequence[Scene]) -> int:
-        """Rows of a batch, a multiple of the devices."""
+    def _warn_of_length(self, visual_tokens: int) -> None:
+        trained = self.config.model.decoder.max_positions
+        if visual_tokens > trained:
+            logging.warning(
+                "%d visual tokens are more than the decoder's positions were trained for "
+                "(model.decoder.max_positions=%d): take fewer frames, or pool or sample more",
+                visual_tokens,
+                trained,
+            )
+
+    def _batch_size(self, asked: int | None, largest: int) -> int:
+        """Rows of a batch, a multiple of the devices, where media have at most `largest` visual tokens."""
         if asked is None:
-            largest = max((scene.visual_tokens for scene in scenes), default=0)
             fitting = max(1, _TOKENS_AT_ONCE // max(1, largest)) * self.mesh.size
             asked = min(_LARGEST_BATCH, fitting)
         return -(-asked // self.mesh.size) * self.mesh.size

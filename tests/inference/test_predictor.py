@@ -135,13 +135,18 @@ def test_samples_that_do_not_fit_their_media_leave_the_others_alone(storm, shape
     assert "1 turns with 2 placeholders for 1 media" in answers[1].error
 
 
-def test_batches_are_smaller_where_there_are_many_visual_tokens(storm, monkeypatch):
-    scene = type("Scene", (), {"visual_tokens": 2**14})
-    assert storm._batch_size(None, []) == 32
-    assert storm._batch_size(None, [scene]) == 32  # 8 rows a device, of which there are 8
-    assert storm._batch_size(5, [scene]) == 8
-    scene.visual_tokens = 2**17
-    assert storm._batch_size(None, [scene]) == 8
+def test_batches_are_smaller_where_there_are_many_visual_tokens(storm):
+    assert storm._batch_size(None, 0) == 32
+    assert storm._batch_size(None, 2**14) == 32  # 8 rows a device, of which there are 8
+    assert storm._batch_size(5, 2**14) == 8
+    assert storm._batch_size(None, 2**17) == 8
+
+
+def test_more_tokens_than_the_decoder_knows_positions_are_warned_of(storm, caplog):
+    storm._warn_of_length(32_768)
+    assert not caplog.messages
+    storm._warn_of_length(32_769)
+    assert "model.decoder.max_positions=32768" in caplog.text
 
 
 def test_no_samples_give_no_answers(storm):
