@@ -16,6 +16,7 @@ from storm_jax.data.conversation import Encoded
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.inference.generate import Sampling, choose, decode_step, generate, prefill
 from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.params import abstract_model, compute_dtypes
 
 SHAPE = RowShape(48, 8, 32, presets.tiny().side, CompressionConfig(8, temporal_pool=4))
 VISUAL = VisualShape(SHAPE.num_groups, 1)
@@ -129,6 +130,36 @@ def test_an_empty_row_is_not_continued(model, batch, visual):
     )
     assert (tokens[1] == 511).all() and (whole[1] != 511).any()
     np.testing.assert_array_equal(tokens[[0, 2]], whole[[0, 2]])
+
+
+def test_the_papers_longest_setting_has_the_shapes_it_should():
+    """256 frames of 448 pixels, pooled by 4, before a 7B decoder: 64 groups of 256 tokens."""
+    config = presets.storm_qwen2_7b()
+    graphdef, abstract = abstract_model(config)
+    params = compute_dtypes(nnx.to_pure_dict(abstract), config)
+
+    def shape(size, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    def encode(params, frames, clip, group):
+        return nnx.merge(graphdef, params).encode(frames, clip, group, VisualShape(64, 1))
+
+    frames = shape((1, 256, 448, 448, 3), jnp.uint8)
+    table = jax.eval_shape(encode, params, frames, shape((1, 256)), shape((1, 256)))
+    assert (table.shape, table.dtype) == ((1, 16_384, 3584), jnp.bfloat16)
+
+    def answer(params, batch, visual, key):
+        model = nnx.merge(graphdef, params)
+        return generate(model, batch, visual, key, sampling=Sampling(16), stop_ids=(1,))
+
+    batch = {
+        "tokens": shape((8, 16_896)),
+        "visual_index": shape((8, 16_896)),
+        "lengths": shape((8,)),
+    }
+    tables = shape((8, *table.shape[1:]), table.dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    assert jax.eval_shape(answer, params, batch, tables, key).shape == (8, 16)
 
 
 def test_top_p_draws_only_from_the_nucleus_and_by_its_probabilities():
