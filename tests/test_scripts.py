@@ -106,6 +106,8 @@ def test_evaluation_counts_unreadable_media_as_wrong_and_lists_them(
     assert done.stderr == "eval.py: not 10% above chance: order\n"
     folder = run / "evals/shapes/step2_frames8_k4_p1_s2"
     results = json.loads((folder / "results.json").read_text())
+    assert re.fullmatch("[0-9a-f]{16}", results["config"]) and results["versions"]["jax"]
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?|unknown", results["commit"])
     order = next(group for group in results["groups"] if group["group"] == "order")
     assert order["total"] == 2
     assert order["unanswered"] == 1

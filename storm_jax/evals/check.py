@@ -25,7 +25,7 @@ class Checked:
 def check(
     benchmark: Benchmark, split: str, questions: Sequence[Question], root: pathlib.Path
 ) -> Checked:
-    """Counts questions, keys and videos against what was published, group by group."""
+    """Counts questions against what was published, group by group, and what they lack."""
     published = benchmark.splits[split]
     absent = [q for q in questions if q.media.path is not None and not is_there(q.media.path)]
     lines = [

@@ -134,6 +134,6 @@ def is_there(path: pathlib.Path) -> bool:
 
 
 def archives(root: pathlib.Path) -> list[str]:
-    """Archives that lie in a folder, as they come from the hub."""
-    names = (path.name for path in root.rglob("*") if path.is_file())
+    """Archives that lie in a folder or the folders in it, as they come from the hub."""
+    names = (path.name for pattern in ("*", "*/*") for path in root.glob(pattern))
     return sorted(name for name in names if ".tar" in name or name.endswith(".zip"))

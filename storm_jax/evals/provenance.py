@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -15,6 +14,7 @@ import jax
 
 from storm_jax import config as config_lib
 from storm_jax.config import RunConfig
+from storm_jax.data.cache import digest
 
 LIBRARIES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "av", "pillow", "numpy")
 
@@ -24,7 +24,7 @@ def config_hash(config: RunConfig) -> str:
     fields = config_lib.to_dict(config)
     fields.pop("mesh")
     fields["data"].pop("num_workers")
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(json.dumps(fields, sort_keys=True))
 
 
 def about_this_machine() -> Mapping[str, Any]:
