@@ -113,6 +113,7 @@ JUDGEMENTS = flags.DEFINE_string(
 )
 OUT = flags.DEFINE_string("out", None, "score: folder for results and submissions.")
 MARGIN = 0.1
+ERRORS = 3  # that are printed
 
 
 def run_command() -> str:
@@ -285,9 +286,11 @@ def parse_share(text: str) -> tuple[int, int]:
 
 def print_report(benchmark: Benchmark, report: Report) -> None:
     print(table(benchmark, report.scores))
-    failed = [row for row in report.rows if row.answer.error]
-    for row in failed[:3]:
-        print(f"  {row.answer.error}")
+    errors = list(dict.fromkeys(row.answer.error for row in report.rows if row.answer.error))
+    for error in errors[:ERRORS]:
+        print(f"  {error}")
+    if len(errors) > ERRORS:
+        print(f"  ... and {len(errors) - ERRORS:,} more, in predictions.jsonl")
     print("\n".join(map(str, report.files)))
 
 
