@@ -31,7 +31,6 @@ from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.check import check
 from storm_jax.evals.judging import score_judgements
 from storm_jax.evals.provenance import about_this_machine, config_hash
-from storm_jax.evals.questions import Question
 from storm_jax.evals.report import table
 from storm_jax.evals.runner import Report, evaluate, write_report
 from storm_jax.evals.scoring import Scores, parse_rows, score
@@ -125,7 +124,7 @@ def run_command() -> str:
     benchmark.pick_parser(PARSER.value, style)
     if SUBTITLES.value and not benchmark.captions:
         raise BenchmarkError(f"--subtitles: {benchmark.title} has none")
-    questions = read_questions(benchmark, split, run)
+    questions = benchmark.questions(data_root(benchmark, run), split)
     if ANSWER.value == "likelihood" and not all(question.options for question in questions):
         raise BenchmarkError("--answers=likelihood: some questions have no options to choose from")
     step = run.checkpoint_step(STEP.value)
@@ -146,6 +145,7 @@ def run_command() -> str:
         batch_size=BATCH_SIZE.value,
         share=parse_share(SHARE.value),
     )
+    usual = benchmark.pick_prompt("")
     home = run.path / "evals" / folder_of(benchmark, split)
     points: list[sweep.Point | None] = []
     problems = []
@@ -153,14 +153,13 @@ def run_command() -> str:
         settings = eval_settings(benchmark, split, style, compression)
         if swept:
             print(", ".join(f"{name}={getattr(compression, name)}" for name in swept), flush=True)
-        report = ask(settings, home / settings.folder_name(step, next(iter(benchmark.prompts))))
+        report = ask(settings, home / settings.folder_name(step, usual))
         points.append(sweep.point(compression, report.scores) if report else None)
         if report:
             print_report(benchmark, report)
             problems.append(problem_of(report.scores))
     if swept and all(points):
-        settings = eval_settings(benchmark, split, style, base)
-        name = settings.folder_name(step, next(iter(benchmark.prompts)))
+        name = eval_settings(benchmark, split, style, base).folder_name(step, usual)
         files = sweep.write(
             [point for point in points if point],
             list(swept),
@@ -188,8 +187,8 @@ def how_media_are_read(config: RunConfig) -> dict[str, Any]:
 def check_command() -> str:
     benchmark = BENCHMARKS[BENCHMARK.value]
     split = benchmark.pick_split(SPLIT.value)
-    questions = read_questions(benchmark, split, None)
-    found = check(benchmark, split, questions, pathlib.Path(str(DATA_ROOT.value)))
+    root = data_root(benchmark, None)
+    found = check(benchmark, split, benchmark.questions(root, split), root)
     print("\n".join(found.lines))
     return "" if found.complete else "not all that was published is here"
 
@@ -201,7 +200,7 @@ def score_command() -> str:
     benchmark, path = BENCHMARKS[BENCHMARK.value], pathlib.Path(PREDICTIONS.value)
     beside = results_beside(path, benchmark)
     split = benchmark.pick_split(SPLIT.value or beside.get("split", ""))
-    known = read_questions(benchmark, split, None) if DATA_ROOT.value else None
+    known = benchmark.questions(DATA_ROOT.value, split) if DATA_ROOT.value else None
     questions, answers = predictions.read(path, known)
     if JUDGEMENTS.value:
         if not benchmark.splits[split].judged:
@@ -238,13 +237,13 @@ def results_beside(path: pathlib.Path, benchmark: Benchmark) -> Mapping[str, Any
     return beside
 
 
-def read_questions(benchmark: Benchmark, split: str, run: Run | None) -> list[Question]:
-    root: str | pathlib.Path | None = DATA_ROOT.value
-    if root is None and run is not None and benchmark.name == "shapes":
-        root = pathlib.Path(run.config.data.train[0].path).parent
-    if root is None:
-        raise BenchmarkError(f"--data_root is missing: the folder of {benchmark.title}'s files")
-    return benchmark.questions(root, split)
+def data_root(benchmark: Benchmark, run: Run | None) -> pathlib.Path:
+    """The folder of the benchmark's files; the built-in task's may be that of the run's training data."""
+    if DATA_ROOT.value is not None:
+        return pathlib.Path(DATA_ROOT.value)
+    if run is not None and benchmark.name == "shapes":
+        return pathlib.Path(run.config.data.train[0].path).parent
+    raise BenchmarkError(f"--data_root is missing: the folder of {benchmark.title}'s files")
 
 
 def chosen_compression(trained: CompressionConfig, benchmark: str) -> CompressionConfig:
@@ -271,8 +270,7 @@ def eval_settings(
 
 def folder_of(benchmark: Benchmark, split: str) -> str:
     """Of its reports: its name, and the split unless it is the default."""
-    default = next(iter(benchmark.splits))
-    return benchmark.name if split == default else f"{benchmark.name}_{split}"
+    return benchmark.name if split == benchmark.pick_split("") else f"{benchmark.name}_{split}"
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from storm_jax import presets
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, ModelConfig, from_dict
 from storm_jax.data import shapes
+from storm_jax.evals.report import markdown
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.params import abstract_model, flatten
 from storm_jax.run import Run, write_atomically
@@ -197,19 +198,15 @@ def write_results(
 ) -> None:
     """results.json, with every number, and results.md, with their means and spread."""
     task = shapes.read_settings(data)
-    lines = [
+    about = (
         f"Command: `python -m benchmarks.shapes --out=OUT --seeds={args.seeds} --steps={args.steps} "
         f"--clips={args.clips} --projectors={','.join(args.projectors)} "
         f"--settings={','.join(args.settings)}`; {platform.machine()}, {os.cpu_count()} CPU cores, "
         f"{time.strftime('%Y-%m-%d')}. Test clips per family: {task.eval_clips}. Mean over seeds, "
-        f"lowest and highest in brackets.",
-        "",
-        _line(
-            "family", "tokens", "chance", "ceiling without temporal mixing",
-            *(TITLES[p] for p in args.projectors),
-        ),
-        _line(*["---"] * (4 + len(args.projectors))),
-    ]  # fmt: skip
+        f"lowest and highest in brackets."
+    )
+    titles = [TITLES[p] for p in args.projectors]
+    table = [["family", "tokens", "chance", "ceiling without temporal mixing", *titles]]
     for family in FAMILIES:
         for setting in (SETTINGS[name] for name in args.settings):
             k, s = setting.tested.temporal_pool, setting.tested.temporal_sample
@@ -220,18 +217,14 @@ def write_results(
                 f"{shapes.ceiling(family, task, k, s):.1%}",
                 *(_cell(accuracies, p, setting.name, family) for p in args.projectors),
             ]
-            lines.append(_line(*cells))
-    lines += ["", *_verdicts(accuracies, task), "", *_costs(args)]
+            table.append(cells)
+    lines = [about, "", markdown(table), "", *_verdicts(accuracies, task), "", *_costs(args)]
     write_atomically(args.out / "results.md", "\n".join(lines) + "\n")
     rows = [
         {"projector": p, "setting": s, "seed": seed, "accuracy": dict(value)}
         for (p, s, seed), value in accuracies.items()
     ]
     write_atomically(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _values(accuracies: Mapping, projector: str, setting: str, family: str) -> list[float]:
@@ -271,16 +264,13 @@ def _costs(args: argparse.Namespace) -> list[str]:
     """Parameters and forward FLOPs of a clip with a 22-token question, by projector and setting."""
     titles = [TITLES[p] for p in args.projectors]
     models = [_model(p) for p in args.projectors]
-    lines = [
-        _line("tokens", "visual tokens", *(f"{title} GFLOPs a clip" for title in titles)),
-        _line(*["---"] * (2 + len(titles))),
-    ]
+    table = [["tokens", "visual tokens", *(f"{title} GFLOPs a clip" for title in titles)]]
     for setting in (SETTINGS[name] for name in args.settings):
         visual = plan_clip(FRAMES, presets.tiny().side, setting.tested).num_tokens
         flops = [f"{forward_flops(model, FRAMES, visual + 22) / 1e9:.3f}" for model in models]
-        lines.append(_line(setting.name, str(visual), *flops))
+        table.append([setting.name, str(visual), *flops])
     counts = (f"{t} {parameter_count(m):,}" for t, m in zip(titles, models, strict=True))
-    return [*lines, "", f"Parameters: {', '.join(counts)}."]
+    return [markdown(table), "", f"Parameters: {', '.join(counts)}."]
 
 
 def _model(projector: str) -> ModelConfig:

@@ -232,8 +232,8 @@ class ConversationEncoder:
         the assistant's turn and the sample's own opening of the answer.
 
         Raises:
-          SampleError: when it has no turn, as many placeholders as media it has not, or the template
-            renders it otherwise.
+          SampleError: when it has no turn, its placeholders are not as many as its media, or the template
+            does not render it turn by turn.
         """
         placeholders = sum(len(PLACEHOLDER.findall(turn.text)) for turn in sample.turns)
         if not sample.turns or placeholders != len(media):

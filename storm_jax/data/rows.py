@@ -97,8 +97,7 @@ def plan_rows(
 
 def empty_rows(count: int, pad_id: int, shape: RowShape) -> dict[str, np.ndarray]:
     """A batch of `count` rows of padding: the arrays above."""
-    tokens, frames = (count, shape.tokens), (count, shape.frames)
-    size = shape.image_size
+    tokens = (count, shape.tokens)
     return {
         "tokens": np.full(tokens, pad_id, np.int32),
         "targets": np.full(tokens, pad_id, np.int32),
@@ -106,9 +105,16 @@ def empty_rows(count: int, pad_id: int, shape: RowShape) -> dict[str, np.ndarray
         "positions": np.zeros(tokens, np.int32),
         "segment_ids": np.zeros(tokens, np.int32),
         "visual_index": np.full(tokens, -1, np.int32),
-        "frames": np.zeros((*frames, size, size, 3), np.uint8),
-        "frame_clip": np.zeros(frames, np.int32),
-        "frame_group": np.full(frames, -1, np.int32),
+        **empty_frames(count, shape.frames, shape.image_size),
+    }
+
+
+def empty_frames(count: int, frames: int, size: int) -> dict[str, np.ndarray]:
+    """The frames of `count` rows before they are there: `frames`, `frame_clip` and `frame_group`."""
+    return {
+        "frames": np.zeros((count, frames, size, size, 3), np.uint8),
+        "frame_clip": np.zeros((count, frames), np.int32),
+        "frame_group": np.full((count, frames), -1, np.int32),
     }
 
 

@@ -31,7 +31,7 @@ from storm_jax.evals.files import is_there
 from storm_jax.evals.journal import Journal
 from storm_jax.evals.predictions import to_line
 from storm_jax.evals.questions import MISSING, Answer, Question, Row
-from storm_jax.evals.scoring import Scores, parse_rows, score
+from storm_jax.evals.scoring import Scores, parse_row, parse_rows, score
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Prediction
@@ -99,8 +99,13 @@ def evaluate(
     parser = benchmark.pick_parser(parser, settings.prompt_style)
     parse = benchmark.parsers[parser]
     journal = Journal(folder, share)
-    identity = {**identity, "questions": _digest(questions)}
-    journal.prepare({"benchmark": benchmark.name, **dataclasses.asdict(settings), **identity})
+    depends_on = {
+        "benchmark": benchmark.name,
+        **dataclasses.asdict(settings),
+        **identity,
+        "questions": _digest(questions),
+    }
+    journal.prepare(depends_on)
     left = _open_questions(asked, journal, share)
     _ask(benchmark, left, settings, journal, load_model, batch_size, parse)
     answers = journal.answers()
@@ -109,13 +114,7 @@ def evaluate(
         return None
     rows = parse_rows(asked, answers, parse)
     scores = score(benchmark, settings.split, rows, len(questions), settings.compression)
-    about = {
-        "benchmark": benchmark.name,
-        **dataclasses.asdict(settings),
-        "parser": parser,
-        **identity,
-        **about,
-    }
+    about = {**depends_on, "parser": parser, **about}
     return Report(
         scores, rows, write_report(benchmark, settings.split, rows, scores, about, folder)
     )
@@ -186,9 +185,10 @@ def _ask(
         answered = _predict(load_model(), benchmark, here, settings, batch_size, panels)
         line = "{done:,} of {total:,} questions, {left:.0f} s left"
         for index, prediction in with_progress(answered, len(here), line, tells_end=True):
-            writer.add(here[index].id, _answer(prediction))
+            row = parse_row(here[index], _answer(prediction), parse)
+            writer.add(row.question.id, row.answer)
             if prediction.clips:
-                drawn[index] = _panel(here[index], prediction, parse)
+                drawn[index] = _panel(row, prediction)
     sheet = journal.folder / "contact_sheet.png"
     if drawn and not sheet.exists():
         draw_contact_sheet(sheet, [drawn[index] for index in sorted(drawn)])
@@ -256,8 +256,9 @@ def _panels(questions: Sequence[Question]) -> set[int]:
     return chosen
 
 
-def _panel(question: Question, prediction: Prediction, parse: Parser) -> Panel:
+def _panel(row: Row, prediction: Prediction) -> Panel:
     """With no more frames than are drawn: a whole clip is large."""
+    question = row.question
     picks = pick_frames(len(prediction.clips[0]))
     return Panel(
         next(iter(question.groups.values()), question.id),
@@ -265,6 +266,6 @@ def _panel(question: Question, prediction: Prediction, parse: Parser) -> Panel:
         prediction.times[0][picks],
         f"{question.text}\n{question.listed('({letter}) {option}')}",
         question.answer or "?",
-        prediction.text,
-        parse(prediction.text, question) == question.answer,
+        row.answer.reply,
+        row.right,
     )

@@ -87,18 +87,18 @@ def parse_rows(
 ) -> list[Row]:
     """Rows in the order of the questions; a question without an answer was not asked, and has none."""
     return [
-        Row(question, answer, _parsed(question, answer, parse))
+        parse_row(question, answer, parse)
         for question in questions
         if (answer := answers.get(question.id)) is not None
     ]
 
 
-def _parsed(question: Question, answer: Answer, parse: Parser) -> str | None:
-    """A letter of the question's, or the text of a free answer."""
-    if answer.error:
-        return None
-    found = parse(answer.reply, question)
-    return None if question.options and found not in question.lettered else found
+def parse_row(question: Question, answer: Answer, parse: Parser) -> Row:
+    """The row whose reply gives a letter of the question's, or the text of a free answer, or neither."""
+    found = None if answer.error else parse(answer.reply, question)
+    return Row(
+        question, answer, None if question.options and found not in question.lettered else found
+    )
 
 
 def score(

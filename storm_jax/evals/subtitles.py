@@ -33,15 +33,13 @@ def read_srt(path: pathlib.Path) -> list[Line]:
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
     rows = text.splitlines()
-    starts = [number for number, row in enumerate(rows) if _SPAN.match(row)]
+    spans = {number: span for number, row in enumerate(rows) if (span := _SPAN.match(row))}
     lines = []
-    for start, end in itertools.pairwise([*starts, len(rows) + 1]):
+    for start, end in itertools.pairwise([*spans, len(rows) + 1]):
         said = rows[start + 1 : end - 1]
         if end <= len(rows) and not rows[end - 1].strip().isdigit():
             said.append(rows[end - 1])
-        times = _SPAN.match(rows[start])
-        assert times is not None
-        first, last = (_seconds(times[i].replace(",", ".")) for i in (1, 2))
+        first, last = (_seconds(time.replace(",", ".")) for time in spans[start].groups())
         lines.append(Line(first, last, " ".join(_TAG.sub("", " ".join(said)).split())))
     return lines
 

@@ -28,7 +28,7 @@ from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.frames import Clip
 from storm_jax.data.image import IMAGE_SUFFIXES
 from storm_jax.data.reader import MediaReader
-from storm_jax.data.rows import Taken, place_clips
+from storm_jax.data.rows import Taken, empty_frames, place_clips
 from storm_jax.data.sample import PLACEHOLDER, Media, MediaError, Sample, SampleError, Turn
 from storm_jax.data.workers import WorkerPool
 from storm_jax.inference.generate import Sampling, generate, score_first
@@ -293,7 +293,7 @@ class Predictor:
         chunks: list[jax.Array] = []
         encoder, at_once = call.encoder, self._scenes_at_once(wave.shape, call.batch_size)
         for start in range(0, len(wave.scenes), at_once):
-            rows = _empty_frames(at_once, wave.shape.frames, self.config.model.vision.image_size)
+            rows = empty_frames(at_once, wave.shape.frames, self.config.model.vision.image_size)
             for slot, scene in enumerate(wave.scenes[start : start + at_once]):
                 seen = next(clips)
                 if isinstance(seen, MediaError):
@@ -432,15 +432,6 @@ class _Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.perf_counter() - self._began
-
-
-def _empty_frames(scenes: int, frames: int, size: int) -> dict[str, np.ndarray]:
-    """Frames of C scenes before they are there: uint8 [C, F, H, W, 3], int [C, F], [C, F]."""
-    return {
-        "frames": np.zeros((scenes, frames, size, size, 3), np.uint8),
-        "frame_clip": np.zeros((scenes, frames), np.int32),
-        "frame_group": np.full((scenes, frames), -1, np.int32),
-    }
 
 
 def _tables(batch: dict[str, jax.Array], chunks: Sequence[jax.Array]) -> jax.Array:

@@ -72,12 +72,16 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     if folder is None:
         raise BenchmarkError(f"--data_root={root} has no folder json/ with the tasks of MVBench")
     root = folder.parent
+    finders = {  # tasks share folders
+        name: FileFinder(root, [f"{place}/{name}" for place in _PLACES])
+        for task in TASKS.values()
+        for name in (task.whole, task.cut)
+    }
     questions = []
     for name, task in TASKS.items():
         if not (folder / f"{name}.json").exists():
             continue
-        whole = FileFinder(root, [f"{place}/{task.whole}" for place in _PLACES])
-        cut = FileFinder(root, [f"{place}/{task.cut}" for place in _PLACES])
+        whole, cut = finders[task.whole], finders[task.cut]
         for number, row in enumerate(read_file(folder / f"{name}.json")):
             options = tuple(map(str, row["candidates"]))
             questions.append(
