@@ -11,7 +11,7 @@ FAMILIES := shape,place,shape,place,colour,needle,order
 .PHONY: demo test test-slow lint evidence clean
 
 demo: .venv/runtime
-	$(RUN) -m storm_jax.data.shapes --out=data/shapes --clips=10000 --seed=0 --families=$(FAMILIES)
+	$(RUN) -m storm_jax.tasks.shapes --out=data/shapes --clips=10000 --seed=0 --families=$(FAMILIES)
 	$(RUN) -m storm_jax.data.tokenizer --data=data/shapes/train.json --out=data/shapes/tokenizer
 	$(RUN) -m storm_jax.data check --config=configs/tiny.py:stage=sft
 	$(RUN) train.py --config=configs/tiny.py:stage=align --workdir=runs/align

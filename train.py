@@ -15,11 +15,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from storm_jax.config import ConfigError, RunConfig, from_dict
-from storm_jax.data.conversation import tokenizer_folder
 from storm_jax.data.mixture import open_mixture
-from storm_jax.data.sample import DataError
-from storm_jax.run import Run, RunError, inherit_model
+from storm_jax.data.skips import DataError
+from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
+from storm_jax.text.tokenizer import tokenizer_folder
+from storm_jax.train.initialisation import inherit_model
 from storm_jax.train.loop import NonFiniteLossError, make_validation, train
 from storm_jax.train.metrics import plot_curves
 

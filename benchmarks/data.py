@@ -34,16 +34,17 @@ import numpy as np
 from PIL import Image
 
 from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
-from storm_jax.data.conversation import ConversationEncoder, load_tokenizer
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.mixture import Mixture
 from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import TrainPlan
-from storm_jax.data.reader import MediaReader
 from storm_jax.data.rows import RowShape
-from storm_jax.data.tokenizer import train_tokenizer
-from storm_jax.data.video import write_video
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.video import write_video
+from storm_jax.media.workers import WorkerPool
+from storm_jax.text.bpe import train_tokenizer
+from storm_jax.text.conversation import ConversationEncoder
+from storm_jax.text.tokenizer import load_tokenizer
 
 FRAMES, SIZE = 32, 448  # the paper's
 BATCH = 4

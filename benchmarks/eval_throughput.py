@@ -28,13 +28,15 @@ import numpy as np
 from configs import tiny
 from storm_jax import presets
 from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
-from storm_jax.data.sample import Media, Sample, Turn
-from storm_jax.data.tokenizer import train_tokenizer
-from storm_jax.data.video import write_video
+from storm_jax.files import write_atomically
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
+from storm_jax.media.media import Media
+from storm_jax.media.video import write_video
 from storm_jax.params import init_params, unflatten
-from storm_jax.run import Run, write_atomically
+from storm_jax.run import Run
+from storm_jax.text.bpe import train_tokenizer
+from storm_jax.text.sample import Sample, Turn
 
 QUESTION = (
     "Select the best answer, {}. What does the person do?\nA. runs\nB. sits\nC. eats\nD. sleeps"

@@ -28,11 +28,12 @@ from configs import tiny
 from storm_jax import presets
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, ModelConfig, from_dict
-from storm_jax.data import shapes
 from storm_jax.evals.report import markdown
 from storm_jax.evals.settings import EvalSettings
+from storm_jax.files import write_atomically
 from storm_jax.params import abstract_model, flatten
-from storm_jax.run import Run, write_atomically
+from storm_jax.run import Run
+from storm_jax.tasks import shapes
 
 # Images of places teach the tower where things are.
 FAMILIES = ("order", "motion", "needle", "place")
@@ -124,7 +125,7 @@ def names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
 def render(out: pathlib.Path, clips: int) -> pathlib.Path:
     """The task as files, with a tokenizer."""
     data = out / "data"
-    command = ["storm_jax.data.shapes", f"--out={data}", f"--clips={clips}", "--seed=0"]
+    command = ["storm_jax.tasks.shapes", f"--out={data}", f"--clips={clips}", "--seed=0"]
     run_module(*command, f"--families={','.join(FAMILIES)}", "--eval_clips=200")
     if not (data / "tokenizer").exists():
         tokenizer = data / "tokenizer"

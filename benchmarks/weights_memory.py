@@ -25,9 +25,9 @@ import numpy as np
 from flax import nnx
 
 from storm_jax import presets
-from storm_jax.data.tokenizer import train_tokenizer
 from storm_jax.params import abstract_model, flatten
 from storm_jax.run import Run
+from storm_jax.text.bpe import train_tokenizer
 from storm_jax.weights.architecture import decoder_json, vision_json
 from storm_jax.weights.mapping import tables
 from storm_jax.weights.tensors import ShardWriter

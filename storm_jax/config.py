@@ -22,7 +22,7 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -514,6 +514,19 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
             found.update(differences(old.get(key), new.get(key), f"{prefix}{key}."))
         return found
     return {} if old == new else {prefix[:-1]: (old, new)}
+
+
+def replace_model(
+    config: RunConfig, model: ModelConfig, explicit: Collection[str], source: str
+) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
+    """`config` with another model, as `inherit_model`; `source` names it in errors."""
+    fields = to_dict(config) | {"model": to_dict(model)}
+    changes = differences(to_dict(config), fields)
+    wrong = [f"{k}={changes[k][0]!r}, not {changes[k][1]!r}" for k in changes if k in explicit]
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise ConfigError(f"the weights of {source} need another value of\n  {listed}")
+    return from_dict(RunConfig, fields), changes
 
 
 def _build(cls: type[T], mapping: Any, prefix: str, problems: list[str]) -> T:

@@ -10,16 +10,14 @@ RUN/evals/BENCHMARK/SETTINGS/
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
 import re
-import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,14 +26,10 @@ import orbax.checkpoint as ocp
 import transformers
 
 from storm_jax import config as config_lib
-from storm_jax.config import ConfigError, ModelConfig, RunConfig
-from storm_jax.data.conversation import (
-    check_tokenizer,
-    load_tokenizer,
-    read_tokenizer,
-    save_tokenizer,
-)
+from storm_jax.config import ConfigError, RunConfig
+from storm_jax.files import write_atomically
 from storm_jax.params import flatten, unflatten
+from storm_jax.text.tokenizer import check_tokenizer, load_tokenizer, read_tokenizer, save_tokenizer
 
 # What may differ when a run is continued; anything else makes it another run.
 _MAY_CHANGE = (
@@ -239,66 +233,3 @@ class Run:
             yield
         except Exception as error:
             raise RunError(f"checkpoint {step} of {self.path} cannot be read: {error}") from error
-
-
-def inherit_model(
-    config: RunConfig, source: Run, explicit: Collection[str]
-) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
-    """`config` with the vision tower and the decoder of the run whose weights it starts from.
-
-    The projector stays as configured, and so do the adapters of the decoder.
-
-    Args:
-      explicit: dotted names of the fields that were set by hand.
-
-    Returns:
-      The configuration, and {field: (before, now)} of what it changed.
-
-    Raises:
-      ConfigError: when a field that was set by hand is not what the weights need.
-    """
-    theirs = source.config.model
-    decoder = dataclasses.replace(theirs.decoder, lora=config.model.decoder.lora)
-    return replace_model(
-        config,
-        dataclasses.replace(config.model, vision=theirs.vision, decoder=decoder),
-        explicit,
-        str(source.path),
-    )
-
-
-def replace_model(
-    config: RunConfig, model: ModelConfig, explicit: Collection[str], source: str
-) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
-    """`config` with another model, as `inherit_model`; `source` names it in errors."""
-    fields = config_lib.to_dict(config) | {"model": config_lib.to_dict(model)}
-    changes = config_lib.differences(config_lib.to_dict(config), fields)
-    wrong = [f"{k}={changes[k][0]!r}, not {changes[k][1]!r}" for k in changes if k in explicit]
-    if wrong:
-        listed = "\n  ".join(wrong)
-        raise ConfigError(f"the weights of {source} need another value of\n  {listed}")
-    return config_lib.from_dict(RunConfig, fields), changes
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is either there whole or not at all."""
-    # Processes of several containers may have one number.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    partial.write_text(text)
-    partial.rename(path)
-
-
-def write_lines(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSONL file, whole or not at all."""
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last line cut off by a killed process is left out."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from media_files import barcode, write_numbered
 from PIL import Image
 
-from storm_jax.data.sample import Sample
 from storm_jax.evals.questions import Question
 from storm_jax.inference.predictor import Prediction
+from storm_jax.text.sample import Sample
 
 OPTIONS = ("red car", "blue boat", "green tree", "white house", "black dog", "grey cat")
 

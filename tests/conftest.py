@@ -21,18 +21,23 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+from typing import Any
+
 import jax
+import media_files
 import numpy as np
 import pytest
+import transformers
 from flax import nnx
 
 from configs import tiny
 from storm_jax import presets
 from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
-from storm_jax.data import shapes
-from storm_jax.data.tokenizer import train_tokenizer
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
+from storm_jax.tasks import shapes
+from storm_jax.text.bpe import train_tokenizer
+from storm_jax.text.tokenizer import load_tokenizer
 from storm_jax.train import loop
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -90,6 +95,22 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     ]
     train_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shapes_folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    """The project's own tokenizer, trained on the built-in task and read back from its folder."""
+    return load_tokenizer(shapes_folder / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def encode_video():
+    """Writes frames with any codec, container and timestamps (in eighths of a second)."""
+
+    def encode(path: pathlib.Path, frames: np.ndarray, codec: str = "libx264", **how: Any):
+        return media_files.encode(path, frames, codec, size=frames.shape[1:3], rate=8, **how)
+
+    return encode
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,11 @@ from flax import nnx
 
 from configs import tiny
 from storm_jax.config import RunConfig, from_dict
-from storm_jax.data.tokenizer import train_tokenizer
 from storm_jax.models.storm import Storm
 from storm_jax.params import abstract_model, with_sharding
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
+from storm_jax.text.bpe import train_tokenizer
 
 torch.set_num_threads(1)  # on busy cores, more wait for each other for seconds
 

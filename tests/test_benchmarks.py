@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks import data, eval_throughput, scan, scan_compile
-from storm_jax.data.media import read_media
-from storm_jax.data.sample import Media
+from storm_jax.media.media import Media
+from storm_jax.media.read import read_media
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from configs import tiny
 from storm_jax.config import RunConfig, SourceConfig, from_dict
-from storm_jax.data.conversation import load_tokenizer
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import EvalPlan
-from storm_jax.data.reader import MediaReader
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.workers import WorkerPool
+from storm_jax.text.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

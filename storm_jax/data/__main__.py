@@ -23,12 +23,14 @@ from ml_collections import config_flags
 
 from storm_jax.config import ConfigError, RunConfig, SourceConfig, from_dict
 from storm_jax.data.check import check
-from storm_jax.data.conversation import load_tokenizer, tokenizer_folder
 from storm_jax.data.mixture import Ref, open_mixture
-from storm_jax.data.reader import MediaReader
-from storm_jax.data.sample import DataError, MediaError, SampleError
 from storm_jax.data.show import show
-from storm_jax.data.workers import WorkerPool
+from storm_jax.data.skips import DataError
+from storm_jax.media.media import MediaError
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.workers import WorkerPool
+from storm_jax.text.sample import SampleError
+from storm_jax.text.tokenizer import load_tokenizer, tokenizer_folder
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with the stage: configs/NAME.py:stage=align|sft|long."

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from storm_jax.data.sample import DataError, Skip
+from storm_jax.data.skips import DataError, Skip, exceeds_limit, format_causes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +90,10 @@ class Accounting:
         skipped."""
         for name, totals in self.totals.items():
             skipped = sum(totals.skipped.values())
-            if _too_many(skipped, totals.read, max_skip_fraction):
+            if exceeds_limit(skipped, totals.read, max_skip_fraction):
                 raise DataError(
                     f"{subject} {skipped} unusable samples of {totals.read} in data source {name!r} "
-                    f"({_listed(totals.skipped)}), over data.max_skip_fraction={max_skip_fraction}"
+                    f"({format_causes(totals.skipped)}), over data.max_skip_fraction={max_skip_fraction}"
                 )
 
     def table(self) -> str:
@@ -119,23 +119,5 @@ class Accounting:
             cells = [row[0].ljust(widths[0])]
             cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
             causes = self.totals[row[0]].skipped if row is not heads else Counter()
-            lines.append("  ".join(cells) + (f"   {_listed(causes)}" if causes else ""))
+            lines.append("  ".join(cells) + (f"   {format_causes(causes)}" if causes else ""))
         return "\n".join(lines)
-
-
-def check_skips(skips: Sequence[Skip], read: int, max_fraction: float, subject: str) -> None:
-    """Raises DataError when more than the fraction (of at least 100 samples) was skipped."""
-    if _too_many(len(skips), read, max_fraction):
-        causes = Counter(skip.cause for skip in skips)
-        raise DataError(
-            f"{subject} {len(skips)} unusable samples of {read} ({_listed(causes)}), over "
-            f"data.max_skip_fraction={max_fraction}; the first, {skips[0].where}: {skips[0].message}"
-        )
-
-
-def _too_many(skipped: int, read: int, max_fraction: float) -> bool:
-    return skipped > max_fraction * max(read, 100)
-
-
-def _listed(causes: Counter[str]) -> str:
-    return ", ".join(f"{n} {cause}" for cause, n in causes.most_common())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from storm_jax.data.sample import DataError
+from storm_jax.data.skips import DataError
+from storm_jax.files import digest
 
 
 def cached_arrays(
@@ -63,16 +63,3 @@ def _load(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
         return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
     except (OSError, ValueError):  # cut off by a full disk
         return None
-
-
-def digest(text: str | bytes) -> str:
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
-
-
-def file_stamp(paths: Iterable[pathlib.Path]) -> str:
-    """Changes when a file is added, removed, renamed or written."""
-    facts = []
-    for path in paths:
-        stat = path.stat()
-        facts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
-    return digest("\n".join(facts))

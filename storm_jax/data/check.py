@@ -15,13 +15,13 @@ import transformers
 
 from storm_jax.compression import plan_clip
 from storm_jax.config import RunConfig, SourceConfig
-from storm_jax.data.accounting import check_skips
 from storm_jax.data.mixture import Mixture, Part, open_mixture
 from storm_jax.data.plan import TrainPlan
-from storm_jax.data.progress import with_progress
-from storm_jax.data.reader import MediaReader
-from storm_jax.data.sample import DataError, Media, MediaError, Skip
-from storm_jax.data.workers import WorkerPool
+from storm_jax.data.skips import DataError, Skip, check_skips
+from storm_jax.media.media import Media, MediaError
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.workers import WorkerPool
+from storm_jax.progress import with_progress
 
 _SHOWN = 5  # problems of a source that are printed; the file has all
 _BARS = 40

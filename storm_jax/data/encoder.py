@@ -9,9 +9,10 @@ import numpy as np
 
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, FramesConfig
-from storm_jax.data.conversation import ConversationEncoder, Encoded, Pieces
-from storm_jax.data.media import count_frames
-from storm_jax.data.sample import Caption, Media, MediaError, Sample
+from storm_jax.media.media import Media, MediaError
+from storm_jax.media.read import count_frames
+from storm_jax.text.conversation import ConversationEncoder, Encoded, Pieces
+from storm_jax.text.sample import Caption, Sample
 
 # No video is longer; the text of a time has at most these digits.
 _LONGEST = 99_999.9

@@ -16,13 +16,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
-from storm_jax.data.cache import cached_arrays, digest
-from storm_jax.data.conversation import DATE, ConversationEncoder, load_tokenizer
+from storm_jax.data.cache import cached_arrays
 from storm_jax.data.encoder import SampleEncoder
-from storm_jax.data.progress import with_progress
-from storm_jax.data.sample import SampleError, Skip
+from storm_jax.data.skips import Skip
 from storm_jax.data.sources import Source, index_folder, open_source
-from storm_jax.data.workers import WorkerPool
+from storm_jax.files import digest
+from storm_jax.media.workers import WorkerPool
+from storm_jax.progress import with_progress
+from storm_jax.text.conversation import ConversationEncoder
+from storm_jax.text.sample import SampleError
+from storm_jax.text.template import DATE
+from storm_jax.text.tokenizer import load_tokenizer
 
 _VERSION = 1
 _CHUNK = 1024  # samples measured in one call

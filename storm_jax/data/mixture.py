@@ -19,14 +19,14 @@ import numpy as np
 import transformers
 
 from storm_jax.config import RunConfig, SourceConfig
-from storm_jax.data.accounting import check_skips
-from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.lengths import Lengths, read_lengths
 from storm_jax.data.rows import RowShape
-from storm_jax.data.sample import DataError, Sample, Skip
+from storm_jax.data.skips import DataError, Skip, check_skips
 from storm_jax.data.sources import Source, open_source
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.workers import WorkerPool
+from storm_jax.text.conversation import ConversationEncoder
+from storm_jax.text.sample import Sample
 
 # Samples whose rows are planned together, at most; an epoch when it is shorter.
 WINDOW = 2**16

@@ -14,9 +14,11 @@ import numpy as np
 from storm_jax.data.accounting import Outcome
 from storm_jax.data.mixture import Mixture, Ref
 from storm_jax.data.plan import Plan
-from storm_jax.data.reader import MediaReader
 from storm_jax.data.rows import RowSample, RowShape, empty_rows, fill_row
-from storm_jax.data.sample import MediaError, SampleError, Skip
+from storm_jax.data.skips import Skip
+from storm_jax.media.media import MediaError
+from storm_jax.media.reader import MediaReader
+from storm_jax.text.sample import SampleError
 
 
 @dataclasses.dataclass(frozen=True)

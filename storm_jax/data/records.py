@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storm_jax.data.sample import PLACEHOLDER, Media, Sample, SampleError, Turn
+from storm_jax.media.media import Media
+from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",

@@ -20,7 +20,7 @@ import numpy as np
 
 from storm_jax.compression import plan_clip, pooled_side, visual_index
 from storm_jax.config import CompressionConfig
-from storm_jax.data.conversation import Encoded
+from storm_jax.text.conversation import Encoded
 
 OPEN_ROWS = 64
 

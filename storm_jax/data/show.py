@@ -7,10 +7,10 @@ import pathlib
 
 import numpy as np
 
-from storm_jax.data.contact_sheet import draw_frames, sheet_height
-from storm_jax.data.conversation import Encoded
 from storm_jax.data.mixture import Mixture, Ref
-from storm_jax.data.reader import MediaReader
+from storm_jax.media.contact_sheet import draw_frames, sheet_height
+from storm_jax.media.reader import MediaReader
+from storm_jax.text.conversation import Encoded
 
 LEARNED, GIVEN, VISUAL = "#bfe8bf", "#eeeeee", "#bcd4f5"
 _COLUMNS = 175  # characters in a line of the picture

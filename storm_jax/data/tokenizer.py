@@ -7,54 +7,12 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from collections.abc import Iterable
-
-import tokenizers
-import transformers
 
 from storm_jax.config import SourceConfig
-from storm_jax.data.sample import PLACEHOLDER, DataError, SampleError
+from storm_jax.data.skips import DataError
 from storm_jax.data.sources import open_source
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# Words with their leading space, single digits, punctuation, white space: as Qwen2 splits text.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerBase:
-    """A tokenizer of at most `vocab_size` entries, 3 of them special; deterministic."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.normalizer = tokenizers.normalizers.NFC()
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - len(special),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.add_special_tokens(special)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
+from storm_jax.text.bpe import train_tokenizer
+from storm_jax.text.sample import PLACEHOLDER, SampleError
 
 
 def main() -> None:

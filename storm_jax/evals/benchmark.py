@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from storm_jax.config import CompressionConfig
-from storm_jax.data.sample import Caption
 from storm_jax.evals.questions import Prompt, Question, Row
+from storm_jax.text.sample import Caption
 
 
 class BenchmarkError(ValueError):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storm_jax.data.contact_sheet import draw_frames, sheet_height
-from storm_jax.data.sample import PLACEHOLDER
+from storm_jax.media.contact_sheet import draw_frames, sheet_height
+from storm_jax.text.sample import PLACEHOLDER
 
 WIDTH, LINES = 120, 4  # of the texts above a panel, in letters
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from storm_jax.evals.predictions import answer_of
 from storm_jax.evals.questions import Answer
-from storm_jax.run import RunError, read_lines, write_atomically
+from storm_jax.files import read_lines, write_atomically
+from storm_jax.run import RunError
 
 
 class Journal:

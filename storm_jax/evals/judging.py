@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.predictions import read_objects
 from storm_jax.evals.questions import Row
-from storm_jax.run import write_lines
+from storm_jax.files import write_lines
 
 SCORES = {
     "sub_scene": ("score_accuracy", "score_relevance"),

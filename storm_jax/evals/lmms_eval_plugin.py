@@ -21,11 +21,12 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
-from storm_jax.data.image import IMAGE_SUFFIXES
-from storm_jax.data.sample import Media, Sample, Turn
 from storm_jax.evals.questions import without_placeholders
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
+from storm_jax.media.image import IMAGE_SUFFIXES
+from storm_jax.media.media import Media
+from storm_jax.text.sample import Sample, Turn
 
 NAME = "storm_jax"
 

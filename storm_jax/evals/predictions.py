@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storm_jax.data.sample import Media
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.questions import Answer, Question, Row
+from storm_jax.media.media import Media
 
 _PLAIN = (str, int, float, list, tuple)
 

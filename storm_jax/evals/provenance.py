@@ -14,7 +14,7 @@ import jax
 
 from storm_jax import config as config_lib
 from storm_jax.config import RunConfig
-from storm_jax.data.cache import digest
+from storm_jax.files import digest
 
 LIBRARIES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "av", "pillow", "numpy")
 

@@ -9,7 +9,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storm_jax.data.sample import PLACEHOLDER, Caption, Media, Sample, Turn
+from storm_jax.media.media import Media
+from storm_jax.text.sample import PLACEHOLDER, Caption, Sample, Turn
 
 MISSING = "missing"
 

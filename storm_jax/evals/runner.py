@@ -21,10 +21,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from storm_jax.config import CompressionConfig
-from storm_jax.data.cache import digest
-from storm_jax.data.contact_sheet import pick_frames
-from storm_jax.data.progress import with_progress
-from storm_jax.data.sample import MediaError, Sample, SampleError
 from storm_jax.evals.benchmark import Benchmark, Parser
 from storm_jax.evals.contact_sheet import Panel, draw_contact_sheet
 from storm_jax.evals.files import is_there
@@ -33,9 +29,13 @@ from storm_jax.evals.predictions import to_line
 from storm_jax.evals.questions import MISSING, Answer, Question, Row
 from storm_jax.evals.scoring import Scores, parse_row, parse_rows, score
 from storm_jax.evals.settings import EvalSettings
+from storm_jax.files import digest, write_atomically, write_lines
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Prediction
-from storm_jax.run import write_atomically, write_lines
+from storm_jax.media.contact_sheet import pick_frames
+from storm_jax.media.media import MediaError
+from storm_jax.progress import with_progress
+from storm_jax.text.sample import Sample, SampleError
 
 PANELS = 16
 PANELS_PER_GROUP = 2

@@ -14,7 +14,7 @@ from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.report import markdown
 from storm_jax.evals.scoring import Estimate, Scores
-from storm_jax.run import write_atomically
+from storm_jax.files import write_atomically
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CompressionConfig))
 

@@ -23,14 +23,8 @@ import numpy as np
 from flax import nnx
 
 from storm_jax.config import CompressionConfig, MeshConfig
-from storm_jax.data.conversation import ConversationEncoder, Encoded, stop_ids
 from storm_jax.data.encoder import SampleEncoder
-from storm_jax.data.frames import Clip
-from storm_jax.data.image import IMAGE_SUFFIXES
-from storm_jax.data.reader import MediaReader
 from storm_jax.data.rows import Taken, empty_frames, place_clips
-from storm_jax.data.sample import PLACEHOLDER, Media, MediaError, Sample, SampleError, Turn
-from storm_jax.data.workers import WorkerPool
 from storm_jax.inference.generate import Sampling, generate, score_first
 from storm_jax.inference.scenes import (
     Scene,
@@ -40,10 +34,18 @@ from storm_jax.inference.scenes import (
     plan_waves,
     prompt_slots,
 )
+from storm_jax.media.frames import Clip
+from storm_jax.media.image import IMAGE_SUFFIXES
+from storm_jax.media.media import Media, MediaError
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.workers import WorkerPool
 from storm_jax.models.storm import VisualShape
 from storm_jax.params import abstract_model, compute_dtypes, with_sharding
 from storm_jax.run import Run
 from storm_jax.sharding import batch_sharding, constrain, make_mesh, param_shardings
+from storm_jax.text.conversation import ConversationEncoder, Encoded
+from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
+from storm_jax.text.tokenizer import stop_ids
 
 # Scenes of fewer frames are encoded together, up to so many frames a device.
 _FRAMES_AT_ONCE = 64

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from storm_jax.compression import plan_clip
 from storm_jax.data.encoder import SampleEncoder
-from storm_jax.data.sample import Media, Sample
+from storm_jax.media.media import Media
+from storm_jax.text.sample import Sample
 
 _FINEST_PROMPT = 32
 

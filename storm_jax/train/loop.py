@@ -25,14 +25,15 @@ from storm_jax.data.accounting import Accounting
 from storm_jax.data.mixture import Mixture, open_mixture
 from storm_jax.data.pipeline import Batch, batches
 from storm_jax.data.plan import EvalPlan, TrainPlan
-from storm_jax.data.reader import LASTING, MediaReader
 from storm_jax.data.rows import RowShape
-from storm_jax.data.sample import DataError, Skip
-from storm_jax.data.workers import WorkerPool
+from storm_jax.data.skips import DataError, Skip
+from storm_jax.files import read_lines, write_lines
+from storm_jax.media.reader import LASTING, MediaReader
+from storm_jax.media.workers import WorkerPool
 from storm_jax.models.lora import is_adapter, merge
 from storm_jax.models.storm import VisualShape
 from storm_jax.params import abstract_model, flatten, random_params, unflatten, with_sharding
-from storm_jax.run import Run, RunError, read_lines, write_lines
+from storm_jax.run import Run, RunError
 from storm_jax.sharding import batch_sharding, param_shardings
 from storm_jax.train.checkpoint import Checkpointer
 from storm_jax.train.metrics import MetricsWriter, Progress, duration

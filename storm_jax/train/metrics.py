@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from storm_jax.run import read_lines, write_lines
+from storm_jax.files import read_lines, write_lines
 
 
 class MetricsWriter:

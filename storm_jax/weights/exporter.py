@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.config import ModelConfig
-from storm_jax.data.conversation import read_tokenizer, save_tokenizer, stop_ids
 from storm_jax.models.lora import is_adapter, merge
 from storm_jax.run import Run
+from storm_jax.text.tokenizer import read_tokenizer, save_tokenizer, stop_ids
 from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import (
     decoder_json,

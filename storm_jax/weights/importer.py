@@ -19,18 +19,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from storm_jax.config import DecoderConfig, RunConfig, VisionConfig
-from storm_jax.data.conversation import (
-    ConversationEncoder,
-    check_template,
-    read_tokenizer,
-    save_tokenizer,
-    stop_ids,
-)
-from storm_jax.data.tokenizer import CHATML
+from storm_jax.config import DecoderConfig, RunConfig, VisionConfig, replace_model
 from storm_jax.params import abstract_model, flatten, random_params, unflatten
-from storm_jax.run import Run, replace_model
+from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
+from storm_jax.text.bpe import CHATML
+from storm_jax.text.conversation import ConversationEncoder
+from storm_jax.text.tokenizer import check_template, read_tokenizer, save_tokenizer, stop_ids
 from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
 from storm_jax.weights.hub import local_folder

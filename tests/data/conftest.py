@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
 
-import media_files
-import numpy as np
 import pytest
-import transformers
 
 from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
-from storm_jax.data.conversation import ConversationEncoder, load_tokenizer
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.mixture import Mixture
 from storm_jax.data.rows import RowShape
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.workers import WorkerPool
+from storm_jax.text.conversation import ConversationEncoder
 
 # Eight frames by two are four groups of one token; an image has four.
 SHAPE = RowShape(160, 24, 32, 2, CompressionConfig(8, 2, 2, 1))
-
-
-@pytest.fixture(scope="session")
-def tokenizer(shapes_folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    """The project's own tokenizer, trained on the built-in task and read back from its folder."""
-    return load_tokenizer(shapes_folder / "tokenizer")
-
-
-@pytest.fixture(scope="session")
-def encode_video():
-    """Writes frames with any codec, container and timestamps (in eighths of a second)."""
-
-    def encode(path: pathlib.Path, frames: np.ndarray, codec: str = "libx264", **how: Any):
-        return media_files.encode(path, frames, codec, size=frames.shape[1:3], rate=8, **how)
-
-    return encode
 
 
 @pytest.fixture(scope="session")

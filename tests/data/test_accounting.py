@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from storm_jax.data.accounting import Accounting, Outcome, check_skips
-from storm_jax.data.sample import DataError, Skip
+from storm_jax.data.accounting import Accounting, Outcome
+from storm_jax.data.skips import DataError, Skip, check_skips
 
 
 def skip(cause: str = "missing", source: str = "a") -> Skip:

@@ -9,8 +9,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from storm_jax.data.cache import cached_arrays, file_stamp
-from storm_jax.data.sample import DataError
+from storm_jax.data.cache import cached_arrays
+from storm_jax.data.skips import DataError
+from storm_jax.files import file_stamp
 
 
 def arrays(size: int = 1000) -> dict[str, np.ndarray]:

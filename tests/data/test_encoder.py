@@ -12,9 +12,10 @@ import pytest
 
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, FramesConfig
-from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.encoder import SampleEncoder
-from storm_jax.data.sample import Caption, Media, Sample, Turn
+from storm_jax.media.media import Media
+from storm_jax.text.conversation import ConversationEncoder
+from storm_jax.text.sample import Caption, Sample, Turn
 
 
 def sample(text: str = "<video>\nWhy?", *kinds: str, answer: str = "So.") -> Sample:

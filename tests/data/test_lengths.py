@@ -12,11 +12,11 @@ from source_files import record, write_lines
 
 from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
 from storm_jax.data import lengths as lengths_lib
-from storm_jax.data.conversation import ConversationEncoder
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.lengths import read_lengths
 from storm_jax.data.sources import open_source
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.workers import WorkerPool
+from storm_jax.text.conversation import ConversationEncoder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from storm_jax.config import SourceConfig
 from storm_jax.data import mixture as mixture_lib
 from storm_jax.data.rows import RowShape
-from storm_jax.data.sample import DataError
+from storm_jax.data.skips import DataError
 
 SIZES = {"a": 10, "b": 30, "c": 60}
 

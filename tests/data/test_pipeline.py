@@ -20,9 +20,9 @@ from storm_jax.config import CompressionConfig, FramesConfig
 from storm_jax.data.mixture import Mixture
 from storm_jax.data.pipeline import Batch, batches
 from storm_jax.data.plan import EvalPlan, StepPlan, TrainPlan
-from storm_jax.data.reader import MediaReader
 from storm_jax.data.rows import RowShape
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.workers import WorkerPool
 
 BATCH, STEPS = 4, 5
 

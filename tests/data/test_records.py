@@ -8,7 +8,8 @@ import pathlib
 import pytest
 
 from storm_jax.data.records import parse_record
-from storm_jax.data.sample import Media, SampleError, Turn
+from storm_jax.media.media import Media
+from storm_jax.text.sample import SampleError, Turn
 
 ROOT = pathlib.Path("/data")
 ASK, ANSWER = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}

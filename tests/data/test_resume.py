@@ -22,12 +22,12 @@ READER = """
 import hashlib, json, os, pathlib, sys
 import numpy as np
 from storm_jax.config import RunConfig, from_dict
-from storm_jax.data.conversation import load_tokenizer
+from storm_jax.text.tokenizer import load_tokenizer
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import TrainPlan
-from storm_jax.data.reader import MediaReader
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.workers import WorkerPool
 
 config, tokenizer, out, state = (pathlib.Path(path) for path in sys.argv[1:5])
 index, count, workers, batch, steps = map(int, sys.argv[5:])

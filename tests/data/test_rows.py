@@ -12,7 +12,6 @@ from rows_by_hand import build_row, build_rows
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data import rows as module
-from storm_jax.data.conversation import Encoded
 from storm_jax.data.rows import (
     RowSample,
     RowShape,
@@ -20,6 +19,7 @@ from storm_jax.data.rows import (
     plan_rows,
     smallest_fit,
 )
+from storm_jax.text.conversation import Encoded
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 PAD, IMAGE = 1, 4  # pad id; side of a frame in pixels

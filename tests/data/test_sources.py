@@ -18,9 +18,10 @@ from media_files import numbers, write_numbered
 from source_files import conversation, picture, write_parquet, write_shard, write_tfds
 
 from storm_jax.config import SourceConfig
-from storm_jax.data.media import read_media
-from storm_jax.data.sample import DataError, Sample, SampleError
+from storm_jax.data.skips import DataError
 from storm_jax.data.sources import json_file, open_source
+from storm_jax.media.read import read_media
+from storm_jax.text.sample import Sample, SampleError
 
 
 def opened(path: pathlib.Path, **fields):

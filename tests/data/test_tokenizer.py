@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storm_jax.data import tokenizer as module
-from storm_jax.data.conversation import load_tokenizer
-from storm_jax.data.tokenizer import train_tokenizer
+from storm_jax.text.bpe import train_tokenizer
+from storm_jax.text.tokenizer import load_tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEXTS = ["What colour was the flash?", "Which way did the shape move?", "red, green, blue"] * 4

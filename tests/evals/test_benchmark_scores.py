@@ -14,14 +14,14 @@ import pytest
 from benchmark_trees import FakeModel, Videos, always_a, failing, oracle, rambler
 
 from storm_jax.config import CompressionConfig
-from storm_jax.data.frames import frame_files
-from storm_jax.data.media import read_media
-from storm_jax.data.sample import Media, MediaError
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.check import check
 from storm_jax.evals.runner import evaluate
 from storm_jax.evals.settings import EvalSettings
+from storm_jax.media.frames import frame_files
+from storm_jax.media.media import Media, MediaError
+from storm_jax.media.read import read_media
 
 
 @dataclasses.dataclass(frozen=True)

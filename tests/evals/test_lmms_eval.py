@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 import storm_jax
-from storm_jax.data.sample import Media, Sample, Turn
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.inference.generate import Sampling
+from storm_jax.media.media import Media
+from storm_jax.text.sample import Sample, Turn
 
 ROOT = pathlib.Path(__file__).parents[2]
 VERSION = "0.7.3"
@@ -219,7 +220,7 @@ from lmms_eval.tasks.videomme.utils import videomme_doc_to_text
 from lmms_eval.tasks.mlvu.utils import mlvu_doc_to_text
 from lmms_eval.tasks.egoschema import utils as ego
 import yaml, lmms_eval, pathlib
-from storm_jax.data.sample import Media
+from storm_jax.text.sample import Media
 from storm_jax.evals import parsing
 from storm_jax.evals.questions import Question
 from storm_jax.evals.benchmarks import BENCHMARKS

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.questions import Question
+from storm_jax.media.media import Media
 
 
 def question(options=("red car", "blue boat", "a man", "dog"), answer="B") -> Question:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from benchmark_trees import Videos
 
-from storm_jax.data.sample import Caption
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.questions import Prompt
+from storm_jax.text.sample import Caption
 
 SELECT = "Select the best answer to the following multiple-choice question based on the video"
 LETTER = "Respond with only the letter (A, B, C, or D) of the correct option.\n"

@@ -8,11 +8,11 @@ import json
 import numpy as np
 import pytest
 
-from storm_jax.data.sample import Media
 from storm_jax.evals import predictions
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.questions import Answer, Question, Row
 from storm_jax.evals.scoring import estimate, parse_rows, wilson_interval
+from storm_jax.media.media import Media
 
 
 def rows(right: list[bool], videos: list[str], groups: list[str] | None = None) -> list[Row]:

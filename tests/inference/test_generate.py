@@ -12,11 +12,11 @@ from rows_by_hand import build_rows
 from storm_jax import presets
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
-from storm_jax.data.conversation import Encoded
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.inference.generate import Sampling, choose, decode_step, generate, prefill
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model, compute_dtypes
+from storm_jax.text.conversation import Encoded
 
 SHAPE = RowShape(48, 8, 32, presets.tiny().side, CompressionConfig(8, temporal_pool=4))
 VISUAL = VisualShape(SHAPE.num_groups, 1)

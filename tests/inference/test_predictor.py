@@ -8,10 +8,11 @@ import pytest
 
 import storm_jax
 from storm_jax.config import ConfigError
-from storm_jax.data.reader import MediaReader
-from storm_jax.data.sample import Media, Sample, Turn
 from storm_jax.evals.benchmarks import BENCHMARKS
+from storm_jax.media.media import Media
+from storm_jax.media.reader import MediaReader
 from storm_jax.run import Run, RunError
+from storm_jax.text.sample import Sample, Turn
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from rows_by_hand import build_rows
 from storm_jax import presets
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, ConfigError
-from storm_jax.data.conversation import Encoded
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model
+from storm_jax.text.conversation import Encoded
 
 
 def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24) -> RowShape:

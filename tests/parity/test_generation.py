@@ -21,9 +21,10 @@ from reference_models import (
     save,
 )
 
-from storm_jax.data.conversation import ConversationEncoder, load_tokenizer
-from storm_jax.data.sample import Sample, Turn
 from storm_jax.inference.generate import Sampling, generate
+from storm_jax.text.conversation import ConversationEncoder
+from storm_jax.text.sample import Sample, Turn
+from storm_jax.text.tokenizer import load_tokenizer
 from storm_jax.weights.importer import Sources, import_run
 
 NEW = 64

@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import AutoConfig, SiglipImageProcessorPil, SiglipVisionModel
 
 from storm_jax.config import VisionConfig
-from storm_jax.data.image import read_image
-from storm_jax.data.sample import Media
+from storm_jax.media.image import read_image
+from storm_jax.media.media import Media
 from storm_jax.models.siglip import SigLIP
 from storm_jax.ops.attention import QUERY_CHUNK
 from storm_jax.params import flatten

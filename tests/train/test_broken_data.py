@@ -19,7 +19,8 @@ from source_files import (
     write_tfds,
 )
 
-from storm_jax.run import Run, read_lines
+from storm_jax.files import read_lines
+from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
 

@@ -19,12 +19,14 @@ import pytest
 
 from storm_jax.config import ConfigError
 from storm_jax.data.mixture import open_mixture
-from storm_jax.data.sample import DataError
-from storm_jax.data.workers import WorkerPool
+from storm_jax.data.skips import DataError
+from storm_jax.files import read_lines
+from storm_jax.media.workers import WorkerPool
 from storm_jax.params import unflatten
-from storm_jax.run import Run, RunError, inherit_model, read_lines
+from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
+from storm_jax.train.initialisation import inherit_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from storm_jax.run import read_lines
+from storm_jax.files import read_lines
 from storm_jax.train.metrics import MetricsWriter, Progress, duration, plot_curves
 
 

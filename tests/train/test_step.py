@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from storm_jax.config import MeshConfig
-from storm_jax.data.conversation import load_tokenizer
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import TrainPlan
-from storm_jax.data.reader import MediaReader
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.workers import WorkerPool
 from storm_jax.models.storm import VisualShape
 from storm_jax.sharding import make_mesh
+from storm_jax.text.tokenizer import load_tokenizer
 from storm_jax.train.loop import place
 from storm_jax.train.state import StateSpec
 from storm_jax.train.step import make_train_step

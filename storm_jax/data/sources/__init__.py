@@ -6,7 +6,8 @@ import pathlib
 from typing import Protocol
 
 from storm_jax.config import SourceConfig
-from storm_jax.data.sample import DataError, Sample
+from storm_jax.data.skips import DataError
+from storm_jax.text.sample import Sample
 
 
 class Source(Protocol):

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from storm_jax.config import SourceConfig
-from storm_jax.data.cache import cached_arrays, file_stamp
+from storm_jax.data.cache import cached_arrays
 from storm_jax.data.records import parse_record
-from storm_jax.data.sample import DataError, Sample, SampleError
+from storm_jax.data.skips import DataError
+from storm_jax.files import file_stamp
+from storm_jax.text.sample import Sample, SampleError
 
 _CHUNK = 2**26
 _MARK = b"\xef\xbb\xbf"  # byte order

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from storm_jax.config import SourceConfig
-from storm_jax.data.cache import file_stamp
 from storm_jax.data.records import parse_record
-from storm_jax.data.sample import DataError, Sample, SampleError
+from storm_jax.data.skips import DataError
+from storm_jax.files import file_stamp
+from storm_jax.text.sample import Sample, SampleError
 
 _BYTES = "bytes"
 _READING = threading.Lock()  # a ParquetFile is for one thread at a time

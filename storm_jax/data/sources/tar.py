@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from storm_jax.config import SourceConfig
-from storm_jax.data.cache import cached_arrays, file_stamp
-from storm_jax.data.image import IMAGE_SUFFIXES
+from storm_jax.data.cache import cached_arrays
 from storm_jax.data.records import MEDIA_FIELDS, parse_record
-from storm_jax.data.sample import DataError, Media, Sample, SampleError
+from storm_jax.data.skips import DataError
+from storm_jax.files import file_stamp
+from storm_jax.media.image import IMAGE_SUFFIXES
+from storm_jax.media.media import Media
+from storm_jax.text.sample import Sample, SampleError
 
 _TEXT_SUFFIXES = (".json", ".txt")
 

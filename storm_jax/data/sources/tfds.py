@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from storm_jax.config import SourceConfig
-from storm_jax.data.cache import file_stamp
 from storm_jax.data.records import parse_record
-from storm_jax.data.sample import DataError, Sample
+from storm_jax.data.skips import DataError
+from storm_jax.files import file_stamp
+from storm_jax.text.sample import Sample
 
 
 class TfdsFolder:

@@ -14,12 +14,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
 from storm_jax.evals.files import FileFinder, first_match, read_json, read_rows
 from storm_jax.evals.questions import Prompt, Question, Row, without_letter, without_placeholders
-from storm_jax.run import write_atomically
+from storm_jax.files import write_atomically
+from storm_jax.media.media import Media
 
 LETTERS = "ABCDE"
 _DIRECTLY = "answer with the option's letter from the given choices directly."

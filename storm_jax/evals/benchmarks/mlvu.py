@@ -17,14 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
 from storm_jax.evals.benchmarks.mvbench import asked
 from storm_jax.evals.files import FileFinder, read_file, read_rows
 from storm_jax.evals.judging import write_judge_input
 from storm_jax.evals.questions import Prompt, Question, Row, letter_of, without_placeholders
-from storm_jax.run import write_atomically
+from storm_jax.files import write_atomically
+from storm_jax.media.media import Media
 
 DEV = {
     "plotQA": 539, "needle": 355, "ego": 352, "count": 206, "order": 259, "anomaly_reco": 200,

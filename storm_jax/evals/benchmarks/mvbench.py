@@ -13,11 +13,11 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from storm_jax.data.sample import Media
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
 from storm_jax.evals.files import FileFinder, read_file
 from storm_jax.evals.questions import Prompt, Question, letter_of, without_placeholders
+from storm_jax.media.media import Media
 
 TVQA_FPS = 3.0
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pathlib
 
 from storm_jax.config import CompressionConfig, SourceConfig
-from storm_jax.data import shapes
 from storm_jax.data.sources import open_source
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.questions import Prompt, Question
+from storm_jax.tasks import shapes
 
 
 def load(root: pathlib.Path, split: str) -> list[Question]:
@@ -51,7 +51,7 @@ def ceiling(question: Question, compression: CompressionConfig) -> float | None:
 BENCHMARK = Benchmark(
     "shapes",
     "the built-in task",
-    "render it with python -m storm_jax.data.shapes",
+    "render it with python -m storm_jax.tasks.shapes",
     {name: Split(0, {"family": dict.fromkeys(shapes.FAMILIES, 0)}, 64) for name in ("test", "val")},
     load,
     {"trained": as_trained},

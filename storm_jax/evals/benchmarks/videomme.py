@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from storm_jax.data.sample import Caption, Media
 from storm_jax.evals import parsing, subtitles
 from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.files import FileFinder, read_rows
 from storm_jax.evals.questions import Prompt, Question, Row, without_letter, without_placeholders
-from storm_jax.run import write_atomically
+from storm_jax.files import write_atomically
+from storm_jax.media.media import Media
+from storm_jax.text.sample import Caption
 
 ANNOTATIONS = ("videomme/*.parquet", "test-*.parquet", "data/test-*.parquet")
 TASKS = {

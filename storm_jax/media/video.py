@@ -19,8 +19,8 @@ from typing import Any
 import av
 import numpy as np
 
-from storm_jax.data.frames import Clip, fill_damage, nearest, spread
-from storm_jax.data.sample import Media, MediaError
+from storm_jax.media.frames import Clip, fill_damage, nearest, spread
+from storm_jax.media.media import Media, MediaError
 
 # A header that asks for larger frames than 16k x 8k is damaged, or meant to exhaust memory.
 MAX_PIXELS = 2**27

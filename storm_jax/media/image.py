@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from storm_jax.data.sample import Media, MediaError
+from storm_jax.media.media import Media, MediaError
 
 # Of files that are images when nothing else says so; a GIF is taken for a video.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

@@ -13,8 +13,8 @@ import re
 import numpy as np
 
 from storm_jax.config import FramesConfig
-from storm_jax.data.image import IMAGE_SUFFIXES, read_image
-from storm_jax.data.sample import Media, MediaError
+from storm_jax.media.image import IMAGE_SUFFIXES, read_image
+from storm_jax.media.media import Media, MediaError
 
 
 @dataclasses.dataclass(frozen=True)

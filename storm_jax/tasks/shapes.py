@@ -1,6 +1,6 @@
 """The built-in task: questions about moving shapes that pooling without memory cannot answer.
 
-    python -m storm_jax.data.shapes --out=DIR --clips=N --seed=S
+    python -m storm_jax.tasks.shapes --out=DIR --clips=N --seed=S
 
 renders textured clips with events in them to H.264 files (PNG for image questions) and writes LLaVA
 JSON for train, val and test. Families:
@@ -37,8 +37,8 @@ from PIL import Image
 
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
-from storm_jax.data.progress import with_progress
-from storm_jax.data.video import write_video
+from storm_jax.media.video import write_video
+from storm_jax.progress import with_progress
 
 COLOURS = {
     "red": (230, 30, 30), "green": (30, 200, 50), "blue": (40, 60, 235), "yellow": (235, 220, 40),
@@ -383,7 +383,7 @@ def read_settings(folder: str | pathlib.Path) -> Settings:
         return Settings(**{**fields, "families": tuple(fields["families"])})
     except FileNotFoundError:
         raise ValueError(
-            f"{path} is missing: render the task with python -m storm_jax.data.shapes --out={folder}"
+            f"{path} is missing: render the task with python -m storm_jax.tasks.shapes --out={folder}"
         ) from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a shapes.json: {error}") from None
@@ -461,7 +461,7 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m storm_jax.data.shapes",
+        prog="python -m storm_jax.tasks.shapes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -8,10 +8,10 @@ import grain
 import numpy as np
 
 from storm_jax.config import FramesConfig
-from storm_jax.data.frames import Clip
-from storm_jax.data.media import read_media
-from storm_jax.data.sample import Media, MediaError
-from storm_jax.data.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
+from storm_jax.media.frames import Clip
+from storm_jax.media.media import Media, MediaError
+from storm_jax.media.read import read_media
+from storm_jax.media.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
 
 # Causes of what is not tried again in this run or in one that continues it.
 LASTING = ("timeout", "crashed")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storm_jax.data import image as image_lib
-from storm_jax.data.image import IMAGE_SUFFIXES
-from storm_jax.data.sample import Media, MediaError
+from storm_jax.media import image as image_lib
+from storm_jax.media.image import IMAGE_SUFFIXES
+from storm_jax.media.media import Media, MediaError
 
 SIDE = 16
 

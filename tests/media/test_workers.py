@@ -14,9 +14,9 @@ import time
 import numpy as np
 import pytest
 
-from storm_jax.data import workers
-from storm_jax.data.sample import Media, MediaError
-from storm_jax.data.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
+from storm_jax.media import workers
+from storm_jax.media.media import Media, MediaError
+from storm_jax.media.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
 
 # What the workers run; they import this module by its name.
 
@@ -148,7 +148,7 @@ def test_closing_ends_calls_that_still_run():
 
 
 def test_workers_that_decode_do_not_import_jax(pool: WorkerPool):
-    from storm_jax.data.media import read_media
+    from storm_jax.media.read import read_media
 
     with WorkerPool(1) as fresh:
         with pytest.raises(MediaError):
@@ -160,7 +160,7 @@ def test_workers_that_decode_do_not_import_jax(pool: WorkerPool):
 
 PARENT = """
 import os, sys, time
-from storm_jax.data.workers import WorkerPool
+from storm_jax.media.workers import WorkerPool
 import test_workers
 pool = WorkerPool(1)
 print(pool.call(test_workers.array, 1, 1)["pid"], flush=True)

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storm_jax.config import ConfigError
-from storm_jax.data.conversation import ConversationEncoder, Encoded, load_tokenizer, stop_ids
-from storm_jax.data.sample import Media, Sample, SampleError, Turn
-from storm_jax.data.tokenizer import train_tokenizer
+from storm_jax.media.media import Media
+from storm_jax.text.bpe import train_tokenizer
+from storm_jax.text.conversation import ConversationEncoder, Encoded
+from storm_jax.text.sample import Sample, SampleError, Turn
+from storm_jax.text.tokenizer import load_tokenizer, stop_ids
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 EOS = "<|im_end|>"

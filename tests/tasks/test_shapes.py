@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storm_jax.data import shapes
 from storm_jax.data.records import parse_record
-from storm_jax.data.sample import Media
-from storm_jax.data.video import read_video
+from storm_jax.media.media import Media
+from storm_jax.media.video import read_video
+from storm_jax.tasks import shapes
 
 FAMILIES = tuple(shapes.FAMILIES)
 VIDEO_FAMILIES = tuple(name for name in FAMILIES if not shapes.FAMILIES[name].is_image)

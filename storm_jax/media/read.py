@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from storm_jax.config import FramesConfig
-from storm_jax.data import frames as frames_lib
-from storm_jax.data import video
-from storm_jax.data.frames import Clip
-from storm_jax.data.image import read_image
-from storm_jax.data.sample import Media
+from storm_jax.media import frames as frames_lib
+from storm_jax.media import video
+from storm_jax.media.frames import Clip
+from storm_jax.media.image import read_image
+from storm_jax.media.media import Media
 
 
 def read_media(medium: Media, num_frames: int, image_size: int, max_damage: float) -> Clip:

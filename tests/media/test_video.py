@@ -15,10 +15,10 @@ import pytest
 from media_files import numbers as barcodes
 from media_files import write_numbered
 
-from storm_jax.data import video as video_lib
-from storm_jax.data.frames import Clip
-from storm_jax.data.sample import Media, MediaError
-from storm_jax.data.video import duration, read_video, write_video
+from storm_jax.media import video as video_lib
+from storm_jax.media.frames import Clip
+from storm_jax.media.media import Media, MediaError
+from storm_jax.media.video import duration, read_video, write_video
 
 COUNT, STEP, FPS = 20, 12, 8
 

@@ -1,0 +1,1 @@
+"""Files to frames: videos, images, folders of frames."""
