@@ -258,13 +258,13 @@ def eval_settings(
     benchmark: Benchmark, split: str, style: str, compression: CompressionConfig
 ) -> EvalSettings:
     return EvalSettings(
-        split,
-        style,
-        compression,
-        MAX_NEW_TOKENS.value or benchmark.splits[split].max_new_tokens,
-        SUBTITLES.value,
-        ANSWER.value,
-        LIMIT.value,
+        split=split,
+        prompt_style=style,
+        compression=compression,
+        max_new_tokens=MAX_NEW_TOKENS.value or benchmark.splits[split].max_new_tokens,
+        subtitles=SUBTITLES.value,
+        answers=ANSWER.value,
+        limit=LIMIT.value,
     )
 
 

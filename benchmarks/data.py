@@ -151,7 +151,7 @@ class Files:
 
     def source(self, medium: str, kind: str) -> SourceConfig:
         name = f"{medium}.jsonl" if kind == "json" else f"{medium}_{kind}"
-        return SourceConfig(kind, str(self.root / name))
+        return SourceConfig(name=kind, path=str(self.root / name))
 
 
 def _record(medium: str, value: Any) -> dict[str, Any]:
@@ -179,12 +179,12 @@ def _moving(rng: np.random.Generator, count: int, height: int, width: int) -> np
 def open_files(
     files: Files, source: SourceConfig, pool: WorkerPool, size: int, frames: int
 ) -> Mixture:
-    compression = CompressionConfig(frames, temporal_pool=4, spatial_pool=2)
+    compression = CompressionConfig(num_frames=frames, temporal_pool=4, spatial_pool=2)
     text = ConversationEncoder(load_tokenizer(files.root / "tokenizer"), "")
     return Mixture(
         [source],
-        SampleEncoder(text, 8, compression, FramesConfig()),
-        [RowShape(4096, 64, size, 8, compression)],
+        SampleEncoder(text=text, side=8, compression=compression, frames=FramesConfig()),
+        [RowShape(tokens=4096, frames=64, image_size=size, side=8, compression=compression)],
         seed=0,
         index_dir="",
         max_skip_fraction=0.0,
@@ -365,7 +365,7 @@ def measure_memory(files: Files, samples: int, workers: int) -> list[tuple[int, 
     (folder / "small.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     found = []
     with WorkerPool(workers) as pool:
-        source = SourceConfig("small", str(folder / "small.jsonl"))
+        source = SourceConfig(name="small", path=str(folder / "small.jsonl"))
         mixture = open_files(files, source, pool, 64, 8)
         plan = TrainPlan(mixture, BATCH)
         reader = MediaReader(pool, 64, FramesConfig())

@@ -128,7 +128,9 @@ def make_samples(
             shutil.copy(original, copy)
             turns = (Turn("user", f"<video>\n{QUESTION.format(question)}"),)
             for samples, path in ((together, original), (apart, copy)):
-                samples.append(Sample(path.name, turns, (Media.file("video", path),), {}))
+                samples.append(
+                    Sample(id=path.name, turns=turns, media=(Media.file("video", path),), extra={})
+                )
     return together, apart
 
 

@@ -61,8 +61,11 @@ class Setting:
         return f"k{self.trained.temporal_pool}_p{self.trained.spatial_pool}"
 
 
-_K4 = CompressionConfig(FRAMES, temporal_pool=4)
-_K1, _P2 = CompressionConfig(FRAMES), CompressionConfig(FRAMES, spatial_pool=2)
+_K4 = CompressionConfig(num_frames=FRAMES, temporal_pool=4)
+_K1, _P2 = (
+    CompressionConfig(num_frames=FRAMES),
+    CompressionConfig(num_frames=FRAMES, spatial_pool=2),
+)
 _K4_S2 = dataclasses.replace(_K4, temporal_sample=2)
 SETTINGS = {
     "4x": Setting("4x", _K4, _K4),
@@ -169,7 +172,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy on the test clips, by family."""
     step = Run(workdir).checkpoint_step()
-    settings = EvalSettings("test", "trained", compression, max_new_tokens=64)
+    settings = EvalSettings(
+        split="test", prompt_style="trained", compression=compression, max_new_tokens=64
+    )
     report = workdir / "evals/shapes" / settings.folder_name(step, "trained") / "results.json"
     if not report.exists():
         run_script(

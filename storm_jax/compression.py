@@ -22,7 +22,7 @@ import numpy as np
 from storm_jax.config import CompressionConfig
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipPlan:
     """What compression does to one clip of T frames.
 
@@ -53,12 +53,22 @@ def plan_clip(num_frames: int, side: int, compression: CompressionConfig) -> Cli
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames}: a clip has at least one frame")
     if num_frames == 1:
-        return ClipPlan(np.zeros(1, np.int32), 1, side * side, pooled=compression.spatial_pool == 1)
+        return ClipPlan(
+            frame_group=np.zeros(1, np.int32),
+            num_groups=1,
+            tokens_per_group=side * side,
+            pooled=compression.spatial_pool == 1,
+        )
     group = np.arange(num_frames, dtype=np.int32) // compression.temporal_pool
     emitted = group % compression.temporal_sample == 0
     frame_group = np.where(emitted, group // compression.temporal_sample, -1).astype(np.int32)
     tokens_per_group = pooled_side(side, compression.spatial_pool) ** 2
-    return ClipPlan(frame_group, int(frame_group.max()) + 1, tokens_per_group, pooled=True)
+    return ClipPlan(
+        frame_group=frame_group,
+        num_groups=int(frame_group.max()) + 1,
+        tokens_per_group=tokens_per_group,
+        pooled=True,
+    )
 
 
 def visual_index(

@@ -47,7 +47,7 @@ class ConfigError(ValueError):
     """One or more fields of a configuration are unknown, missing, mistyped or incompatible."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A SigLIP tower. `feature_layer` indexes hidden states as transformers does: -1 is the output
     of the last layer, -2 (LLaVA's and VILA's choice) of the one before it."""
@@ -77,7 +77,7 @@ class VisionConfig:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaConfig:
     """The temporal projector's Mamba layers (used when `projector="storm"`). `mixer` is "mamba1" (the
     selective scan) or "mamba2" (SSD: heads of `head_dim` channels, which "mamba1" does not have, and
@@ -100,7 +100,7 @@ class MambaConfig:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
     """Llama 3's scaling of rotary frequencies: wavelengths above `original_positions /
     low_freq_factor` are stretched by `factor`, those below `original_positions / high_freq_factor`
@@ -138,7 +138,7 @@ class LoraConfig:
         return []
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder-only language model of the Qwen2, Qwen3 and Llama families. `max_positions` is how
     far its positions were trained; longer rows are warned of."""
@@ -170,7 +170,7 @@ class DecoderConfig:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Vision tower, projector and decoder. `projector` is "storm", "mlp" (VILA's baseline) or
     "module:Class" for a Flax module of the user's own, built with `projector_args`."""
@@ -208,7 +208,7 @@ class ModelConfig:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
     """Frames per video and what happens to their tokens. `temporal_sample` acts at test time only."""
 
@@ -218,7 +218,7 @@ class CompressionConfig:
     temporal_sample: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One data set of a mixture: a LLaVA .json or .jsonl file, a folder of .parquet files, of .tar
     shards, or of a prepared TFDS data set (then `split` is read).
@@ -252,7 +252,7 @@ class SourceConfig:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FramesConfig:
     """How videos are read. `fps` is the rate that frames are taken at, `compression.num_frames` at most
     (0 = always so many). `time_text` tells the model when they are shown: "none", in one "sentence", or
@@ -281,7 +281,7 @@ class RowConfig:
     frames: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The mixtures to train and validate on, and the rows that samples are packed into.
 
@@ -365,7 +365,7 @@ class LearningRateConfig:
         return []
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay to zero. Weight decay touches the parameters
     whose path matches `decay_pattern`."""
@@ -385,7 +385,7 @@ class OptimConfig:
         return _pattern_problems("decay_pattern", self.decay_pattern)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Steps, batch and what is written when. `batch_size` counts rows over all devices and all
     accumulation steps."""
@@ -410,7 +410,7 @@ class TrainConfig:
         return []
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each mesh axis; `data` or `fsdp` may be -1 and takes what the others leave."""
 
@@ -427,7 +427,7 @@ class MeshConfig:
         return []
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run is. `init_from` names a run whose parameters and tokenizer are taken."""
 

@@ -336,7 +336,7 @@ class FakeModel:
                 broken = f"video {sample.media[0].name} is corrupt: made to fail"
                 yield index, Prediction(error=broken, cause="corrupt")
             else:
-                yield index, Prediction(reply, visual_tokens=64, seconds=0.5)
+                yield index, Prediction(text=reply, visual_tokens=64, seconds=0.5)
 
 
 def oracle(_: int, question: Question) -> str:

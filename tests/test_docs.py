@@ -36,7 +36,7 @@ def test_the_examples_of_the_data_guide_train(small_config, shapes_folder, tmp_p
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
     config = small_config(data__rows=[{"tokens": 400, "frames": 64}])
     tokenizer = load_tokenizer(shapes_folder / "tokenizer")
-    sources = [SourceConfig("examples", str(tmp_path / "train.jsonl"))]
+    sources = [SourceConfig(name="examples", path=str(tmp_path / "train.jsonl"))]
     mixture = open_mixture(config, sources, tokenizer, WorkerPool(0))
     reader = MediaReader(WorkerPool(0), 32, config.data.frames)
     (batch,) = batches(mixture, EvalPlan(mixture, 4), range(1), 4, reader)

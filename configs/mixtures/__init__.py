@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PublicSet:
     """One public set, once it is in a form that docs/data.md describes.
 

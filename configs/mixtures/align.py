@@ -10,9 +10,9 @@ from configs.mixtures import PublicSet
 
 SETS: tuple[PublicSet, ...] = (
     PublicSet(
-        "llava_cc3m",
-        "llava_cc3m/chat.json",
-        "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K",
+        name="llava_cc3m",
+        path="llava_cc3m/chat.json",
+        url="https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K",
         samples=595_375,
         note="unpack images.zip beside chat.json",
     ),

@@ -12,7 +12,16 @@ from configs.mixtures import PublicSet
 _URL = "https://huggingface.co/datasets/lmms-lab/LLaVA-Video-178K"
 
 SETS: tuple[PublicSet, ...] = (
-    PublicSet("llava_video_captions", "llava_video/captions.jsonl", _URL, samples=178_510),
-    PublicSet("llava_video_open", "llava_video/open_ended.jsonl", _URL, samples=960_792),
-    PublicSet("llava_video_choice", "llava_video/multiple_choice.jsonl", _URL, samples=196_198),
+    PublicSet(
+        name="llava_video_captions", path="llava_video/captions.jsonl", url=_URL, samples=178_510
+    ),
+    PublicSet(
+        name="llava_video_open", path="llava_video/open_ended.jsonl", url=_URL, samples=960_792
+    ),
+    PublicSet(
+        name="llava_video_choice",
+        path="llava_video/multiple_choice.jsonl",
+        url=_URL,
+        samples=196_198,
+    ),
 )

@@ -16,138 +16,138 @@ _CONVERT = "its own format: convert to LLaVA JSON lines"
 
 SETS: tuple[PublicSet, ...] = (
     PublicSet(
-        "llava_instruct", "llava_instruct/llava_v1_5_mix665k.json",
-        f"{_HUB}/liuhaotian/LLaVA-Instruct-150K", 665_298,
-        "images come from COCO, GQA, OCR-VQA, TextVQA and Visual Genome",
+        name="llava_instruct", path="llava_instruct/llava_v1_5_mix665k.json",
+        url=f"{_HUB}/liuhaotian/LLaVA-Instruct-150K", samples=665_298,
+        note="images come from COCO, GQA, OCR-VQA, TextVQA and Visual Genome",
     ),
     PublicSet(
-        "idefics2_sft", "the_cauldron/train.jsonl", f"{_HUB}/HuggingFaceM4/the_cauldron", None,
-        f"parquet with `texts` of user and assistant; {_CONVERT}",
+        name="idefics2_sft", path="the_cauldron/train.jsonl", url=f"{_HUB}/HuggingFaceM4/the_cauldron", samples=None,
+        note=f"parquet with `texts` of user and assistant; {_CONVERT}",
     ),
     PublicSet(
-        "msr_vtt", "msr_vtt/train.jsonl",
-        "https://www.microsoft.com/en-us/research/publication/"
+        name="msr_vtt", path="msr_vtt/train.jsonl",
+        url="https://www.microsoft.com/en-us/research/publication/"
         "msr-vtt-a-large-video-description-dataset-for-bridging-video-and-language/",
-        200_000, f"sentences of all 10,000 clips; {_CONVERT}",
+        samples=200_000, note=f"sentences of all 10,000 clips; {_CONVERT}",
     ),
     PublicSet(
-        "image_paragraphs", "image_paragraphs/train.jsonl",
-        "https://cs.stanford.edu/people/ranjaykrishna/im2p/index.html", 19_551,
-        f"all parts; images of Visual Genome; {_CONVERT}",
+        name="image_paragraphs", path="image_paragraphs/train.jsonl",
+        url="https://cs.stanford.edu/people/ranjaykrishna/im2p/index.html", samples=19_551,
+        note=f"all parts; images of Visual Genome; {_CONVERT}",
     ),
     PublicSet(
-        "sharegpt4v_100k", "sharegpt4v/sharegpt4v_instruct_gpt4-vision_cap100k.json",
-        f"{_HUB}/Lin-Chen/ShareGPT4V", None, "about 100,000 captions",
+        name="sharegpt4v_100k", path="sharegpt4v/sharegpt4v_instruct_gpt4-vision_cap100k.json",
+        url=f"{_HUB}/Lin-Chen/ShareGPT4V", samples=None, note="about 100,000 captions",
     ),
     PublicSet(
-        "clevr", "clevr/train.jsonl", "https://cs.stanford.edu/people/jcjohns/clevr/", 699_989, _CONVERT
+        name="clevr", path="clevr/train.jsonl", url="https://cs.stanford.edu/people/jcjohns/clevr/", samples=699_989, note=_CONVERT
     ),
-    PublicSet("nlvr", "nlvr/train.jsonl", "https://lil.nlp.cornell.edu/nlvr/", None, _CONVERT),
+    PublicSet(name="nlvr", path="nlvr/train.jsonl", url="https://lil.nlp.cornell.edu/nlvr/", samples=None, note=_CONVERT),
     PublicSet(
-        "visual_mrc", "visual_mrc/train.jsonl", "https://github.com/nttmdlab-nlp/VisualMRC", 30_562,
-        f"all parts; {_CONVERT}",
-    ),
-    PublicSet(
-        "activitynet_qa", "activitynet_qa/train.jsonl", "https://github.com/MILVLG/activitynet-qa",
-        32_000, f"videos from ActivityNet; {_CONVERT}",
+        name="visual_mrc", path="visual_mrc/train.jsonl", url="https://github.com/nttmdlab-nlp/VisualMRC", samples=30_562,
+        note=f"all parts; {_CONVERT}",
     ),
     PublicSet(
-        "llava_onevision_images", "llava_onevision", f"{_HUB}/lmms-lab/LLaVA-OneVision-Data", None,
-        "parquet is read as it is; some of its subsets may be archives",
+        name="activitynet_qa", path="activitynet_qa/train.jsonl", url="https://github.com/MILVLG/activitynet-qa",
+        samples=32_000, note=f"videos from ActivityNet; {_CONVERT}",
     ),
     PublicSet(
-        "ivqa", "ivqa/train.jsonl", "https://antoyang.github.io/just-ask.html", None,
-        f"10,000 clips of all parts, of HowTo100M; {_CONVERT}",
+        name="llava_onevision_images", path="llava_onevision", url=f"{_HUB}/lmms-lab/LLaVA-OneVision-Data", samples=None,
+        note="parquet is read as it is; some of its subsets may be archives",
     ),
     PublicSet(
-        "msrvtt_qa", "msrvtt_qa/train.jsonl", "https://github.com/xudejing/video-question-answering",
-        158_581, f"clips of MSR-VTT; {_CONVERT}", media_root="msr_vtt",
+        name="ivqa", path="ivqa/train.jsonl", url="https://antoyang.github.io/just-ask.html", samples=None,
+        note=f"10,000 clips of all parts, of HowTo100M; {_CONVERT}",
     ),
     PublicSet(
-        "stem_qa", "stem_qa/train.jsonl", f"{_HUB}/stemdataset/STEM", 1_073_146,
-        f"all parts; answers of the test part are not released; {_CONVERT}",
+        name="msrvtt_qa", path="msrvtt_qa/train.jsonl", url="https://github.com/xudejing/video-question-answering",
+        samples=158_581, note=f"clips of MSR-VTT; {_CONVERT}", media_root="msr_vtt",
     ),
     PublicSet(
-        "dvqa", "dvqa/train.jsonl", "https://github.com/kushalkafle/DVQA_dataset", 2_325_316, _CONVERT
-    ),
-    PublicSet("st_vqa", "st_vqa/train.jsonl", "https://rrc.cvc.uab.es/?ch=11", None, _CONVERT),
-    PublicSet(
-        "synthdog_en", "synthdog_en/train.jsonl", f"{_HUB}/naver-clova-ix/synthdog-en", None, _CONVERT
+        name="stem_qa", path="stem_qa/train.jsonl", url=f"{_HUB}/stemdataset/STEM", samples=1_073_146,
+        note=f"all parts; answers of the test part are not released; {_CONVERT}",
     ),
     PublicSet(
-        "textocr_gpt4v", "textocr_gpt4v/llava.jsonl", f"{_HUB}/jimmycarter/textocr-gpt4v", None,
-        f"about 25,000 captions in its train.jsonl; images of TextOCR; {_CONVERT}",
+        name="dvqa", path="dvqa/train.jsonl", url="https://github.com/kushalkafle/DVQA_dataset", samples=2_325_316, note=_CONVERT
+    ),
+    PublicSet(name="st_vqa", path="st_vqa/train.jsonl", url="https://rrc.cvc.uab.es/?ch=11", samples=None, note=_CONVERT),
+    PublicSet(
+        name="synthdog_en", path="synthdog_en/train.jsonl", url=f"{_HUB}/naver-clova-ix/synthdog-en", samples=None, note=_CONVERT
     ),
     PublicSet(
-        "mtwi", "mtwi/train.jsonl", "https://tianchi.aliyun.com/competition/entrance/231684/introduction",
-        None, _CONVERT,
-    ),
-    PublicSet("science_qa", "science_qa/train.jsonl", "https://scienceqa.github.io", 12_726, _CONVERT),
-    PublicSet("vqa_v2", "vqa_v2/train.jsonl", "https://visualqa.org", 443_757, _CONVERT),
-    PublicSet("viquae", "viquae/train.jsonl", f"{_HUB}/PaulLerner/viquae_dataset", None, _CONVERT),
-    PublicSet(
-        "visual_dialog", "visual_dialog/train.jsonl", "https://visualdialog.org", 123_287,
-        f"dialogs of ten questions; {_CONVERT}",
+        name="textocr_gpt4v", path="textocr_gpt4v/llava.jsonl", url=f"{_HUB}/jimmycarter/textocr-gpt4v", samples=None,
+        note=f"about 25,000 captions in its train.jsonl; images of TextOCR; {_CONVERT}",
     ),
     PublicSet(
-        "gqa", "gqa/train.jsonl", "https://cs.stanford.edu/people/dorarad/gqa/", 943_000,
-        f"the balanced part; {_CONVERT}",
+        name="mtwi", path="mtwi/train.jsonl", url="https://tianchi.aliyun.com/competition/entrance/231684/introduction",
+        samples=None, note=_CONVERT,
+    ),
+    PublicSet(name="science_qa", path="science_qa/train.jsonl", url="https://scienceqa.github.io", samples=12_726, note=_CONVERT),
+    PublicSet(name="vqa_v2", path="vqa_v2/train.jsonl", url="https://visualqa.org", samples=443_757, note=_CONVERT),
+    PublicSet(name="viquae", path="viquae/train.jsonl", url=f"{_HUB}/PaulLerner/viquae_dataset", samples=None, note=_CONVERT),
+    PublicSet(
+        name="visual_dialog", path="visual_dialog/train.jsonl", url="https://visualdialog.org", samples=123_287,
+        note=f"dialogs of ten questions; {_CONVERT}",
     ),
     PublicSet(
-        "chart_qa", "chart_qa/train.jsonl", "https://github.com/vis-nlp/ChartQA", 28_299,
-        f"the table says ChatQA and cites ChartQA's authors; {_CONVERT}",
+        name="gqa", path="gqa/train.jsonl", url="https://cs.stanford.edu/people/dorarad/gqa/", samples=943_000,
+        note=f"the balanced part; {_CONVERT}",
     ),
     PublicSet(
-        "geo170k", "geo170k/train.jsonl", f"{_HUB}/Luckyjhg/Geo170K", 177_457,
-        "in LLaVA's form: join the lists qa_tuning (117,205) and alignment (60,252)",
+        name="chart_qa", path="chart_qa/train.jsonl", url="https://github.com/vis-nlp/ChartQA", samples=28_299,
+        note=f"the table says ChatQA and cites ChartQA's authors; {_CONVERT}",
     ),
     PublicSet(
-        "lrv_instruction", "lrv_instruction/train.jsonl", "https://github.com/FuxiaoLiu/LRV-Instruction",
-        None, f"images of Visual Genome; {_CONVERT}",
+        name="geo170k", path="geo170k/train.jsonl", url=f"{_HUB}/Luckyjhg/Geo170K", samples=177_457,
+        note="in LLaVA's form: join the lists qa_tuning (117,205) and alignment (60,252)",
     ),
     PublicSet(
-        "refcoco", "refcoco/train.jsonl", "https://github.com/lichengunc/refer", 120_624,
-        f"images of COCO; {_CONVERT}",
-    ),
-    PublicSet("doc_vqa", "doc_vqa/train.jsonl", "https://www.docvqa.org", 39_463, _CONVERT),
-    PublicSet("geo_qa", "geo_qa/train.jsonl", "https://github.com/chen-judge/GeoQA", None, _CONVERT),
-    PublicSet(
-        "kvqa", "kvqa/train.jsonl", "https://malllabiisc.github.io/resources/kvqa/", 183_007,
-        f"all parts; the table cites OK-VQA for it; {_CONVERT}",
+        name="lrv_instruction", path="lrv_instruction/train.jsonl", url="https://github.com/FuxiaoLiu/LRV-Instruction",
+        samples=None, note=f"images of Visual Genome; {_CONVERT}",
     ),
     PublicSet(
-        "cambrian_1375k", "cambrian/train.jsonl", f"{_HUB}/nyu-visionx/Cambrian-10M", None,
-        "about 1,375,000: the sources of Cambrian7M_withsystemprompt that VILA's "
+        name="refcoco", path="refcoco/train.jsonl", url="https://github.com/lichengunc/refer", samples=120_624,
+        note=f"images of COCO; {_CONVERT}",
+    ),
+    PublicSet(name="doc_vqa", path="doc_vqa/train.jsonl", url="https://www.docvqa.org", samples=39_463, note=_CONVERT),
+    PublicSet(name="geo_qa", path="geo_qa/train.jsonl", url="https://github.com/chen-judge/GeoQA", samples=None, note=_CONVERT),
+    PublicSet(
+        name="kvqa", path="kvqa/train.jsonl", url="https://malllabiisc.github.io/resources/kvqa/", samples=183_007,
+        note=f"all parts; the table cites OK-VQA for it; {_CONVERT}",
+    ),
+    PublicSet(
+        name="cambrian_1375k", path="cambrian/train.jsonl", url=f"{_HUB}/nyu-visionx/Cambrian-10M", samples=None,
+        note="about 1,375,000: the sources of Cambrian7M_withsystemprompt that VILA's "
         "data_prepare/sft/preprocess_cambrian.py selects",
     ),
     PublicSet(
-        "ai2d", "ai2d/train.jsonl", "https://prior.allenai.org/projects/diagram-understanding", None,
-        _CONVERT,
+        name="ai2d", path="ai2d/train.jsonl", url="https://prior.allenai.org/projects/diagram-understanding", samples=None,
+        note=_CONVERT,
     ),
-    PublicSet("shikra", "shikra/train.jsonl", "https://github.com/shikras/shikra", None, _CONVERT),
+    PublicSet(name="shikra", path="shikra/train.jsonl", url="https://github.com/shikras/shikra", samples=None, note=_CONVERT),
     PublicSet(
-        "unimm_chat", "unimm_chat/train.jsonl", f"{_HUB}/Yirany/UniMM-Chat", None,
-        f"images of COCO; {_CONVERT}",
+        name="unimm_chat", path="unimm_chat/train.jsonl", url=f"{_HUB}/Yirany/UniMM-Chat", samples=None,
+        note=f"images of COCO; {_CONVERT}",
     ),
     PublicSet(
-        "svit", "svit/train.jsonl", f"{_HUB}/BAAI/SVIT", None,
-        "about 4.2 million, by its authors' count of pairs; its licence must be accepted; "
+        name="svit", path="svit/train.jsonl", url=f"{_HUB}/BAAI/SVIT", samples=None,
+        note="about 4.2 million, by its authors' count of pairs; its licence must be accepted; "
         "format/llava-v1.5 is in LLaVA's form; images of Visual Genome",
     ),
     PublicSet(
-        "mmc_instruction", "mmc_instruction/train.jsonl", "https://github.com/FuxiaoLiu/MMC", None,
-        f"about 600,000; {_CONVERT}",
+        name="mmc_instruction", path="mmc_instruction/train.jsonl", url="https://github.com/FuxiaoLiu/MMC", samples=None,
+        note=f"about 600,000; {_CONVERT}",
     ),
     PublicSet(
-        "m4_instruct_images", "m4_instruct/images.jsonl", f"{_HUB}/lmms-lab/M4-Instruct-Data", None,
-        "m4_instruct_annotations.json",
+        name="m4_instruct_images", path="m4_instruct/images.jsonl", url=f"{_HUB}/lmms-lab/M4-Instruct-Data", samples=None,
+        note="m4_instruct_annotations.json",
     ),
     PublicSet(
-        "m4_instruct_video", "m4_instruct/video.jsonl", f"{_HUB}/lmms-lab/M4-Instruct-Data", None,
-        "m4_instruct_video.json; its videos come from LLaVA-Hound",
+        name="m4_instruct_video", path="m4_instruct/video.jsonl", url=f"{_HUB}/lmms-lab/M4-Instruct-Data", samples=None,
+        note="m4_instruct_video.json; its videos come from LLaVA-Hound",
     ),
     PublicSet(
-        "wit", "wit/train.jsonl", "https://github.com/google-research-datasets/wit", None,
-        f"about 37.6 million image-text pairs, of which the paper's part is not stated; {_CONVERT}",
+        name="wit", path="wit/train.jsonl", url="https://github.com/google-research-datasets/wit", samples=None,
+        note=f"about 37.6 million image-text pairs, of which the paper's part is not stated; {_CONVERT}",
     ),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 from storm_jax.data.skips import DataError, Skip, exceeds_limit, format_causes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of one sample of a row.
 
@@ -32,7 +32,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Totals:
     """Sums over the outcomes of one source; `read` is `used` plus all of `skipped`."""
 

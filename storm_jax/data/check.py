@@ -113,7 +113,14 @@ def _media_skips(config: RunConfig, part: Part, pool: WorkerPool, read_media: in
                     _look(medium)
         except MediaError as error:
             where, file = source.where(index), error.medium.name
-            return Skip(name, sample.id, where, error.cause, str(error), file)
+            return Skip(
+                source=name,
+                sample=sample.id,
+                where=where,
+                cause=error.cause,
+                message=str(error),
+                file=file,
+            )
         return None
 
     line = f"looking at media of {name}: {{done:,}} of {{total:,}}, {{left:.0f}} s left"

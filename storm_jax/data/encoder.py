@@ -18,7 +18,7 @@ from storm_jax.text.sample import Caption, Sample
 _LONGEST = 99_999.9
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleEncoder:
     """Encodes samples for a model of `side` x `side` tokens a frame before spatial pooling."""
 

@@ -32,7 +32,7 @@ _VERSION = 1
 _CHUNK = 1024  # samples measured in one call
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
     """Of M samples:
 
@@ -78,13 +78,18 @@ def read_lengths(
     )
     skips = json.loads(arrays["skips"].tobytes())
     return Lengths(
-        arrays["tokens"],
-        arrays["least"],
-        arrays["frames"],
-        arrays["counts"],
-        arrays["ends"],
-        {index: Skip(source.name, *facts) for index, *facts in skips},
-        arrays["digest"].tobytes().decode(),
+        tokens=arrays["tokens"],
+        least=arrays["least"],
+        frames=arrays["frames"],
+        counts=arrays["counts"],
+        ends=arrays["ends"],
+        skips={
+            index: Skip(
+                source=source.name, sample=sample, where=where, cause=cause, message=message
+            )
+            for index, sample, where, cause, message in skips
+        },
+        digest=arrays["digest"].tobytes().decode(),
     )
 
 
@@ -112,8 +117,8 @@ def _measure_all(
     line = f"measuring {config.name}: {{done:,}} of {{total:,}} samples, {{left:.0f}} s left"
     if pool.count and len(starts) > 2:
         job = _Job(
-            config, index_dir, str(encoder.text.tokenizer.name_or_path), encoder.text.system,
-            encoder.side, encoder.compression, encoder.frames,
+            config=config, index_dir=index_dir, tokenizer=str(encoder.text.tokenizer.name_or_path), system=encoder.text.system,
+            side=encoder.side, compression=encoder.compression, frames=encoder.frames,
         )  # fmt: skip
         with concurrent.futures.ThreadPoolExecutor(pool.count) as threads:
             chunks = threads.map(lambda start: pool.call(_measure_chunk, job, start), starts)
@@ -134,7 +139,7 @@ def _join(chunks: Sequence[_Chunk]) -> dict[str, np.ndarray]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Job:
     """What another process needs to measure samples."""
 
@@ -154,7 +159,9 @@ def _measure_chunk(job: _Job, start: int) -> _Chunk:
 @functools.lru_cache(4)
 def _prepare(job: _Job) -> tuple[Source, SampleEncoder]:
     text = ConversationEncoder(load_tokenizer(job.tokenizer), job.system)
-    encoder = SampleEncoder(text, job.side, job.compression, job.frames)
+    encoder = SampleEncoder(
+        text=text, side=job.side, compression=job.compression, frames=job.frames
+    )
     return open_source(job.config, job.index_dir), encoder
 
 

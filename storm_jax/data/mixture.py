@@ -44,8 +44,22 @@ def open_mixture(
     size = config.model.vision.image_size
     return Mixture(
         sources,
-        SampleEncoder(ConversationEncoder(tokenizer, data.system), side, compression, data.frames),
-        [RowShape(row.tokens, row.frames, size, side, compression) for row in data.rows],
+        SampleEncoder(
+            text=ConversationEncoder(tokenizer, data.system),
+            side=side,
+            compression=compression,
+            frames=data.frames,
+        ),
+        [
+            RowShape(
+                tokens=row.tokens,
+                frames=row.frames,
+                image_size=size,
+                side=side,
+                compression=compression,
+            )
+            for row in data.rows
+        ],
         seed=config.train.seed,
         index_dir=data.index_dir,
         max_skip_fraction=data.max_skip_fraction,
@@ -60,7 +74,7 @@ class Ref(NamedTuple):
     item: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
     """A source of a mixture, measured.
 
@@ -134,15 +148,24 @@ class Mixture:
             order = np.random.default_rng([self.seed, number]).permutation(usable)
             usable = np.sort(order[:chosen])
         amount = Fraction(str(config.weight or (config.repeat or 1.0) * len(usable)))
-        self.parts.append(Part(config, source, lengths, skips, usable, amount))
+        self.parts.append(
+            Part(
+                config=config,
+                source=source,
+                lengths=lengths,
+                skips=skips,
+                usable=usable,
+                amount=amount,
+            )
+        )
         return self.parts[-1]
 
     def _too_long(self, config: SourceConfig, source: Source, lengths: Lengths, index: int) -> Skip:
         largest = self.shapes[-1]
         name = source.sample(index).id
         return Skip(
-            config.name, name, source.where(index), "too_long",
-            f"sample {name!r}: {lengths.least[index]} tokens of media and prompt and "
+            source=config.name, sample=name, where=source.where(index), cause="too_long",
+            message=f"sample {name!r}: {lengths.least[index]} tokens of media and prompt and "
             f"{lengths.frames[index]} frames exceed the {largest.tokens} and {largest.frames} of the "
             f"largest row (data.rows)",
         )  # fmt: skip

@@ -157,11 +157,20 @@ def read_sample(
     except (MediaError, SampleError) as error:
         where = part.source.where(ref.item)
         file = error.medium.name if isinstance(error, MediaError) else ""
-        skip = Skip(part.config.name, name, where, error.cause, str(error), file)
-        return None, Outcome(part.config.name, name, skip, seconds=time.monotonic() - began)
+        skip = Skip(
+            source=part.config.name,
+            sample=name,
+            where=where,
+            cause=error.cause,
+            message=str(error),
+            file=file,
+        )
+        return None, Outcome(
+            source=part.config.name, sample=name, skip=skip, seconds=time.monotonic() - began
+        )
     encoded = encoded.cut(planned)
     outcome = Outcome(
-        part.config.name, name, None, len(encoded), sum(counts), is_cut,
-        sum(clip.damaged for clip in clips), seconds,
+        source=part.config.name, sample=name, skip=None, tokens=len(encoded), frames=sum(counts), is_cut=is_cut,
+        damaged=sum(clip.damaged for clip in clips), seconds=seconds,
     )  # fmt: skip
     return RowSample(encoded, [clip.frames for clip in clips]), outcome

@@ -36,7 +36,7 @@ class Plan(Protocol):
     def __getitem__(self, step: int) -> StepPlan: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Window:
     """Where the steps of one window begin, with the rows that the window before left over."""
 
@@ -115,7 +115,9 @@ class TrainPlan:
                 steps.append(StepPlan(shape, members[start : start + self._batch_size]))
             left = members[full:]
         steps = [steps[i] for i in rng.permutation(len(steps))]
-        return _Window(number, first_step, carried, steps, left)
+        return _Window(
+            number=number, first_step=first_step, carried=carried, steps=steps, left=left
+        )
 
 
 class EvalPlan:

@@ -53,7 +53,7 @@ def parse_record(
     files = {kind: parser.files(record, kind) for kind in _FIELDS}
     media = parser.media(placed, files)
     extra = {key: value for key, value in record.items() if key not in _KNOWN}
-    return Sample(sample_id, turns, media, extra)
+    return Sample(id=sample_id, turns=turns, media=media, extra=extra)
 
 
 class _Parser:
@@ -168,7 +168,7 @@ class _Parser:
         if isinstance(data, bytes) or callable(data):
             path = self._root / name if isinstance(name, str) else None
             name = f"{name or 'bytes'} of sample {self._id}"
-            return self._timed(Media(kind, name, path, data=data), value)
+            return self._timed(Media(kind=kind, name=name, path=path, data=data), value)
         if not isinstance(name, str) or not name:
             raise self._error("malformed", f"{kind}={_short(value)} names no file")
         if "://" in name and not name.startswith("file://"):

@@ -25,7 +25,7 @@ from storm_jax.text.conversation import Encoded
 OPEN_ROWS = 64
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RowShape:
     """Static shape of a row.
 

@@ -18,7 +18,7 @@ _LINES = 60
 _INCH = 0.17  # height of a line
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Token:
     """A token, or a run of visual tokens, and what it is to the model: one of the colours above."""
 
@@ -76,14 +76,21 @@ def describe(encoded: Encoded, mixture: Mixture) -> list[Token]:
         if medium < 0:
             number = int(encoded.tokens[position])
             colour = LEARNED if encoded.answer[position] else GIVEN
-            found.append(Token(position, str(tokenizer.decode([number])), str(number), colour))
+            found.append(
+                Token(
+                    position=position,
+                    text=str(tokenizer.decode([number])),
+                    ids=str(number),
+                    colour=colour,
+                )
+            )
             position += 1
             continue
         end = position
         while end < len(encoded) and encoded.media[end] == medium:
             end += 1
         text = f"[{end - position} visual tokens of medium {medium}]"
-        found.append(Token(position, text, "", VISUAL))
+        found.append(Token(position=position, text=text, ids="", colour=VISUAL))
         position = end
     return found
 

@@ -11,7 +11,7 @@ class DataError(ValueError):
     """A dataset that cannot be used."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Skip:
     """A sample that cannot be used, and why.
 

@@ -31,7 +31,7 @@ def main() -> None:
         )
     texts = ["system\nuser\nassistant\nYou are a helpful assistant"]
     try:
-        source = open_source(SourceConfig("data", args.data))
+        source = open_source(SourceConfig(name="data", path=args.data))
     except DataError as error:
         parser.error(str(error))
     unusable = 0

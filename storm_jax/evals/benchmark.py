@@ -22,7 +22,7 @@ class BenchmarkError(ValueError):
 Parser = Callable[[str, Question], str | None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
     """A part of a benchmark.
 
@@ -44,7 +44,7 @@ class Split:
         return sorted(groups, key=lambda group: (places.get(group, len(places)), group))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """A benchmark.
 

@@ -17,7 +17,7 @@ from storm_jax.text.sample import PLACEHOLDER
 WIDTH, LINES = 120, 4  # of the texts above a panel, in letters
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
     """One question: its frames uint8 [T, H, W, 3] and their times in seconds."""
 

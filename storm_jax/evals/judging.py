@@ -80,7 +80,7 @@ _SCORE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged:
     """Mean score of each task and their mean, from 2 to 10; how many replies have no judgement and count
     as the lowest."""
@@ -147,7 +147,9 @@ def score_judgements(tasks: Mapping[str, str], path: pathlib.Path) -> Judged:
         scores[task].append(LOWEST if value is None else value)
     means = {task: sum(values) / len(values) for task, values in scores.items()}
     unjudged = sum(given.get(identity) is None for identity in tasks)
-    return Judged(means, sum(means.values()) / len(means), len(tasks), unjudged)
+    return Judged(
+        tasks=means, average=sum(means.values()) / len(means), total=len(tasks), unjudged=unjudged
+    )
 
 
 def read_scores(judgement: str, task: str) -> float | None:

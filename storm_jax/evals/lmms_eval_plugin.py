@@ -90,7 +90,7 @@ class StormForLmmsEval(lmms):
         )
         shown = "".join(f"<{medium.kind}>\n" for medium in media)
         turn = Turn("user", shown + without_placeholders(context))
-        return Sample(str(number), (turn,), media, {})
+        return Sample(id=str(number), turns=(turn,), media=media, extra={})
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError(
@@ -115,7 +115,7 @@ def _medium(name: str, visual: Any) -> Media:
     if isinstance(visual, Image.Image):
         data = io.BytesIO()
         visual.convert("RGB").save(data, "png")
-        return Media("image", f"image of {name}", data=data.getvalue())
+        return Media(kind="image", name=f"image of {name}", data=data.getvalue())
     if not isinstance(visual, str):
         raise TypeError(
             f"{name} shows a {type(visual).__name__}, and only images and videos are read"

@@ -82,14 +82,14 @@ def answer_of(line: Mapping[str, Any]) -> Answer:
 
 def _question(line: Mapping[str, Any]) -> Question:
     return Question(
-        str(line["id"]),
-        line["video"],
-        Media("video", line["video"]),
-        line["question"],
-        tuple(line["options"]),
-        line["answer"],
-        line["groups"],
-        tuple(line["lines"]),
+        id=str(line["id"]),
+        video=line["video"],
+        media=Media(kind="video", name=line["video"]),
+        text=line["question"],
+        options=tuple(line["options"]),
+        answer=line["answer"],
+        groups=line["groups"],
+        lines=tuple(line["lines"]),
         guess=line["guess"],
         extra=line["extra"],
     )

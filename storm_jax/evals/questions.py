@@ -15,7 +15,7 @@ from storm_jax.text.sample import PLACEHOLDER, Caption, Sample, Turn
 MISSING = "missing"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
     """A row of a benchmark.
 
@@ -84,10 +84,16 @@ class Prompt:
         turns = [Turn("user", self.user)]
         if self.system:
             turns.insert(0, Turn("system", self.system))
-        return Sample(question.id, tuple(turns), (question.media,), {}, self.opening)
+        return Sample(
+            id=question.id,
+            turns=tuple(turns),
+            media=(question.media,),
+            extra={},
+            opening=self.opening,
+        )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
     """What a model replied to a question, or why it could not.
 

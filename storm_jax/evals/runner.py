@@ -214,7 +214,10 @@ def _predict(
         return sample
 
     return model.predict(
-        [Sample(question.id, (), (question.media,), {}) for question in questions],
+        [
+            Sample(id=question.id, turns=(), media=(question.media,), extra={})
+            for question in questions
+        ],
         compression=settings.compression,
         sampling=Sampling(settings.max_new_tokens),
         batch_size=batch_size,
@@ -236,11 +239,11 @@ def _with_captions(benchmark: Benchmark, question: Question, times: np.ndarray) 
 
 def _answer(prediction: Prediction) -> Answer:
     return Answer(
-        prediction.text,
-        prediction.error,
-        prediction.cause,
-        prediction.visual_tokens,
-        prediction.seconds,
+        reply=prediction.text,
+        error=prediction.error,
+        cause=prediction.cause,
+        visual_tokens=prediction.visual_tokens,
+        seconds=prediction.seconds,
     )
 
 
@@ -261,11 +264,11 @@ def _panel(row: Row, prediction: Prediction) -> Panel:
     question = row.question
     picks = pick_frames(len(prediction.clips[0]))
     return Panel(
-        next(iter(question.groups.values()), question.id),
-        prediction.clips[0][picks],
-        prediction.times[0][picks],
-        f"{question.text}\n{question.listed('({letter}) {option}')}",
-        question.answer or "?",
-        row.answer.reply,
-        row.right,
+        title=next(iter(question.groups.values()), question.id),
+        frames=prediction.clips[0][picks],
+        times=prediction.times[0][picks],
+        question=f"{question.text}\n{question.listed('({letter}) {option}')}",
+        answer=question.answer or "?",
+        prediction=row.answer.reply,
+        right=row.right,
     )

@@ -24,7 +24,7 @@ class Estimate:
     high: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupResult:
     """Accuracy of a group of questions; `unanswered` of `total` have no video or a broken one."""
 
@@ -38,7 +38,7 @@ class GroupResult:
     ceiling: float | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
     """How many questions were published and are in the files; how many were asked; what became of those.
 
@@ -61,7 +61,7 @@ class Counts:
     empty_but_right: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
     """What one evaluation found.
 
@@ -97,7 +97,9 @@ def parse_row(question: Question, answer: Answer, parse: Parser) -> Row:
     """The row whose reply gives a letter of the question's, or the text of a free answer, or neither."""
     found = None if answer.error else parse(answer.reply, question)
     return Row(
-        question, answer, None if question.options and found not in question.lettered else found
+        question,
+        answer,
+        None if question.options and found not in question.lettered else found,
     )
 
 
@@ -116,20 +118,20 @@ def score(
     answered = [row.answer for row in rows if not row.answer.error]
     groups = _groups(benchmark, published, keyed, dimensions, compression)
     return Scores(
-        benchmark.headline,
-        estimate(keyed, benchmark.headline_over) if keyed else None,
-        estimate(keyed, "") if keyed else None,
-        {
+        headline_name=benchmark.headline,
+        headline=estimate(keyed, benchmark.headline_over) if keyed else None,
+        micro=estimate(keyed, "") if keyed else None,
+        macro={
             dimension: float(
                 np.mean([g.accuracy.value for g in groups if g.dimension == dimension])
             )
             for dimension in dimensions
             if keyed
         },
-        groups,
-        _counts(published.rows, total, rows, len(rows) - len(keyed)),
-        float(np.mean([a.visual_tokens for a in answered])) if answered else 0.0,
-        float(np.median([a.seconds for a in answered])) if answered else 0.0,
+        groups=groups,
+        counts=_counts(published.rows, total, rows, len(rows) - len(keyed)),
+        visual_tokens=float(np.mean([a.visual_tokens for a in answered])) if answered else 0.0,
+        seconds=float(np.median([a.seconds for a in answered])) if answered else 0.0,
     )
 
 
@@ -187,14 +189,14 @@ def _groups(
                 ceiling = benchmark.ceiling(inside[0].question, compression)
             results.append(
                 GroupResult(
-                    dimension,
-                    group,
-                    sum(row.right for row in inside),
-                    len(inside),
-                    sum(bool(row.answer.error) for row in inside),
-                    estimate(inside, ""),
-                    float(np.mean([row.question.chance for row in inside])),
-                    ceiling,
+                    dimension=dimension,
+                    group=group,
+                    right=sum(row.right for row in inside),
+                    total=len(inside),
+                    unanswered=sum(bool(row.answer.error) for row in inside),
+                    accuracy=estimate(inside, ""),
+                    chance=float(np.mean([row.question.chance for row in inside])),
+                    ceiling=ceiling,
                 )
             )
     return results
@@ -203,14 +205,14 @@ def _groups(
 def _counts(published: int, total: int, rows: Sequence[Row], without_key: int) -> Counts:
     statuses = Counter(row.status for row in rows)
     return Counts(
-        published,
-        total,
-        len(rows),
-        statuses["parsed"],
-        statuses["unparsed"],
-        statuses[MISSING],
-        statuses["failed"],
-        dict(Counter(row.answer.cause for row in rows if row.status == "failed")),
-        without_key,
-        sum(row.right and not row.answer.reply.strip() for row in rows),
+        published=published,
+        rows=total,
+        asked=len(rows),
+        parsed=statuses["parsed"],
+        unparsed=statuses["unparsed"],
+        missing=statuses[MISSING],
+        failed=statuses["failed"],
+        causes=dict(Counter(row.answer.cause for row in rows if row.status == "failed")),
+        without_key=without_key,
+        empty_but_right=sum(row.right and not row.answer.reply.strip() for row in rows),
     )

@@ -12,7 +12,7 @@ from storm_jax.evals.benchmark import BenchmarkError
 ANSWERS = ("generate", "likelihood")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSettings:
     """What the replies of an evaluation depend on beside weights and files.
 
@@ -72,7 +72,7 @@ class PaperSettings:
                 f"{', '.join(self.frames)}; give --num_frames and the rest yourself"
             )
         return CompressionConfig(
-            self.frames[benchmark],
+            num_frames=self.frames[benchmark],
             temporal_pool=self.temporal_pool,
             temporal_sample=self.temporal_sample,
         )

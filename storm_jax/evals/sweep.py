@@ -19,7 +19,7 @@ from storm_jax.files import write_atomically
 FIELDS = tuple(field.name for field in dataclasses.fields(CompressionConfig))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
     """One evaluation of a sweep: mean visual tokens and median seconds of a question."""
 
@@ -33,7 +33,12 @@ def point(compression: CompressionConfig, scores: Scores) -> Point | None:
     """What a sweep keeps of an evaluation, None where no answer is public."""
     if scores.headline is None:
         return None
-    return Point(compression, scores.headline, scores.visual_tokens, scores.seconds)
+    return Point(
+        compression=compression,
+        accuracy=scores.headline,
+        visual_tokens=scores.visual_tokens,
+        seconds=scores.seconds,
+    )
 
 
 def parse(texts: Sequence[str]) -> dict[str, list[int]]:

@@ -56,7 +56,7 @@ _LARGEST_BATCH = 32
 _BYTES_AHEAD = 2**31
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
     """An answer, or the reason why there is none.
 
@@ -80,7 +80,7 @@ class Prediction:
     times: tuple[np.ndarray, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Prompt:
     """A tokenised question about the scene in slot `slot` of its wave; `index` is its sample's, and
     `entries` are its media's in the scene's visual table."""
@@ -92,7 +92,7 @@ class _Prompt:
     prediction: Prediction
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
     """What one call of `predict` asks for; see there."""
 
@@ -149,7 +149,7 @@ class Predictor:
         path = pathlib.Path(media)
         kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
         turn = Turn("user", f"<{kind}>\n{PLACEHOLDER.sub('', question)}")
-        sample = Sample(path.name, (turn,), (Media.file(kind, path),), {})
+        sample = Sample(id=path.name, turns=(turn,), media=(Media.file(kind, path),), extra={})
         _, prediction = next(
             self.predict(
                 [sample], compression=compression, sampling=sampling, seed=seed, batch_size=1
@@ -189,10 +189,10 @@ class Predictor:
           ValueError: when one of `choices` is no single token.
         """
         encoder = SampleEncoder(
-            self._text,
-            self.config.model.side,
-            compression or self.compression,
-            self.config.data.frames,
+            text=self._text,
+            side=self.config.model.side,
+            compression=compression or self.compression,
+            frames=self.config.data.frames,
         )
         letters = self._single_tokens(choices)
         scenes = group_scenes(samples, encoder)
@@ -200,7 +200,7 @@ class Predictor:
         self._warn_of_length(largest)
         batch_size = self._batch_size(batch_size, largest)
         ask = ask or (lambda index, times: samples[index])
-        call = _Call(encoder, ask, with_clips, batch_size)
+        call = _Call(encoder=encoder, ask=ask, with_clips=with_clips, batch_size=batch_size)
         waves = plan_waves(scenes, batch_size)
         clips = self._read_ahead([scene for wave in waves for scene in wave.scenes], batch_size)
         for number, wave in enumerate(waves):
@@ -318,7 +318,15 @@ class Predictor:
                     )
                     try:
                         encoded = encoder.encode(call.ask(index, times), times)
-                        prompts.append(_Prompt(index, start + slot, encoded, entries, prediction))
+                        prompts.append(
+                            _Prompt(
+                                index=index,
+                                slot=start + slot,
+                                encoded=encoded,
+                                entries=entries,
+                                prediction=prediction,
+                            )
+                        )
                     except SampleError as error:
                         failed.append((index, Prediction(error=str(error), cause=error.cause)))
             chunks.append(self._encode(rows, wave.shape, encoder.compression, watch))

@@ -28,7 +28,7 @@ class SceneShape:
     groups: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
     """Media, and the samples that ask about them.
 
@@ -66,7 +66,15 @@ def group_scenes(samples: Sequence[Sample], encoder: SampleEncoder) -> list[Scen
             round_up(max(1, sum(counts)), 3), round_up(max(1, sum(p.num_groups for p in plans)), 3)
         )
         tokens = sum(plan.num_tokens for plan in plans)
-        scenes.append(Scene(media, counts, tuple(indices), tokens, shape))
+        scenes.append(
+            Scene(
+                media=media,
+                counts=counts,
+                members=tuple(indices),
+                visual_tokens=tokens,
+                shape=shape,
+            )
+        )
     return scenes
 
 

@@ -19,7 +19,7 @@ class MediaError(ValueError):
         return MediaError, (self.medium, self.cause, self.message)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Media:
     """An image or a video: a file, a folder of frames, a part of a file, or bytes.
 
@@ -45,7 +45,7 @@ class Media:
 
     @classmethod
     def file(cls, kind: str, path: str | pathlib.Path) -> Media:
-        return cls(kind, str(path), pathlib.Path(path))
+        return cls(kind=kind, name=str(path), path=pathlib.Path(path))
 
     def open(self) -> str | io.BytesIO:
         """What PyAV and Pillow open: a path, or bytes.

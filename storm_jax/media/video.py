@@ -30,7 +30,7 @@ _SEEKABLE = ("mp4", "matroska")
 _JUMP = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Timeline:
     """When a video's frames are shown.
 
@@ -204,7 +204,14 @@ def _read_timeline(video: _Video) -> _Timeline:
         damage = damage or f"it ends at {last:.2f} of {end:.2f} s"
         last = end - step
     keyframes = np.unique(np.array(keys if video.is_seekable else [], np.int64))
-    return _Timeline(times, base, keyframes, numbered, float(last), damage)
+    return _Timeline(
+        stamps=times,
+        base=base,
+        keyframes=keyframes,
+        numbered=numbered,
+        last=float(last),
+        damage=damage,
+    )
 
 
 def _declared_end(stream: av.VideoStream) -> float | None:

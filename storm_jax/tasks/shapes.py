@@ -53,7 +53,7 @@ SPLITS = ("train", "val", "test")
 FPS = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a data set is rendered from; equal settings give equal files."""
 
@@ -82,7 +82,7 @@ class Event:
     question: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One kind of question.
 
@@ -107,7 +107,7 @@ class Family:
         return 1 / len(self.answers)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendered:
     """A sample in memory: frames uint8 [F, S, S, 3] and its question."""
 
@@ -255,59 +255,61 @@ def _background(settings: Settings, frames: int, rng: np.random.Generator) -> np
 _COLOUR_NAMES = tuple(COLOURS)
 FAMILIES: dict[str, Family] = {
     "order": Family(
-        _COLOUR_NAMES,
-        (("Which flash came first?", "Two flashes follow each other. Which came first?"),),
-        _order_events,
-        _draw_flashes,
+        answers=_COLOUR_NAMES,
+        questions=(
+            ("Which flash came first?", "Two flashes follow each other. Which came first?"),
+        ),
+        events=_order_events,
+        draw=_draw_flashes,
     ),
     "motion": Family(
-        tuple(DIRECTIONS),
-        (("Which way did the shape move?", "In which direction did the shape move?"),),
-        _motion_events,
-        _draw_motion,
+        answers=tuple(DIRECTIONS),
+        questions=(("Which way did the shape move?", "In which direction did the shape move?"),),
+        events=_motion_events,
+        draw=_draw_motion,
     ),
     "needle": Family(
-        _COLOUR_NAMES,
-        (("What colour was the flash?", "One frame flashes. In what colour?"),),
-        _needle_events,
-        _draw_flashes,
+        answers=_COLOUR_NAMES,
+        questions=(("What colour was the flash?", "One frame flashes. In what colour?"),),
+        events=_needle_events,
+        draw=_draw_flashes,
     ),
     "count": Family(
-        tuple("1234"),
-        (("How many flashes are there?", "How often did it flash?"),),
-        _count_events,
-        _draw_flashes,
+        answers=tuple("1234"),
+        questions=(("How many flashes are there?", "How often did it flash?"),),
+        events=_count_events,
+        draw=_draw_flashes,
         multiple_choice=True,
     ),
     "recall": Family(
-        _COLOUR_NAMES,
-        (
+        answers=_COLOUR_NAMES,
+        questions=(
             ("What colour was the shape at the start?", "How did the clip begin: what colour?"),
             ("What colour was the shape at the end?", "How did the clip end: what colour?"),
         ),
-        _recall_events,
-        _draw_recall,
+        events=_recall_events,
+        draw=_draw_recall,
         multiple_choice=True,
     ),
     "colour": Family(
-        _COLOUR_NAMES,
-        (("What colour is the shape?", "Which colour do you see?"),),
-        _still(_COLOUR_NAMES),
-        _draw_colour,
+        answers=_COLOUR_NAMES,
+        questions=(("What colour is the shape?", "Which colour do you see?"),),
+        events=_still(_COLOUR_NAMES),
+        draw=_draw_colour,
         is_image=True,
     ),
     "shape": Family(
-        OUTLINES,
-        (("What shape is it?", "Which shape do you see?"),),
-        _still(OUTLINES),
-        _draw_shape,
+        answers=OUTLINES,
+        questions=(("What shape is it?", "Which shape do you see?"),),
+        events=_still(OUTLINES),
+        draw=_draw_shape,
         is_image=True,
     ),
     "place": Family(
-        tuple(PLACES),
-        (("Where is the shape?", "In which corner is the shape?"),),
-        _still(tuple(PLACES)),
-        _draw_place,
+        answers=tuple(PLACES),
+        questions=(("Where is the shape?", "In which corner is the shape?"),),
+        events=_still(tuple(PLACES)),
+        draw=_draw_place,
         is_image=True,
     ),
 }
@@ -324,7 +326,7 @@ def ceiling(family: str, settings: Settings, temporal_pool: int, temporal_sample
     if kind.is_image:
         return 1.0
     compression = CompressionConfig(
-        settings.frames, temporal_pool=temporal_pool, temporal_sample=temporal_sample
+        num_frames=settings.frames, temporal_pool=temporal_pool, temporal_sample=temporal_sample
     )
     group = plan_clip(settings.frames, 1, compression).frame_group
     events = kind.events(settings)
@@ -357,7 +359,7 @@ def render(settings: Settings, split: str, index: int) -> Rendered:
         options = tuple(str(option) for option in rng.permutation(family.answers))
         listed = "\n".join(f"{letter}. {o}" for letter, o in zip(LETTERS, options, strict=True))
         question, answer = f"{question}\n{listed}", LETTERS[options.index(answer)]
-    return Rendered(name, frames, question, answer, options)
+    return Rendered(family=name, frames=frames, question=question, answer=answer, options=options)
 
 
 @functools.lru_cache

@@ -36,7 +36,7 @@ class Caption:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     """A conversation about media. The n-th placeholder of its text stands for the n-th of `media`.
 

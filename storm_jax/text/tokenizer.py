@@ -11,7 +11,7 @@ import transformers
 from storm_jax.config import ConfigError, RunConfig
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.sample import Sample, Turn
-from storm_jax.text.template import exchange, end_of_turn
+from storm_jax.text.template import end_of_turn, exchange
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
@@ -88,7 +88,9 @@ def check_template(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
             "it must put an end-of-turn token behind each"
         )
     turns = tuple(Turn(role, text) for text in "ab" for role, text in exchange(text))
-    ConversationEncoder(tokenizer, "").encode(Sample("two exchanges", turns, (), {}), [])
+    ConversationEncoder(tokenizer, "").encode(
+        Sample(id="two exchanges", turns=turns, media=(), extra={}), []
+    )
 
 
 def stop_ids(

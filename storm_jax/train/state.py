@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
         return unflatten({**self.trained, **self.frozen})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StateSpec:
     """How to make, place and split the state of one configuration on one mesh."""
 
@@ -58,7 +58,8 @@ class StateSpec:
             transform_non_params=lambda _: whole,
         )
         frozen = {name: flat[name] for name in shapes.frozen}
-        return cls(config, mesh, graphdef, TrainState(trained, frozen, opt_state, whole), shapes)
+        state = TrainState(trained, frozen, opt_state, whole)
+        return cls(config=config, mesh=mesh, graphdef=graphdef, shardings=state, shapes=shapes)
 
     def init(self) -> TrainState:
         """Random parameters from `train.seed`, born where they belong."""

@@ -197,10 +197,10 @@ def _rope_scaling(config: Any) -> tuple[RopeScalingConfig, list[str], list[str]]
     if kind == "llama3":
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         scaling = RopeScalingConfig(
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(original),
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_positions=int(original),
         )
         return scaling, problems, notes
     if kind != "default" and not (kind == "mrope" and notes):

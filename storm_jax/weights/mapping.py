@@ -27,7 +27,7 @@ Index = tuple[int | slice, ...]
 _WHOLE = slice(None)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """A tensor and its place.
 
@@ -104,11 +104,20 @@ def vision_table(config: VisionConfig) -> Table:
         *_linear("mlp.fc2", "down"),
     ]
     run = config.depth + 1 + config.feature_layer
-    rows = [Row(tensor, f"vision/{path}", p, sizes=sizes) for tensor, path, p in embeddings]
+    rows = [
+        Row(tensor=tensor, path=f"vision/{path}", pattern=p, sizes=sizes)
+        for tensor, path, p in embeddings
+    ]
     for i in range(config.depth):
         stack, entry = ("layers", i) if i < run else ("unused/layers", i - run)
         rows += [
-            Row(f"encoder.layers.{i}.{tensor}", f"vision/{stack}/{path}", p, (entry,), sizes)
+            Row(
+                tensor=f"encoder.layers.{i}.{tensor}",
+                path=f"vision/{stack}/{path}",
+                pattern=p,
+                index=(entry,),
+                sizes=sizes,
+            )
             for tensor, path, p in layer
         ]
     towers = ("", "vision_model.", "vision_tower.", "vision_tower.vision_model.")
@@ -139,13 +148,19 @@ def decoder_table(config: DecoderConfig) -> Table:
         if config.qk_norm and name != "value":
             layer.append((f"self_attn.{name[0]}_norm.weight", f"{name}_norm/scale", "k -> k", ()))
     rows = [
-        Row("model.embed_tokens.weight", "decoder/embedding", "v d -> v d"),
-        Row("model.norm.weight", "decoder/norm/scale", "d -> d"),
+        Row(tensor="model.embed_tokens.weight", path="decoder/embedding", pattern="v d -> v d"),
+        Row(tensor="model.norm.weight", path="decoder/norm/scale", pattern="d -> d"),
     ]
     if not config.tie_embeddings:
-        rows.append(Row("lm_head.weight", "decoder/lm_head", "v d -> d v"))
+        rows.append(Row(tensor="lm_head.weight", path="decoder/lm_head", pattern="v d -> d v"))
     rows += [
-        Row(f"model.layers.{i}.{tensor}", f"decoder/layers/{path}", p, (i, *index), sizes)
+        Row(
+            tensor=f"model.layers.{i}.{tensor}",
+            path=f"decoder/layers/{path}",
+            pattern=p,
+            index=(i, *index),
+            sizes=sizes,
+        )
         for i in range(config.depth)
         for tensor, path, p, index in layer
     ]
@@ -204,7 +219,9 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
             *_linear("linear", "linear"),
             *_linear("mixer.linear", "mixer/linear"),
         ]
-        return Table(tuple(Row(t, f"projector/{path}", p) for t, path, p in rows))
+        return Table(
+            tuple(Row(tensor=t, path=f"projector/{path}", pattern=p) for t, path, p in rows)
+        )
     if config.projector != "storm":
         paths = [path for path in shapes if path.startswith("projector/")]
         return Table(tuple(_as_it_is(path, len(shapes[path].shape)) for path in paths))
@@ -219,12 +236,21 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
     for name in directions:
         for tensor, path, pattern in _DIRECTION[config.mamba.mixer]:
             layer.append((f"mixer.{name}.{tensor}", f"mixer/{name}/{path}", pattern))
-    linear = [Row(t, f"projector/{path}", p) for t, path, p in _linear("linear", "linear")]
+    linear = [
+        Row(tensor=t, path=f"projector/{path}", pattern=p)
+        for t, path, p in _linear("linear", "linear")
+    ]
     return Table(
         (
             *linear,
             *(
-                Row(f"layers.{i}.{t}", f"projector/mixer/layers/{path}", p, (i,), {"j": 2})
+                Row(
+                    tensor=f"layers.{i}.{t}",
+                    path=f"projector/mixer/layers/{path}",
+                    pattern=p,
+                    index=(i,),
+                    sizes={"j": 2},
+                )
                 for i in range(config.mamba.depth)
                 for t, path, p in layer
             ),
@@ -277,4 +303,8 @@ def _norm(theirs: str, ours: str) -> list[tuple[str, str, str]]:
 
 def _as_it_is(path: str, ndim: int) -> Row:
     axes = " ".join("abcdefgh"[:ndim])
-    return Row(path.removeprefix("projector/").replace("/", "."), path, f"{axes} -> {axes}")
+    return Row(
+        tensor=path.removeprefix("projector/").replace("/", "."),
+        path=path,
+        pattern=f"{axes} -> {axes}",
+    )

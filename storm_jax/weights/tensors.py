@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
     """Where a tensor is, without its values; `dtype` as safetensors calls it."""
 
@@ -96,7 +96,12 @@ def _list_files(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Te
                         problems.append(
                             f"{name} is in {tensors[name].file.name} and in {path.name}"
                         )
-                    tensors[name] = Tensor(path, name, tuple(piece.get_shape()), piece.get_dtype())
+                    tensors[name] = Tensor(
+                        file=path,
+                        name=name,
+                        shape=tuple(piece.get_shape()),
+                        dtype=piece.get_dtype(),
+                    )
         except FileNotFoundError:
             problems.append(f"{path.name} is missing")
         except (safetensors.SafetensorError, OSError) as error:

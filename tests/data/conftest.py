@@ -15,7 +15,13 @@ from storm_jax.media.workers import WorkerPool
 from storm_jax.text.conversation import ConversationEncoder
 
 # Eight frames by two are four groups of one token; an image has four.
-SHAPE = RowShape(160, 24, 32, 2, CompressionConfig(8, 2, 2, 1))
+SHAPE = RowShape(
+    tokens=160,
+    frames=24,
+    image_size=32,
+    side=2,
+    compression=CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1),
+)
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +30,21 @@ def make_mixture(tokenizer):
 
     def make(*sources, shapes=(SHAPE,), seed=0, skip=0.1, frames=None, pool=None, index_dir=""):
         configs = [
-            source if isinstance(source, SourceConfig) else SourceConfig(f"s{i}", str(source))
+            source
+            if isinstance(source, SourceConfig)
+            else SourceConfig(name=f"s{i}", path=str(source))
             for i, source in enumerate(sources)
         ]
         text = ConversationEncoder(tokenizer, "")
         first = shapes[0]
         return Mixture(
             configs,
-            SampleEncoder(text, first.side, first.compression, frames or FramesConfig()),
+            SampleEncoder(
+                text=text,
+                side=first.side,
+                compression=first.compression,
+                frames=frames or FramesConfig(),
+            ),
             shapes,
             seed=seed,
             index_dir=index_dir,

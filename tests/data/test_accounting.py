@@ -11,15 +11,24 @@ from storm_jax.data.skips import DataError, Skip, check_skips
 
 
 def skip(cause: str = "missing", source: str = "a") -> Skip:
-    return Skip(source, "x", "a.json line 3", cause, "it is gone", "a.mp4")
+    return Skip(
+        source=source,
+        sample="x",
+        where="a.json line 3",
+        cause=cause,
+        message="it is gone",
+        file="a.mp4",
+    )
 
 
 OUTCOMES = [
-    Outcome("a", "1", None, tokens=10, frames=2, is_cut=True, damaged=1, seconds=0.5),
-    Outcome("a", "2", skip(), seconds=0.25),
-    Outcome("b", "3", None, tokens=7),
-    Outcome("a", "4", skip("timeout"), seconds=1.0),
-    Outcome("a", "5", skip(), seconds=0.0),
+    Outcome(
+        source="a", sample="1", skip=None, tokens=10, frames=2, is_cut=True, damaged=1, seconds=0.5
+    ),
+    Outcome(source="a", sample="2", skip=skip(), seconds=0.25),
+    Outcome(source="b", sample="3", skip=None, tokens=7),
+    Outcome(source="a", sample="4", skip=skip("timeout"), seconds=1.0),
+    Outcome(source="a", sample="5", skip=skip(), seconds=0.0),
 ]
 
 
@@ -68,8 +77,11 @@ def test_table_has_a_line_for_every_source_with_its_causes():
 )
 def test_one_bad_source_of_many_stops_a_run(skipped: int, used: int, fraction: float, fails: bool):
     books = Accounting(["a", "b"])
-    books.add([Outcome("a", "x", skip())] * skipped + [Outcome("a", "y", None)] * used)
-    books.add([Outcome("b", "z", None)] * 10_000)
+    books.add(
+        [Outcome(source="a", sample="x", skip=skip())] * skipped
+        + [Outcome(source="a", sample="y", skip=None)] * used
+    )
+    books.add([Outcome(source="b", sample="z", skip=None)] * 10_000)
     found = [skip()] * skipped
     if not fails:
         books.check(fraction, "training met")

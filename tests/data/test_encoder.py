@@ -19,17 +19,25 @@ from storm_jax.text.sample import Caption, Sample, Turn
 
 
 def sample(text: str = "<video>\nWhy?", *kinds: str, answer: str = "So.") -> Sample:
-    media = tuple(Media(kind, f"{i}.mp4") for i, kind in enumerate(kinds or ("video",)))
-    return Sample("a", (Turn("user", text), Turn("assistant", answer)), media, {})
+    media = tuple(Media(kind=kind, name=f"{i}.mp4") for i, kind in enumerate(kinds or ("video",)))
+    return Sample(
+        id="a", turns=(Turn("user", text), Turn("assistant", answer)), media=media, extra={}
+    )
 
 
 def encoder(tokenizer, style: str, compression: CompressionConfig, side: int = 2) -> SampleEncoder:
     text = ConversationEncoder(tokenizer, "")
-    return SampleEncoder(text, side, compression, FramesConfig(time_text=style))
+    return SampleEncoder(
+        text=text, side=side, compression=compression, frames=FramesConfig(time_text=style)
+    )
 
 
 def test_text_per_group_tells_the_time_of_its_first_frame(tokenizer):
-    made = encoder(tokenizer, "per_group", CompressionConfig(8, 2, 1, 2))
+    made = encoder(
+        tokenizer,
+        "per_group",
+        CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=1, temporal_sample=2),
+    )
     encoded = made.encode(sample(), [np.arange(8) * 1.5])
     text = tokenizer.decode(encoded.tokens)
     # Groups of two frames, and of these every second: those of frames 0 and 4.
@@ -41,7 +49,7 @@ def test_text_per_group_tells_the_time_of_its_first_frame(tokenizer):
 
 
 def test_a_sentence_tells_all_times(tokenizer):
-    made = encoder(tokenizer, "sentence", CompressionConfig(4))
+    made = encoder(tokenizer, "sentence", CompressionConfig(num_frames=4))
     text = tokenizer.decode(made.encode(sample(), [np.array([0, 0.5, 1, 70.25])]).tokens)
     assert "lasts 70.2 s. Its 4 frames are at 0.0, 0.5, 1.0, 70.2 s.\n" in text
 
@@ -56,7 +64,7 @@ def test_captions_stand_behind_the_groups_that_are_shown_by_then(tokenizer, styl
         Caption(99, "end"),
     ]
     item = dataclasses.replace(sample(), captions=tuple(said))
-    made = encoder(tokenizer, style, CompressionConfig(8, 2))
+    made = encoder(tokenizer, style, CompressionConfig(num_frames=8, temporal_pool=2))
     encoded = made.encode(item, [np.arange(8.0)])
     marked = np.where(
         encoded.media == 0, tokenizer.encode("|", add_special_tokens=False)[0], encoded.tokens
@@ -72,7 +80,7 @@ def test_captions_stand_behind_the_groups_that_are_shown_by_then(tokenizer, styl
 
 def test_images_have_no_times(tokenizer):
     for style in ("none", "sentence", "per_group"):
-        made = encoder(tokenizer, style, CompressionConfig(4))
+        made = encoder(tokenizer, style, CompressionConfig(num_frames=4))
         encoded = made.encode(sample("<image>", "image"), [np.zeros(1)])
         assert " s" not in tokenizer.decode(encoded.tokens)
         assert (encoded.media == 0).sum() == 4
@@ -90,7 +98,9 @@ def test_images_have_no_times(tokenizer):
 def test_slots_are_the_models_tokens_and_plans_are_never_too_short(
     tokenizer, style: str, frames: int, pool: int, spatial: int, every: int, seconds: float
 ):
-    compression = CompressionConfig(frames, pool, spatial, every)
+    compression = CompressionConfig(
+        num_frames=frames, temporal_pool=pool, spatial_pool=spatial, temporal_sample=every
+    )
     made = encoder(tokenizer, style, compression, side=3)
     item = sample("<image>\n<video>\nWhy?", "image", "video")
     times = [np.zeros(1), np.linspace(0, seconds, frames)]
@@ -103,7 +113,7 @@ def test_slots_are_the_models_tokens_and_plans_are_never_too_short(
 
 
 def test_a_cut_answer_has_no_end_marker(tokenizer):
-    made = encoder(tokenizer, "none", CompressionConfig(4))
+    made = encoder(tokenizer, "none", CompressionConfig(num_frames=4))
     whole = made.encode(sample(answer="so " * 30), [np.zeros(4)])
     assert whole.answer[-2] and not whole.answer[-1]  # the marker, and the template's line break
     cut = whole.cut(whole.least + 3)
@@ -114,7 +124,7 @@ def test_a_cut_answer_has_no_end_marker(tokenizer):
 
 @pytest.mark.parametrize("text", ["<video>\nWhy?", "Why? <video>"])
 def test_least_holds_the_media_and_the_start_of_the_answer(tokenizer, text: str):
-    made = encoder(tokenizer, "none", CompressionConfig(4))
+    made = encoder(tokenizer, "none", CompressionConfig(num_frames=4))
     encoded = made.encode(sample(text), [np.zeros(4)])
     least = encoded.cut(encoded.least)
     assert least.answer.sum() == 1 and (least.media == 0).sum() == (encoded.media == 0).sum()

@@ -22,10 +22,15 @@ from storm_jax.text.conversation import ConversationEncoder
 @pytest.fixture
 def read(tokenizer):
     def measure(path: pathlib.Path, system="", fps=0.0, pool=4, count=0, style="none"):
-        config = SourceConfig("some", str(path))
+        config = SourceConfig(name="some", path=str(path))
         frames = FramesConfig(fps=fps, time_text=style)
         text = ConversationEncoder(tokenizer, system)
-        encoder = SampleEncoder(text, 2, CompressionConfig(8, pool), frames)
+        encoder = SampleEncoder(
+            text=text,
+            side=2,
+            compression=CompressionConfig(num_frames=8, temporal_pool=pool),
+            frames=frames,
+        )
         source = open_source(config)
         with WorkerPool(count) as workers:
             return read_lengths(config, source, encoder, "", workers), source, encoder

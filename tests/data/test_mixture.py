@@ -25,7 +25,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory, write_texts) -> dict[str, st
 @pytest.fixture
 def mix(make_mixture, paths):
     def make(seed: int = 0, **settings: dict):
-        configs = [SourceConfig(n, paths[n], **fields) for n, fields in settings.items()]
+        configs = [SourceConfig(name=n, path=paths[n], **fields) for n, fields in settings.items()]
         return make_mixture(*configs, seed=seed)
 
     return make
@@ -143,7 +143,13 @@ def test_too_many_skips_are_a_data_error(
 
 def test_samples_that_fit_any_row_are_kept(make_mixture, write_texts, tmp_path):
     path = write_texts(tmp_path / "a.jsonl", 30, long=True)
-    small = RowShape(60, 4, 32, 2, make_mixture(path, skip=1.0).shapes[0].compression)
-    large = RowShape(600, 4, 32, 2, small.compression)
+    small = RowShape(
+        tokens=60,
+        frames=4,
+        image_size=32,
+        side=2,
+        compression=make_mixture(path, skip=1.0).shapes[0].compression,
+    )
+    large = RowShape(tokens=600, frames=4, image_size=32, side=2, compression=small.compression)
     assert len(make_mixture(path, shapes=(small, large))) == 30
     assert len(make_mixture(path, shapes=(small,), skip=1.0)) < 30

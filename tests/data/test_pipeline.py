@@ -261,7 +261,15 @@ def test_every_frame_stands_where_it_was_planned(make_mixture, tmp_path: pathlib
     Image.fromarray(barcode(77)).save(tmp_path / "i.png")
     videos = ["a.mp4", {"path": "a.mp4", "start": 1, "end": 2}, {"path": "frames", "fps": 1}]
     records = [record("a", "<image><video><video><video>", video=videos, image="i.png")]
-    shape = RowShape(400, 32, 32, 2, CompressionConfig(8, 2, 2, 1))
+    shape = RowShape(
+        tokens=400,
+        frames=32,
+        image_size=32,
+        side=2,
+        compression=CompressionConfig(
+            num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1
+        ),
+    )
     mixture = make_mixture(write(tmp_path, records), shapes=[shape], frames=FramesConfig(fps=fps))
     (batch,) = read(mixture, steps=range(1), size=1)
     clip, frames = batch.arrays["frame_clip"][0], batch.arrays["frames"][0]

@@ -15,8 +15,11 @@ from storm_jax.data import mixture as mixture_lib
 from storm_jax.data.plan import EvalPlan, TrainPlan
 from storm_jax.data.rows import RowShape
 
-COMPRESSION = CompressionConfig(8, 2, 2, 1)
-SMALL, LARGE = (RowShape(160, frames, 32, 2, COMPRESSION) for frames in (2, 24))
+COMPRESSION = CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1)
+SMALL, LARGE = (
+    RowShape(tokens=160, frames=frames, image_size=32, side=2, compression=COMPRESSION)
+    for frames in (2, 24)
+)
 BATCH = 4
 
 

@@ -152,7 +152,7 @@ def test_bytes_are_kept_and_named_by_their_sample():
 
 
 def test_members_are_looked_up_beside_the_record():
-    member = Media("video", "s.tar!a.mp4", pathlib.Path("s.tar"), (512, 9))
+    member = Media(kind="video", name="s.tar!a.mp4", path=pathlib.Path("s.tar"), span=(512, 9))
     found = record(LOOK, ANSWER, video={"path": "a.mp4", "start": 1})
     (medium,) = parse_record(found, ROOT, 0, {"a.mp4": member}).media
     assert (medium.name, medium.span, medium.start) == ("s.tar!a.mp4", (512, 9), 1)

@@ -24,8 +24,20 @@ from storm_jax.text.conversation import Encoded
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 PAD, IMAGE = 1, 4  # pad id; side of a frame in pixels
 TOKENS, FRAMES = 50, 12
-LARGE = RowShape(TOKENS, FRAMES, IMAGE, 2, CompressionConfig(4))
-SMALL = RowShape(TOKENS // 2, FRAMES // 4, IMAGE, 2, CompressionConfig(4))
+LARGE = RowShape(
+    tokens=TOKENS,
+    frames=FRAMES,
+    image_size=IMAGE,
+    side=2,
+    compression=CompressionConfig(num_frames=4),
+)
+SMALL = RowShape(
+    tokens=TOKENS // 2,
+    frames=FRAMES // 4,
+    image_size=IMAGE,
+    side=2,
+    compression=CompressionConfig(num_frames=4),
+)
 SHAPES = st.sampled_from([(LARGE,), (SMALL, LARGE)])
 
 
@@ -134,7 +146,13 @@ def packed(draw) -> tuple[RowShape, list[RowSample]]:
         spatial_pool=draw(st.integers(1, 3)),
         temporal_sample=draw(st.integers(1, 3)),
     )
-    shape = RowShape(120, 20, IMAGE, draw(st.integers(1, 4)), compression)
+    shape = RowShape(
+        tokens=120,
+        frames=20,
+        image_size=IMAGE,
+        side=draw(st.integers(1, 4)),
+        compression=compression,
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     clip = st.sampled_from([1, compression.num_frames])
     samples, tokens, frames = [], 0, 0
@@ -258,7 +276,7 @@ def test_visual_slots_are_as_many_as_planned_and_index_their_own_groups(case):
 def test_image_indexes_the_unpooled_part_when_space_is_pooled(spatial_pool: int, first: int):
     """Side 3: 9 tokens, or 4 when pooled by 2; a row of 20 tokens then has 5 group slots."""
     compression = CompressionConfig(num_frames=4, spatial_pool=spatial_pool)
-    shape = RowShape(20, 5, IMAGE, 3, compression)
+    shape = RowShape(tokens=20, frames=5, image_size=IMAGE, side=3, compression=compression)
     sample = make_sample(np.random.default_rng(0), shape, [1])
     row = build_row([sample], PAD, shape)
     visual = row["visual_index"]
@@ -279,7 +297,13 @@ def test_image_indexes_the_unpooled_part_when_space_is_pooled(spatial_pool: int,
 def test_group_slots_are_bounded_by_frames_and_tokens(
     tokens: int, frames: int, side: int, pool: int, groups: int
 ):
-    shape = RowShape(tokens, frames, IMAGE, side, CompressionConfig(4, spatial_pool=pool))
+    shape = RowShape(
+        tokens=tokens,
+        frames=frames,
+        image_size=IMAGE,
+        side=side,
+        compression=CompressionConfig(num_frames=4, spatial_pool=pool),
+    )
     assert shape.num_groups == groups
 
 
@@ -301,7 +325,9 @@ def test_failed_sample_leaves_nothing_behind(case, data):
 
 
 def test_row_of_failed_samples_is_an_empty_row():
-    shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
+    shape = RowShape(
+        tokens=20, frames=5, image_size=IMAGE, side=3, compression=CompressionConfig(num_frames=4)
+    )
     got, expected = build_row([None, None], PAD, shape), build_row([], PAD, shape)
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
@@ -310,7 +336,9 @@ def test_row_of_failed_samples_is_an_empty_row():
 
 
 def test_arrays_have_their_documented_shapes_and_types():
-    shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
+    shape = RowShape(
+        tokens=20, frames=5, image_size=IMAGE, side=3, compression=CompressionConfig(num_frames=4)
+    )
     batch = empty_rows(3, PAD, shape)
     expected = dict.fromkeys(
         ("tokens", "targets", "positions", "segment_ids", "visual_index"), ((3, 20), np.int32)
@@ -322,7 +350,9 @@ def test_arrays_have_their_documented_shapes_and_types():
 
 
 def test_rows_of_a_batch_do_not_touch_each_other():
-    shape = RowShape(20, 5, IMAGE, 3, CompressionConfig(num_frames=4))
+    shape = RowShape(
+        tokens=20, frames=5, image_size=IMAGE, side=3, compression=CompressionConfig(num_frames=4)
+    )
     rng = np.random.default_rng(0)
     samples = [[make_sample(rng, shape, [])] for _ in range(2)]
     batch = build_rows(samples, PAD, shape)

@@ -25,7 +25,7 @@ from storm_jax.text.sample import Sample, SampleError
 
 
 def opened(path: pathlib.Path, **fields):
-    return open_source(SourceConfig("some", str(path), **fields))
+    return open_source(SourceConfig(name="some", path=str(path), **fields))
 
 
 def shown(sample: Sample, frames: int = 1) -> list[int]:
@@ -139,7 +139,7 @@ def test_index_of_a_large_file_is_kept_and_made_again_when_it_changes(
     path.write_text(json.dumps(RECORDS[0]) + "\n" * 3)
     assert len(opened(path)) == 1
     assert len(list((tmp_path / "a.jsonl.index").iterdir())) == len(kept) + 1
-    elsewhere = open_source(SourceConfig("some", str(path)), str(tmp_path / "indices"))
+    elsewhere = open_source(SourceConfig(name="some", path=str(path)), str(tmp_path / "indices"))
     assert len(elsewhere) == 1 and (tmp_path / "indices/some").is_dir()
 
 

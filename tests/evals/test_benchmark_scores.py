@@ -24,7 +24,7 @@ from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import read_media
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tree:
     """A benchmark on disk, and of each model: how many are right of each group, in its order."""
 
@@ -42,26 +42,26 @@ _MVBENCH = dict.fromkeys(trees.MVBENCH, 6)
 _LENGTHS = dict.fromkeys(("15", "60", "600", "3600"), 6)
 _EGO = {"": 20}
 TREES = [
-    Tree("videomme_hub", "videomme", "test", _DURATIONS, (3, 2, 1), (9, 9, 6), (6, 6, 4)),
-    Tree("videomme_flat", "videomme", "test", _DURATIONS, (3, 2, 1), (9, 9, 6), (6, 6, 4)),
-    Tree("egoschema_authors", "egoschema", "subset", _EGO, (4,), (20,), (13,)),
-    Tree("egoschema_hub", "egoschema", "subset", _EGO, (4,), (20,), (13,)),
-    Tree("mvbench_main", "mvbench", "test", _MVBENCH, (2,) * 4, (6,) * 4, (4,) * 4),
-    Tree("mvbench_video", "mvbench", "test", _MVBENCH, (2,) * 4, (6,) * 4, (4,) * 4),
+    Tree(write="videomme_hub", benchmark="videomme", split="test", sizes=_DURATIONS, always_a=(3, 2, 1), oracle=(9, 9, 6), failing=(6, 6, 4)),
+    Tree(write="videomme_flat", benchmark="videomme", split="test", sizes=_DURATIONS, always_a=(3, 2, 1), oracle=(9, 9, 6), failing=(6, 6, 4)),
+    Tree(write="egoschema_authors", benchmark="egoschema", split="subset", sizes=_EGO, always_a=(4,), oracle=(20,), failing=(13,)),
+    Tree(write="egoschema_hub", benchmark="egoschema", split="subset", sizes=_EGO, always_a=(4,), oracle=(20,), failing=(13,)),
+    Tree(write="mvbench_main", benchmark="mvbench", split="test", sizes=_MVBENCH, always_a=(2,) * 4, oracle=(6,) * 4, failing=(4,) * 4),
+    Tree(write="mvbench_video", benchmark="mvbench", split="test", sizes=_MVBENCH, always_a=(2,) * 4, oracle=(6,) * 4, failing=(4,) * 4),
     Tree(
-        "mlvu_dev_authors", "mlvu", "dev", trees.MLVU_DEV,
-        (3, 1, 1, 1, 1, 1, 1), (6, 3, 2, 2, 2, 2, 4), (4, 1, 2, 1, 1, 2, 2),
+        write="mlvu_dev_authors", benchmark="mlvu", split="dev", sizes=trees.MLVU_DEV,
+        always_a=(3, 1, 1, 1, 1, 1, 1), oracle=(6, 3, 2, 2, 2, 2, 4), failing=(4, 1, 2, 1, 1, 2, 2),
     ),
     Tree(
-        "mlvu_dev_hub", "mlvu", "dev", trees.MLVU_DEV,
-        (2, 1, 1, 1, 1, 1, 1), (6, 4, 2, 2, 2, 2, 4), (4, 2, 2, 1, 1, 2, 2),
+        write="mlvu_dev_hub", benchmark="mlvu", split="dev", sizes=trees.MLVU_DEV,
+        always_a=(2, 1, 1, 1, 1, 1, 1), oracle=(6, 4, 2, 2, 2, 2, 4), failing=(4, 2, 2, 1, 1, 2, 2),
     ),
     Tree(
-        "mlvu_test", "mlvu", "test", trees.MLVU_TEST,
-        (1,) * 9, (6, *(2,) * 8), (4, 1, 1, 2, 1, 1, 2, 1, 1),
+        write="mlvu_test", benchmark="mlvu", split="test", sizes=trees.MLVU_TEST,
+        always_a=(1,) * 9, oracle=(6, *(2,) * 8), failing=(4, 1, 1, 2, 1, 1, 2, 1, 1),
     ),
-    Tree("longvideobench_authors", "longvideobench", "val", _LENGTHS, (2,) * 4, (6,) * 4, (4,) * 4),
-    Tree("longvideobench_hub", "longvideobench", "val", _LENGTHS, (2,) * 4, (6,) * 4, (4,) * 4),
+    Tree(write="longvideobench_authors", benchmark="longvideobench", split="val", sizes=_LENGTHS, always_a=(2,) * 4, oracle=(6,) * 4, failing=(4,) * 4),
+    Tree(write="longvideobench_hub", benchmark="longvideobench", split="val", sizes=_LENGTHS, always_a=(2,) * 4, oracle=(6,) * 4, failing=(4,) * 4),
 ]  # fmt: skip
 # The headline where it is not the share of all that are right.
 MACRO = {
@@ -88,7 +88,13 @@ def roots(tmp_path_factory) -> dict[str, pathlib.Path]:
 
 def settings_of(benchmark, split, style="", **fields) -> EvalSettings:
     style = style or next(iter(benchmark.prompts))
-    return EvalSettings(split, style, CompressionConfig(8, 4), 16, **fields)
+    return EvalSettings(
+        split=split,
+        prompt_style=style,
+        compression=CompressionConfig(num_frames=8, temporal_pool=4),
+        max_new_tokens=16,
+        **fields,
+    )
 
 
 def ask(tree: Tree, root, folder, reply, **options):
@@ -204,7 +210,15 @@ def test_keys_that_are_not_public_are_not_scored(roots, tmp_path):
         ("longvideobench_authors", "longvideobench", "test"),
         ("longvideobench_hub", "longvideobench", "test"),
     ):
-        tree = Tree(write, benchmark, split, {}, (), (), ())
+        tree = Tree(
+            write=write,
+            benchmark=benchmark,
+            split=split,
+            sizes={},
+            always_a=(),
+            oracle=(),
+            failing=(),
+        )
         report, _ = ask(tree, roots[write], tmp_path / write, always_a)
         assert report.scores.headline is None and report.scores.micro is None
         assert report.scores.counts.without_key == 24

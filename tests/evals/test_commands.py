@@ -46,7 +46,12 @@ def make(name: str, tmp_path: pathlib.Path) -> pathlib.Path:
 def ask(benchmark_name: str, split: str, root, folder, reply):
     benchmark = BENCHMARKS[benchmark_name]
     questions = benchmark.questions(root, split)
-    settings = EvalSettings(split, next(iter(benchmark.prompts)), CompressionConfig(8, 4), 16)
+    settings = EvalSettings(
+        split=split,
+        prompt_style=next(iter(benchmark.prompts)),
+        compression=CompressionConfig(num_frames=8, temporal_pool=4),
+        max_new_tokens=16,
+    )
     model = FakeModel(questions, reply)
     return evaluate(
         benchmark, questions, settings, folder, lambda: model, identity={}, about={"commit": "c0"}

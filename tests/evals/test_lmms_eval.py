@@ -100,7 +100,7 @@ def test_requests_are_answered_as_the_predictor_answers(plugin, trained_run, sha
     for i in (0, 3, 4):
         media = (Media.file("video", video),) if i != 3 else ()
         text = f"<video>\nWhat {i}?" if media else f"What {i}?"
-        sample = Sample("1", (Turn("user", text),), media, {})
+        sample = Sample(id="1", turns=(Turn("user", text),), media=media, extra={})
         sampling = Sampling(3 if i % 2 else 9)
         [(_, alone)] = storm.predict([sample], compression=compression, sampling=sampling)
         assert replies[i] == (alone.text if i % 2 else alone.text.split("e")[0].split("\n\n")[0])

@@ -13,7 +13,15 @@ from storm_jax.media.media import Media
 
 
 def question(options=("red car", "blue boat", "a man", "dog"), answer="B") -> Question:
-    return Question("1", "v", Media("video", "v"), "?", tuple(options), answer, {})
+    return Question(
+        id="1",
+        video="v",
+        media=Media(kind="video", name="v"),
+        text="?",
+        options=tuple(options),
+        answer=answer,
+        groups={},
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,12 @@ from storm_jax.inference.generate import Sampling
 from storm_jax.run import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
-SETTINGS = EvalSettings("val", "vila", CompressionConfig(8, 4), 32)
+SETTINGS = EvalSettings(
+    split="val",
+    prompt_style="vila",
+    compression=CompressionConfig(num_frames=8, temporal_pool=4),
+    max_new_tokens=32,
+)
 
 
 @pytest.fixture
@@ -93,7 +98,7 @@ def test_shares_make_one_report_whoever_ends_last(root, tmp_path):
     ("changes", "problem"),
     [
         ({"prompt_style": "lmms"}, "prompt_style: 'vila' there, 'lmms' now"),
-        ({"compression": CompressionConfig(16, 4)}, "'num_frames': 8"),
+        ({"compression": CompressionConfig(num_frames=16, temporal_pool=4)}, "'num_frames': 8"),
         ({"max_new_tokens": 8}, "max_new_tokens: 32 there, 8 now"),
     ],
 )
@@ -123,22 +128,34 @@ def test_answers_to_other_questions_are_not_taken_for_these(root, tmp_path):
 def test_two_processes_do_not_write_one_journal(root, tmp_path):
     journal = Journal(tmp_path, (0, 1))
     with journal.writing() as writer:
-        writer.add("a", Answer("x"))
+        writer.add("a", Answer(reply="x"))
         other = Journal(tmp_path, (0, 1)).writing()
         with pytest.raises(RunError, match=r"another process is answering .*answers.0-of-1.jsonl"):
             other.__enter__()
-        writer.add("b", Answer("y"))
-    assert journal.answers() == {"a": Answer("x"), "b": Answer("y")}
+        writer.add("b", Answer(reply="y"))
+    assert journal.answers() == {"a": Answer(reply="x"), "b": Answer(reply="y")}
 
 
 def test_limit_asks_the_first_and_says_so(root, tmp_path):
-    settings = EvalSettings("val", "vila", CompressionConfig(8), 32, limit=5)
+    settings = EvalSettings(
+        split="val",
+        prompt_style="vila",
+        compression=CompressionConfig(num_frames=8),
+        max_new_tokens=32,
+        limit=5,
+    )
     report, model = ask(root, tmp_path / "out", settings=settings)
     assert model.asked == ["lv-0_0", "lv-0_1", "lv-1_0", "lv-1_1", "lv-2_0"]
     counts = report.scores.counts
     assert (counts.published, counts.rows, counts.asked) == (1337, 24, 5)
     assert settings.folder_name(7, "vila") == "step7_frames8_k1_p1_s1_limit5"
-    lmms = EvalSettings("val", "lmms", CompressionConfig(8), 32, answers="likelihood")
+    lmms = EvalSettings(
+        split="val",
+        prompt_style="lmms",
+        compression=CompressionConfig(num_frames=8),
+        max_new_tokens=32,
+        answers="likelihood",
+    )
     assert lmms.folder_name(7, "vila") == "step7_frames8_k1_p1_s1_lmms_likelihood"
 
 
@@ -151,10 +168,20 @@ def test_the_model_is_asked_as_the_settings_say(root, tmp_path):
             yield from super().predict(samples, **how)
 
     questions = BENCHMARKS["longvideobench"].questions(root, "val")
-    settings = EvalSettings("val", "vila", CompressionConfig(8, 4, 2, 2), 32, answers="likelihood")
+    settings = EvalSettings(
+        split="val",
+        prompt_style="vila",
+        compression=CompressionConfig(
+            num_frames=8, temporal_pool=4, spatial_pool=2, temporal_sample=2
+        ),
+        max_new_tokens=32,
+        answers="likelihood",
+    )
     model = Model(questions, oracle)
     ask(root, tmp_path / "out", settings=settings, model=model, batch_size=3)
-    assert seen["compression"] == CompressionConfig(8, 4, 2, 2)
+    assert seen["compression"] == CompressionConfig(
+        num_frames=8, temporal_pool=4, spatial_pool=2, temporal_sample=2
+    )
     assert (seen["sampling"], seen["batch_size"]) == (Sampling(32), 3)
     assert seen["choices"][:3] == ["ABCDE", "ABCD", "ABC"]
     assert len(seen["with_clips"]) == 8  # two of each duration
@@ -164,16 +191,20 @@ def test_journals_of_several_processes_are_one(tmp_path):
     for share in ((0, 2), (1, 2)):
         journal = Journal(tmp_path, share)
         with journal.writing() as writer:
-            writer.add("a", Answer("x") if share[0] else Answer(error="e", cause="missing"))
-            writer.add(f"b{share[0]}", Answer("y"))
-    assert Journal(tmp_path).answers() == {"a": Answer("x"), "b0": Answer("y"), "b1": Answer("y")}
+            writer.add("a", Answer(reply="x") if share[0] else Answer(error="e", cause="missing"))
+            writer.add(f"b{share[0]}", Answer(reply="y"))
+    assert Journal(tmp_path).answers() == {
+        "a": Answer(reply="x"),
+        "b0": Answer(reply="y"),
+        "b1": Answer(reply="y"),
+    }
 
 
 def test_the_papers_settings_are_those_of_its_table():
     pooled = PAPER_SETTINGS["storm_t_pool"].compression("storm_t_pool", "longvideobench")
-    assert pooled == CompressionConfig(128, temporal_pool=4)
+    assert pooled == CompressionConfig(num_frames=128, temporal_pool=4)
     both = PAPER_SETTINGS["storm_t_pool_t_samp"].compression("storm_t_pool_t_samp", "mlvu")
-    assert both == CompressionConfig(256, temporal_pool=4, temporal_sample=2)
+    assert both == CompressionConfig(num_frames=256, temporal_pool=4, temporal_sample=2)
     with pytest.raises(ValueError, match="--settings=storm: the paper has no frames for egoschema"):
         PAPER_SETTINGS["storm"].compression("storm", "egoschema")
 

@@ -19,8 +19,16 @@ def rows(right: list[bool], videos: list[str], groups: list[str] | None = None) 
     groups = groups or [""] * len(right)
     return [
         Row(
-            Question(str(i), video, Media("video", video), "?", ("x", "y"), "A", {"g": group}),
-            Answer("A" if is_right else "B"),
+            Question(
+                id=str(i),
+                video=video,
+                media=Media(kind="video", name=video),
+                text="?",
+                options=("x", "y"),
+                answer="A",
+                groups={"g": group},
+            ),
+            Answer(reply="A" if is_right else "B"),
             "A" if is_right else "B",
         )
         for i, (is_right, video, group) in enumerate(zip(right, videos, groups, strict=True))
@@ -70,24 +78,40 @@ def test_the_mean_of_groups_and_its_interval_are_those_of_a_simulation(rng):
 
 
 def test_failures_and_what_cannot_be_parsed_are_wrong():
-    question = Question("1", "v", Media("video", "v"), "?", ("x", "y"), "A", {})
+    question = Question(
+        id="1",
+        video="v",
+        media=Media(kind="video", name="v"),
+        text="?",
+        options=("x", "y"),
+        answer="A",
+        groups={},
+    )
     answers = {"1": Answer(error="it is gone", cause="missing")}
     (row,) = parse_rows([question], answers, lambda reply, q: "A")
     assert (row.right, row.status, row.parsed) == (False, "missing", None)
-    (row,) = parse_rows([question], {"1": Answer("?")}, lambda reply, q: None)
+    (row,) = parse_rows([question], {"1": Answer(reply="?")}, lambda reply, q: None)
     assert (row.right, row.status) == (False, "unparsed")
     assert parse_rows([question], {}, lambda reply, q: "A") == []
-    unkeyed = Question("1", "v", Media("video", "v"), "?", ("x", "y"), None, {})
-    (row,) = parse_rows([unkeyed], {"1": Answer("A")}, lambda reply, q: "A")
+    unkeyed = Question(
+        id="1",
+        video="v",
+        media=Media(kind="video", name="v"),
+        text="?",
+        options=("x", "y"),
+        answer=None,
+        groups={},
+    )
+    (row,) = parse_rows([unkeyed], {"1": Answer(reply="A")}, lambda reply, q: "A")
     assert not row.right
 
 
 def test_a_line_of_predictions_is_the_row_again(tmp_path):
     question = Question(
-        "1", "v", Media("video", "v"), "?", ("x", "y"), "A", {"g": "1"}, ("A. x", "B. y"),
+        id="1", video="v", media=Media(kind="video", name="v"), text="?", options=("x", "y"), answer="A", groups={"g": "1"}, lines=("A. x", "B. y"),
         guess=0.25, extra={"scoring_points": "p\u2028q", "settings": object()},
     )  # fmt: skip
-    row = Row(question, Answer("A", visual_tokens=3, seconds=0.25), "A")
+    row = Row(question, Answer(reply="A", visual_tokens=3, seconds=0.25), "A")
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps(predictions.to_line(row), ensure_ascii=False) + "\n")
     (again,), answers = predictions.read(path, None)
@@ -129,12 +153,22 @@ def test_a_null_reply_is_an_empty_one_and_a_blank_line_is_none(tmp_path):
     path.write_text('{"id": "0", "reply": null}\n\n{"id": 1, "reply": "B"}\n')
     questions = [row.question for row in rows([True] * 3, ["a", "b", "c"])]
     _, answers = predictions.read(path, questions)
-    assert answers["0"] == Answer("") and answers["1"] == Answer("B")
+    assert answers["0"] == Answer(reply="") and answers["1"] == Answer(reply="B")
     assert answers["2"].cause == "no_reply"
 
 
 def test_what_a_parser_takes_for_no_letter_of_the_row_is_unparsed():
-    question = Question("1", "v", Media("video", "v"), "?", ("x", "y"), "A", {})
+    question = Question(
+        id="1",
+        video="v",
+        media=Media(kind="video", name="v"),
+        text="?",
+        options=("x", "y"),
+        answer="A",
+        groups={},
+    )
     for found in ("C", "I cannot tell", ""):
-        (row,) = parse_rows([question], {"1": Answer("?")}, lambda reply, q, found=found: found)
+        (row,) = parse_rows(
+            [question], {"1": Answer(reply="?")}, lambda reply, q, found=found: found
+        )
         assert (row.parsed, row.status) == (None, "unparsed")

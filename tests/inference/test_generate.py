@@ -18,7 +18,13 @@ from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model, compute_dtypes
 from storm_jax.text.conversation import Encoded
 
-SHAPE = RowShape(48, 8, 32, presets.tiny().side, CompressionConfig(8, temporal_pool=4))
+SHAPE = RowShape(
+    tokens=48,
+    frames=8,
+    image_size=32,
+    side=presets.tiny().side,
+    compression=CompressionConfig(num_frames=8, temporal_pool=4),
+)
 VISUAL = VisualShape(SHAPE.num_groups, 1)
 
 

@@ -63,7 +63,12 @@ def test_media_are_decoded_and_encoded_once_for_all_questions(storm, shapes_fold
     videos = sorted((shapes_folder / "media/test").glob("*.mp4"))[:2]
     paths = [*videos, shapes_folder / "nothing.mp4"]
     samples = [
-        Sample(f"{i}", (Turn("user", f"<video>\nWhat? {i}"),), (Media.file("video", path),), {})
+        Sample(
+            id=f"{i}",
+            turns=(Turn("user", f"<video>\nWhat? {i}"),),
+            media=(Media.file("video", path),),
+            extra={},
+        )
         for i in range(3)
         for path in paths
     ]
@@ -110,7 +115,12 @@ def test_the_likeliest_choice_is_the_argmax_among_the_rows_own(storm, shapes_fol
 
 def test_a_question_may_depend_on_the_frames_and_open_its_answer(storm, shapes_folder):
     video = next((shapes_folder / "media/test").glob("*.mp4"))
-    asked = Sample("1", (Turn("user", "<video>\nWhat?"),), (Media.file("video", video),), {})
+    asked = Sample(
+        id="1",
+        turns=(Turn("user", "<video>\nWhat?"),),
+        media=(Media.file("video", video),),
+        extra={},
+    )
     seen = []
 
     def ask(index, times):
@@ -127,7 +137,12 @@ def test_samples_that_do_not_fit_their_media_leave_the_others_alone(storm, shape
     video = (Media.file("video", next((shapes_folder / "media/test").glob("*.mp4"))),)
     texts = ["<video>\nWhat?", "<video><video>\nWhat?", "What?", None]
     samples = [
-        Sample(str(i), (Turn("user", text),) if text is not None else (), video, {})
+        Sample(
+            id=str(i),
+            turns=(Turn("user", text),) if text is not None else (),
+            media=video,
+            extra={},
+        )
         for i, text in enumerate(texts)
     ]
     answers = dict(storm.predict(samples, batch_size=4))

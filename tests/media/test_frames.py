@@ -46,7 +46,7 @@ def test_the_tail_is_never_dropped(seconds: list[float], count: int, fps: float)
     times -= times[0]
     chosen = count_frames(times[-1], count, FramesConfig(fps=fps))
     assert 1 <= chosen <= count
-    targets = spread(Media("video", "a"), times[-1], chosen)
+    targets = spread(Media(kind="video", name="a"), times[-1], chosen)
     picks = nearest(times, targets)
     assert len(picks) == chosen and (np.diff(picks) >= 0).all()
     assert picks[0] == 0 and (chosen == 1 or picks[-1] == len(times) - 1)
@@ -66,7 +66,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def medium(folder: pathlib.Path, **timing: float) -> Media:
-    return Media("video", str(folder), folder, **timing)
+    return Media(kind="video", name=str(folder), path=folder, **timing)
 
 
 def test_a_folder_of_frames_is_a_video(folder: pathlib.Path):
@@ -78,7 +78,7 @@ def test_a_folder_of_frames_is_a_video(folder: pathlib.Path):
     config = FramesConfig(fps=1.0)
     assert count_of_medium(medium(folder, fps=2.0), 32, config) == 7
     assert count_of_medium(medium(folder, fps=2.0, start=4.5), 32, config) == 2
-    assert count_of_medium(Media("image", "a"), 32, config) == 1
+    assert count_of_medium(Media(kind="image", name="a"), 32, config) == 1
 
 
 def test_a_broken_frame_of_a_folder(folder: pathlib.Path):

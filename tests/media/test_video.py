@@ -24,7 +24,7 @@ COUNT, STEP, FPS = 20, 12, 8
 
 
 def read(path: pathlib.Path, num_frames: int, size: int, damage: float = 0.0, **clip) -> Clip:
-    medium = Media("video", str(path), path, **clip)
+    medium = Media(kind="video", name=str(path), path=path, **clip)
     return read_video(medium, num_frames, size, damage)
 
 
@@ -271,7 +271,14 @@ def test_jumps_cover_every_pick_from_a_keyframe_before_it(stamps, keys, picks):
     times = np.array(sorted(stamps))
     keyframes = times[sorted({0} | {key for key in keys if key < len(times)})]
     wanted = np.array(sorted({pick % len(times) for pick in picks}))
-    timeline = video_lib._Timeline(times, Fraction(1), keyframes, False, float(times[-1]), "")
+    timeline = video_lib._Timeline(
+        stamps=times,
+        base=Fraction(1),
+        keyframes=keyframes,
+        numbered=False,
+        last=float(times[-1]),
+        damage="",
+    )
     jumps = list(video_lib._jumps(timeline, wanted))
     assert [pick for _, members in jumps for pick in members] == wanted.tolist()
     for start, members in jumps:

@@ -39,7 +39,7 @@ def crash(how: str) -> None:
 
 
 def fail() -> None:
-    raise MediaError(Media("video", "a.mp4"), "truncated", "too short")
+    raise MediaError(Media(kind="video", name="a.mp4"), "truncated", "too short")
 
 
 def modules() -> list[str]:

@@ -22,7 +22,13 @@ from storm_jax.text.conversation import Encoded
 
 def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24) -> RowShape:
     tiny = presets.tiny()
-    return RowShape(tokens, frames, tiny.vision.image_size, tiny.side, compression)
+    return RowShape(
+        tokens=tokens,
+        frames=frames,
+        image_size=tiny.vision.image_size,
+        side=tiny.side,
+        compression=compression,
+    )
 
 
 def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
@@ -60,9 +66,9 @@ def model(request, small_model, randomise) -> Storm:
 @pytest.mark.parametrize(
     "compression",
     [
-        CompressionConfig(8, temporal_pool=4),
-        CompressionConfig(8, temporal_pool=3, spatial_pool=2),
-        CompressionConfig(8, temporal_pool=2, temporal_sample=2),
+        CompressionConfig(num_frames=8, temporal_pool=4),
+        CompressionConfig(num_frames=8, temporal_pool=3, spatial_pool=2),
+        CompressionConfig(num_frames=8, temporal_pool=2, temporal_sample=2),
     ],
     ids=["k4", "k3p2", "k2s2"],
 )
@@ -80,7 +86,7 @@ def test_packed_samples_give_what_they_give_alone(model, compression, rng):
 
 def test_the_projector_mixes_time_before_pooling(small_model, randomise, rng):
     """Without its mixer the answer would be another one: what the other tests see is not zero."""
-    shape = row_shape(CompressionConfig(8, temporal_pool=4))
+    shape = row_shape(CompressionConfig(num_frames=8, temporal_pool=4))
     sample = make_sample(rng, shape, 8, 4)
     swapped = dataclasses.replace(sample, clips=[sample.clips[0][[1, 0, 2, 3, 4, 5, 6, 7]]])
     for projector, sees_order in (("storm", True), ("mlp", False)):
@@ -110,7 +116,7 @@ def test_causal_projector_never_looks_ahead(small_model, randomise, rng):
 
 def test_a_fresh_storm_projector_is_the_identity_on_time(small_model, rng):
     """out_proj starts at zero, so that training begins from independent frames."""
-    shape = row_shape(CompressionConfig(8, temporal_pool=4))
+    shape = row_shape(CompressionConfig(num_frames=8, temporal_pool=4))
     sample = make_sample(rng, shape, 8, 4)
     swapped = dataclasses.replace(sample, clips=[sample.clips[0][[3, 2, 1, 0, 4, 5, 6, 7]]])
     model = Storm(small_model, rngs=nnx.Rngs(0))
@@ -122,7 +128,7 @@ def test_a_fresh_storm_projector_is_the_identity_on_time(small_model, rng):
 def test_sampled_out_frames_still_reach_the_kept_tokens(small_model, randomise, rng):
     """Temporal sampling drops tokens after the scan, not frames before it."""
     model = randomise(Storm(small_model, rngs=nnx.Rngs(0)))
-    shape = row_shape(CompressionConfig(8, temporal_pool=2, temporal_sample=2))
+    shape = row_shape(CompressionConfig(num_frames=8, temporal_pool=2, temporal_sample=2))
     sample = make_sample(rng, shape, 8, 4)
     changed = sample.clips[0].copy()
     changed[2:4] = 255  # the second group, which is dropped
@@ -132,7 +138,7 @@ def test_sampled_out_frames_still_reach_the_kept_tokens(small_model, randomise, 
 
 def test_gradients_reach_every_trained_parameter(small_model, randomise, rng):
     model = randomise(Storm(small_model, rngs=nnx.Rngs(0)))
-    shape = row_shape(CompressionConfig(8, temporal_pool=4))
+    shape = row_shape(CompressionConfig(num_frames=8, temporal_pool=4))
     batch = build_rows([[make_sample(rng, shape, 8, 6)]], 0, shape)
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
     graphdef, params = nnx.split(model)

@@ -42,7 +42,9 @@ FAMILIES = {
         QWEN2,
         qkv_bias=False,
         rope_theta=100.0,
-        rope_scaling=RopeScalingConfig(8.0, 1.0, 4.0, original_positions=64),
+        rope_scaling=RopeScalingConfig(
+            factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=64
+        ),
     ),  # its 4 rates are kept, interpolated and stretched
     "qwen3": dataclasses.replace(QWEN2, qkv_bias=False, qk_norm=True),
 }

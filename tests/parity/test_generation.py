@@ -115,7 +115,9 @@ def test_rendered_ids_equal_those_of_the_template(kind, system, chat, tmp_path):
     make_tokenizer(kind).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     turns = CHATS[chat]
-    sample = Sample("a", tuple(Turn(role, text) for role, text in turns), (), {})
+    sample = Sample(
+        id="a", turns=tuple(Turn(role, text) for role, text in turns), media=(), extra={}
+    )
     encoded = ConversationEncoder(tokenizer, system).encode(sample, [])
     messages = [{"role": r, "content": t} for r, t in [("system", system), *turns]]
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(

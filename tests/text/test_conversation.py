@@ -40,7 +40,7 @@ def sample_of(*pairs: tuple[str, str], system: str = "", media: int = 0) -> Samp
     for question, answer in pairs:
         turns += [Turn("user", question), Turn("assistant", answer)]
     files = tuple(Media.file("image", f"{i}.png") for i in range(media))
-    return Sample("a", tuple(turns), files, {})
+    return Sample(id="a", turns=tuple(turns), media=files, extra={})
 
 
 def runs(tokenizer, encoded: Encoded) -> list[tuple[bool, str]]:

@@ -17,7 +17,7 @@ from storm_jax.params import abstract_model, flatten
 from storm_jax.train.optim import is_trainable, make_optimizer, schedule
 
 CONFIG = OptimConfig(
-    LearningRateConfig(vision=1e-3, projector=2e-3, decoder=4e-3),
+    learning_rate=LearningRateConfig(vision=1e-3, projector=2e-3, decoder=4e-3),
     warmup_fraction=0.0,
     weight_decay=0.5,
     clip_norm=1e9,

@@ -78,7 +78,7 @@ class TarShards:
             name = self._names[begin : self._name_ends[number]].tobytes().decode()
             kind = "image" if name.lower().endswith(IMAGE_SUFFIXES) else "video"
             path = self.files[shard]
-            found[name] = Media(kind, f"{path}!{name}", path, (offset, size))
+            found[name] = Media(kind=kind, name=f"{path}!{name}", path=path, span=(offset, size))
         return found
 
 

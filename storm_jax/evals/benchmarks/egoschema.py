@@ -31,14 +31,14 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     for uid, text, lines, answer in _rows(root, split):
         questions.append(
             Question(
-                uid,
-                uid,
-                Media.file("video", videos.path(f"{uid}.mp4")),
-                without_placeholders(text),
-                tuple(map(without_letter, lines)),
-                answer,
-                {},
-                lines,
+                id=uid,
+                video=uid,
+                media=Media.file("video", videos.path(f"{uid}.mp4")),
+                text=without_placeholders(text),
+                options=tuple(map(without_letter, lines)),
+                answer=answer,
+                groups={},
+                lines=lines,
             )
         )
     return questions
@@ -109,12 +109,12 @@ def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathli
 
 
 BENCHMARK = Benchmark(
-    "egoschema",
-    "EgoSchema",
-    "get it from github.com/egoschema/EgoSchema or huggingface.co/datasets/lmms-lab/egoschema",
-    {"subset": Split(500), "full": Split(5031)},
-    load,
-    {"vila": vila, "lmms": lmms},
-    {"strict": parsing.strict, "lmms": parsing.mmmu},
+    name="egoschema",
+    title="EgoSchema",
+    source="get it from github.com/egoschema/EgoSchema or huggingface.co/datasets/lmms-lab/egoschema",
+    splits={"subset": Split(rows=500), "full": Split(rows=5031)},
+    load=load,
+    prompts={"vila": vila, "lmms": lmms},
+    parsers={"strict": parsing.strict, "lmms": parsing.mmmu},
     submit=submit,
 )

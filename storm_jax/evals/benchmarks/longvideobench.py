@@ -41,13 +41,15 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
         choice = row.get("correct_choice")
         questions.append(
             Question(
-                str(row["id"]),
-                str(row["video_id"]),
-                Media.file("video", videos.path(row.get("video_path") or f"{row['video_id']}.mp4")),
-                without_placeholders(row["question"]),
-                tuple(without_placeholders(str(option)) for option in options),
-                None if choice in (None, -1) else "ABCDE"[int(choice)],
-                {
+                id=str(row["id"]),
+                video=str(row["video_id"]),
+                media=Media.file(
+                    "video", videos.path(row.get("video_path") or f"{row['video_id']}.mp4")
+                ),
+                text=without_placeholders(row["question"]),
+                options=tuple(without_placeholders(str(option)) for option in options),
+                answer=None if choice in (None, -1) else "ABCDE"[int(choice)],
+                groups={
                     "duration_group": str(row["duration_group"]),
                     "question_category": str(row["question_category"]),
                     "level": str(row.get("level", "?")),
@@ -103,24 +105,24 @@ def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathli
 
 
 BENCHMARK = Benchmark(
-    "longvideobench",
-    "LongVideoBench",
-    "get it from huggingface.co/datasets/longvideobench/LongVideoBench",
-    {
+    name="longvideobench",
+    title="LongVideoBench",
+    source="get it from huggingface.co/datasets/longvideobench/LongVideoBench",
+    splits={
         "val": Split(
-            1337,
-            {"duration_group": {"15": 189, "60": 172, "600": 412, "3600": 564}},
+            rows=1337,
+            groups={"duration_group": {"15": 189, "60": 172, "600": 412, "3600": 564}},
             max_new_tokens=32,
         ),
         "test": Split(
-            5341,
-            {"duration_group": {"15": 700, "60": 753, "600": 1555, "3600": 2333}},
+            rows=5341,
+            groups={"duration_group": {"15": 700, "60": 753, "600": 1555, "3600": 2333}},
             max_new_tokens=32,
         ),
     },
-    load,
-    {"vila": lmms, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": official},
-    {
+    load=load,
+    prompts={"vila": lmms, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": official},
+    parsers={
         "strict": parsing.strict,
         "lmms": parsing.first_letter,
         "vlmevalkit": parsing.first_letter_vlm("ABCDE"),

@@ -99,13 +99,13 @@ def _question(
     text = re.split(r"\n\(A\) ", raw)[0] if candidates else raw
     key = _letter(answer, tuple(map(str, row.get("candidates") or ()))) if candidates else answer
     return Question(
-        identity,
-        name,
-        Media.file("video", videos.path(name)),
-        without_placeholders(text).rstrip(),
-        candidates,
-        key,
-        {"task": task},
+        id=identity,
+        video=name,
+        media=Media.file("video", videos.path(name)),
+        text=without_placeholders(text).rstrip(),
+        options=candidates,
+        answer=key,
+        groups={"task": task},
         extra={"scoring_points": row["scoring_points"]} if "scoring_points" in row else {},
     )
 
@@ -167,22 +167,22 @@ def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathli
 
 
 BENCHMARK = Benchmark(
-    "mlvu",
-    "MLVU",
-    "get it from huggingface.co/datasets/MLVU/MVLU (dev), MLVU/MLVU_Test or sy1998/MLVU_dev",
-    {
-        "dev": Split(2175, {"task": DEV}),
-        "test": Split(502, {"task": TEST}),
-        "generation": Split(418, {"task": GENERATION}, max_new_tokens=512, judged=True),
+    name="mlvu",
+    title="MLVU",
+    source="get it from huggingface.co/datasets/MLVU/MVLU (dev), MLVU/MLVU_Test or sy1998/MLVU_dev",
+    splits={
+        "dev": Split(rows=2175, groups={"task": DEV}),
+        "test": Split(rows=502, groups={"task": TEST}),
+        "generation": Split(rows=418, groups={"task": GENERATION}, max_new_tokens=512, judged=True),
     },
-    load,
-    {
+    load=load,
+    prompts={
         "vila": _or_open(lmms),
         "lmms": _or_open(lmms),
         "vlmevalkit": _or_open(vlmevalkit),
         "official": _or_open(official),
     },
-    {
+    parsers={
         "strict": parsing.strict,
         "lmms": parsing.extract_mcq("ABCD"),
         "vlmevalkit": parsing.before_bracket_vlm,

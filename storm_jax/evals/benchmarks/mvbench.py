@@ -86,13 +86,13 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
             options = tuple(map(str, row["candidates"]))
             questions.append(
                 Question(
-                    f"{name}/{number}",
-                    f"{task.whole}/{row['video']}",
-                    _medium(row, task, whole, cut),
-                    without_placeholders(row["question"]),
-                    tuple(map(without_placeholders, options)),
-                    letter_of(str(row["answer"]), options),
-                    {"task": name},
+                    id=f"{name}/{number}",
+                    video=f"{task.whole}/{row['video']}",
+                    media=_medium(row, task, whole, cut),
+                    text=without_placeholders(row["question"]),
+                    options=tuple(map(without_placeholders, options)),
+                    answer=letter_of(str(row["answer"]), options),
+                    groups={"task": name},
                 )
             )
     return questions
@@ -131,13 +131,13 @@ def asked(question: Question) -> str:
 
 
 BENCHMARK = Benchmark(
-    "mvbench",
-    "MVBench",
-    "get it from huggingface.co/datasets/OpenGVLab/MVBench, branch main or video",
-    {"test": Split(4000, {"task": dict.fromkeys(TASKS, 200)})},
-    load,
-    {"vila": lmms, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": official},
-    {
+    name="mvbench",
+    title="MVBench",
+    source="get it from huggingface.co/datasets/OpenGVLab/MVBench, branch main or video",
+    splits={"test": Split(rows=4000, groups={"task": dict.fromkeys(TASKS, 200)})},
+    load=load,
+    prompts={"vila": lmms, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": official},
+    parsers={
         "strict": parsing.strict,
         "lmms": parsing.letter_in_text,
         "vlmevalkit": parsing.check_answer_vlm,

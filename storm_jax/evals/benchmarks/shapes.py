@@ -14,7 +14,7 @@ from storm_jax.tasks import shapes
 
 def load(root: pathlib.Path, split: str) -> list[Question]:
     settings = shapes.read_settings(root)
-    source = open_source(SourceConfig("shapes", str(root / f"{split}.json")))
+    source = open_source(SourceConfig(name="shapes", path=str(root / f"{split}.json")))
     questions = []
     for index in range(len(source)):
         sample = source.sample(index)
@@ -22,13 +22,13 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
         (medium,) = sample.media
         questions.append(
             Question(
-                sample.id,
-                medium.name,
-                medium,
-                sample.prompt().turns[-1].text,
-                tuple(sample.extra.get("options", ())),
-                sample.answer(),
-                {"family": family},
+                id=sample.id,
+                video=medium.name,
+                media=medium,
+                text=sample.prompt().turns[-1].text,
+                options=tuple(sample.extra.get("options", ())),
+                answer=sample.answer(),
+                groups={"family": family},
                 guess=shapes.FAMILIES[family].chance,
                 extra={"settings": settings},
             )
@@ -49,12 +49,15 @@ def ceiling(question: Question, compression: CompressionConfig) -> float | None:
 
 
 BENCHMARK = Benchmark(
-    "shapes",
-    "the built-in task",
-    "render it with python -m storm_jax.tasks.shapes",
-    {name: Split(0, {"family": dict.fromkeys(shapes.FAMILIES, 0)}, 64) for name in ("test", "val")},
-    load,
-    {"trained": as_trained},
-    {"exact": parsing.exact},
+    name="shapes",
+    title="the built-in task",
+    source="render it with python -m storm_jax.tasks.shapes",
+    splits={
+        name: Split(rows=0, groups={"family": dict.fromkeys(shapes.FAMILIES, 0)}, max_new_tokens=64)
+        for name in ("test", "val")
+    },
+    load=load,
+    prompts={"trained": as_trained},
+    parsers={"exact": parsing.exact},
     ceiling=ceiling,
 )

@@ -49,15 +49,18 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
         name = row["videoID"]
         questions.append(
             Question(
-                str(row["question_id"]),
-                str(row["video_id"]),
-                Media.file("video", videos.path(f"{name}.mp4")),
-                without_placeholders(row["question"]),
-                tuple(map(without_letter, lines)),
-                row["answer"],
-                {key: str(row[key]) for key in ("duration", "domain", "sub_category", "task_type")},
-                lines,
-                srt.find(f"{name}.srt"),
+                id=str(row["question_id"]),
+                video=str(row["video_id"]),
+                media=Media.file("video", videos.path(f"{name}.mp4")),
+                text=without_placeholders(row["question"]),
+                options=tuple(map(without_letter, lines)),
+                answer=row["answer"],
+                groups={
+                    key: str(row[key])
+                    for key in ("duration", "domain", "sub_category", "task_type")
+                },
+                lines=lines,
+                subtitles=srt.find(f"{name}.srt"),
             )
         )
     return questions
@@ -134,22 +137,22 @@ def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathli
 
 
 BENCHMARK = Benchmark(
-    "videomme",
-    "Video-MME",
-    "get it from huggingface.co/datasets/lmms-lab/Video-MME",
-    {
+    name="videomme",
+    title="Video-MME",
+    source="get it from huggingface.co/datasets/lmms-lab/Video-MME",
+    splits={
         "test": Split(
-            2700,
-            {
+            rows=2700,
+            groups={
                 "duration": {"short": 900, "medium": 900, "long": 900},
                 "domain": DOMAINS,
                 "task_type": TASKS,
             },
         )
     },
-    load,
-    {"vila": vila, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": vila},
-    {
+    load=load,
+    prompts={"vila": vila, "lmms": lmms, "vlmevalkit": vlmevalkit, "official": vila},
+    parsers={
         "strict": parsing.strict,
         "lmms": parsing.extract_mcq("ABCD"),
         "vlmevalkit": parsing.first_letter_vlm("ABCD"),
