@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from configs import tiny
-from storm_jax import presets
+from configs.tiny import MODEL as TINY
 from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from storm_jax.files import write_atomically
 from storm_jax.inference.generate import Sampling
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def scaled_model() -> ModelConfig:
     """The paper's proportions where two cores can run them: most work is the tower's, as with 7B."""
-    preset = presets.tiny()
+    preset = TINY
     return dataclasses.replace(
         preset,
         vision=dataclasses.replace(

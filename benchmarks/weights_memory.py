@@ -11,6 +11,7 @@ the checkpoint, which it frees.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -24,7 +25,6 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from storm_jax import presets
 from storm_jax.params import abstract_model, flatten
 from storm_jax.run import Run
 from storm_jax.text.bpe import train_tokenizer
@@ -39,7 +39,7 @@ IDLE = "import storm_jax.weights.__main__, jax; jax.devices()"
 
 def write_checkpoint(preset: str, folder: pathlib.Path) -> None:
     """A tower and a decoder of a preset's sizes; norms are one, the rest is small and random."""
-    model = getattr(presets, preset)()
+    model = importlib.import_module(f"configs.{preset}").MODEL
     shapes = flatten(nnx.to_pure_dict(abstract_model(model)[1]))
     block = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(ml_dtypes.bfloat16)
     configs = {

@@ -1,8 +1,8 @@
 """Strict configuration: frozen dataclasses built from an ml_collections ConfigDict.
 
-`from_dict(RunConfig, mapping)` checks every key and type, then the combinations, collects all
-problems and raises one `ConfigError` that names each field and its value. Nothing here touches a
-device. A run keeps its configuration as `config.json` and is rebuilt from it.
+`from_dict(RunConfig, mapping)` checks every key, type and combination of values, and raises one
+`ConfigError` that lists all problems by field and value. Nothing here touches a device. A run stores
+its configuration as `config.json` and is rebuilt from it.
 
     RunConfig
       model        ModelConfig: vision, projector (+ mamba), decoder, dtype
@@ -31,7 +31,7 @@ _PROJECTIONS = ("query", "key", "value", "out", "gate_up", "down")
 
 
 def _at_least(minimum: float, default: Any = dataclasses.MISSING) -> Any:
-    """A number that may be as small as `minimum`; other numbers must be positive."""
+    """Declares a number that is at least `minimum`. All other numbers must be positive."""
     return dataclasses.field(default=default, metadata={"minimum": minimum})
 
 
@@ -39,7 +39,7 @@ def _pattern_problems(name: str, pattern: str) -> list[str]:
     try:
         re.compile(pattern)
     except re.error as error:
-        return [f"{name}={pattern!r} is no regular expression: {error}"]
+        return [f"{name}={pattern!r} is not a valid regular expression: {error}"]
     return []
 
 
@@ -50,7 +50,7 @@ class ConfigError(ValueError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A SigLIP tower. `feature_layer` indexes hidden states as transformers does: -1 is the output
-    of the last layer, -2 (LLaVA's and VILA's choice) of the one before it."""
+    of the last layer, -2 the one before it, as LLaVA and VILA use."""
 
     image_size: int
     patch_size: int
@@ -63,7 +63,7 @@ class VisionConfig:
 
     @property
     def side(self) -> int:
-        """Patches along one edge of the image."""
+        """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
     def problems(self) -> list[str]:
@@ -79,9 +79,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaConfig:
-    """The temporal projector's Mamba layers (used when `projector="storm"`). `mixer` is "mamba1" (the
-    selective scan) or "mamba2" (SSD: heads of `head_dim` channels, which "mamba1" does not have, and
-    usually a `d_state` of 64 to 128)."""
+    """The temporal projector's Mamba layers (used if `projector="storm"`).
+
+    `mixer` is "mamba1" (selective scan) or "mamba2" (SSD, with heads of `head_dim` channels and usually a
+    `d_state` of 64 to 128). `direction` is "both" or "forward", the causal variant for streaming."""
 
     mixer: str = "mamba1"
     depth: int = 2
@@ -102,9 +103,9 @@ class MambaConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
-    """Llama 3's scaling of rotary frequencies: wavelengths above `original_positions /
+    """Llama 3's scaling of rotary frequencies. Wavelengths above `original_positions /
     low_freq_factor` are stretched by `factor`, those below `original_positions / high_freq_factor`
-    are kept, and between them it is interpolated. A factor of 1 changes nothing."""
+    are unchanged, and those in between are interpolated. A factor of 1 disables scaling."""
 
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -122,9 +123,9 @@ class RopeScalingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on the decoder's projections whose name matches `targets` (query, key,
-    value, out, gate_up, down). A rank of 0 adds none; else only the adapters of the decoder are
-    trained, with its learning rate."""
+    """Low-rank adapters on the decoder projections whose name matches the regular expression
+    `targets` (query, key, value, out, gate_up, down). A rank of 0 disables them. Otherwise only the
+    adapters of the decoder are trained, at the decoder's learning rate."""
 
     rank: int = _at_least(0, 0)
     alpha: float = 16.0
@@ -140,8 +141,8 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder-only language model of the Qwen2, Qwen3 and Llama families. `max_positions` is how
-    far its positions were trained; longer rows are warned of."""
+    """A decoder-only language model of the Qwen2, Qwen3 or Llama family. `max_positions` is the
+    context length it was trained with; longer rows cause a warning."""
 
     vocab_size: int
     width: int
@@ -173,7 +174,7 @@ class DecoderConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Vision tower, projector and decoder. `projector` is "storm", "mlp" (VILA's baseline) or
-    "module:Class" for a Flax module of the user's own, built with `projector_args`."""
+    "module:Class", a custom Flax module built with `projector_args`."""
 
     vision: VisionConfig
     decoder: DecoderConfig
@@ -185,7 +186,7 @@ class ModelConfig:
 
     @property
     def side(self) -> int:
-        """Tokens along one edge of a frame after pixel shuffle; odd grids are padded."""
+        """Tokens along one side of a frame after pixel shuffle. Odd grids are padded."""
         return -(-self.vision.side // self.downsample)
 
     def problems(self) -> list[str]:
@@ -194,7 +195,7 @@ class ModelConfig:
             found.append(f"projector={self.projector!r} must be 'storm', 'mlp' or 'module:Class'")
         if self.projector in ("storm", "mlp") and self.projector_args:
             found.append(
-                f"projector_args={dict(self.projector_args)!r} go to a projector of your own "
+                f"projector_args={dict(self.projector_args)!r} apply to a custom projector "
                 f"('module:Class'), not to projector={self.projector!r}"
             )
         inner = self.mamba.expand * self.decoder.width
@@ -210,7 +211,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
-    """Frames per video and what happens to their tokens. `temporal_sample` acts at test time only."""
+    """Frames per video and how their tokens are compressed.
+
+    Attributes:
+      num_frames: frames sampled from a video.
+      temporal_pool: k, frames averaged into one group.
+      spatial_pool: p, side of the cells of tokens that are averaged.
+      temporal_sample: s, keep every s-th group; at test time only.
+    """
 
     num_frames: int
     temporal_pool: int = 1
@@ -220,13 +228,19 @@ class CompressionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One data set of a mixture: a LLaVA .json or .jsonl file, a folder of .parquet files, of .tar
-    shards, or of a prepared TFDS data set (then `split` is read).
+    """One dataset of a mixture.
 
-    Media names are relative to `media_root`, or to the folder of `path` when it is empty. How often
-    its samples come is set by at most one of `weight` (its share of the samples, whatever its size; then
-    every source has one), `repeat` (times that each sample comes in an epoch), `percent` and `cap` (how
-    much of it an epoch has, a part that the seed chooses). 0 = not set.
+    Attributes:
+      path: a LLaVA .json or .jsonl file, or a folder of .parquet files, .tar shards or a prepared
+        TFDS dataset.
+      media_root: folder that media names are relative to. Defaults to the folder of `path`.
+      split: the split to read, for TFDS.
+      weight: fraction of the mixture's samples, relative to the other weights and independent of the
+        dataset's size. Either all sources have a weight or none.
+      repeat: how many times each sample occurs in an epoch.
+      percent, cap: percentage or number of samples used in an epoch, a subset drawn with the seed.
+
+    At most one of weight, repeat, percent and cap is set; 0 means not set.
     """
 
     name: str
@@ -241,12 +255,12 @@ class SourceConfig:
     def problems(self) -> list[str]:
         found = []
         if not re.fullmatch(r"[\w.-]+", self.name):
-            found.append(f"name={self.name!r} must be letters, digits, '.', '-' and '_'")
+            found.append(f"name={self.name!r} may contain only letters, digits, '.', '-' and '_'")
         chosen = {f: getattr(self, f) for f in ("weight", "repeat", "percent", "cap")}
         chosen = {field: value for field, value in chosen.items() if value}
         if len(chosen) > 1:
             listed = ", ".join(f"{field}={value}" for field, value in chosen.items())
-            found.append(f"name={self.name!r} has {listed}: set one of them at most")
+            found.append(f"name={self.name!r} has {listed}: set at most one of them")
         if self.percent > 100:
             found.append(f"percent={self.percent} must be at most 100")
         return found
@@ -254,10 +268,15 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FramesConfig:
-    """How videos are read. `fps` is the rate that frames are taken at, `compression.num_frames` at most
-    (0 = always so many). `time_text` tells the model when they are shown: "none", in one "sentence", or
-    "per_group" of pooled frames. `max_damage` is the fraction of a clip's frames that may be replaced by
-    the nearest readable one. A file that takes longer than `time_limit` seconds is skipped."""
+    """How videos are read.
+
+    Attributes:
+      fps: frames per second to sample, at most `compression.num_frames` in all. 0 always samples
+        `num_frames`.
+      time_text: timestamps in the prompt: "none", in one "sentence", or "per_group" of pooled frames.
+      max_damage: fraction of a clip's frames that may be replaced by the nearest readable frame.
+      time_limit: seconds after which a file is skipped.
+    """
 
     fps: float = _at_least(0, 0.0)
     time_text: str = "none"
@@ -275,7 +294,7 @@ class FramesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
-    """Slots of a row for tokens (S) and frames (F)."""
+    """Token slots (S) and frame slots (F) of a row."""
 
     tokens: int
     frames: int
@@ -283,13 +302,17 @@ class RowConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The mixtures to train and validate on, and the rows that samples are packed into.
+    """Training and validation mixtures, and the rows that their samples are packed into.
 
-    `rows` lists the shapes of rows, each compiled once; the last is the largest, and a row takes the
-    first that holds it. `tokenizer` is a folder; when empty it is `tokenizer/` beside the first
-    source, or the tokenizer of `init_from`. What was found out about a source (lengths, where its records
-    begin) is kept in `SOURCE.index/` beside it, or in `index_dir`. Media are read by `num_workers`
-    processes (0 = in the training process, without a time limit).
+    Attributes:
+      tokenizer: a tokenizer folder. Defaults to that of `init_from`, or to `tokenizer/` next to the
+        first source.
+      system: system prompt of samples that have none.
+      rows: row shapes, smallest first, each compiled once. A row uses the first shape that fits.
+      index_dir: where indexes of sources (lengths, record offsets) are cached. Defaults to
+        `SOURCE.index/` next to each source.
+      max_skip_fraction: fraction of a source's samples that may be unusable before training stops.
+      num_workers: processes that decode media; 0 decodes in the training process without a time limit.
     """
 
     train: tuple[SourceConfig, ...]
@@ -311,11 +334,11 @@ class DataConfig:
         if self.max_skip_fraction > 1:
             found.append(f"max_skip_fraction={self.max_skip_fraction} must be at most 1")
         if not self.train:
-            found.append("train is empty: it lists the sources to train on")
+            found.append("train is empty: list the sources to train on")
         for field in ("train", "val"):
             found += _mixture_problems(field, getattr(self, field))
         if not self.rows:
-            return [*found, "rows is empty: it lists the shapes of rows"]
+            return [*found, "rows is empty: list at least one row shape"]
         for smaller, larger in zip(self.rows, self.rows[1:], strict=False):
             if (
                 smaller.tokens > larger.tokens
@@ -324,7 +347,7 @@ class DataConfig:
             ):
                 found.append(
                     f"rows: {larger.tokens} tokens and {larger.frames} frames must not be less than "
-                    f"{smaller.tokens} and {smaller.frames}, which stand before"
+                    f"{smaller.tokens} and {smaller.frames}, the shape before it"
                 )
         return found
 
@@ -334,25 +357,25 @@ def _mixture_problems(field: str, sources: tuple[SourceConfig, ...]) -> list[str
     names = [source.name for source in sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         found.append(
-            f"{field} has {names.count(name)} sources named {name!r}: each needs its own name"
+            f"{field} has {names.count(name)} sources named {name!r}: names must be unique"
         )
     weighted = [source.name for source in sources if source.weight]
     unequal = [source.name for source in sources if source.weight or source.repeat]
     if unequal and field == "val":
         found.append(
-            f"val: {unequal[0]} has a weight or repeat, but every sample of val comes once"
+            f"val: {unequal[0]} has a weight or repeat, but every validation sample is used exactly once"
         )
     elif weighted and len(weighted) < len(sources):
         other = next(source.name for source in sources if not source.weight)
         found.append(
-            f"{field}: {weighted[0]} has a weight and {other} has none; give one to all or none"
+            f"{field}: {weighted[0]} has a weight and {other} has none: set it for all sources or none"
         )
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateConfig:
-    """Peak learning rate per part of the model; 0 freezes the part."""
+    """Peak learning rate of each part of the model; 0 freezes the part."""
 
     vision: float = _at_least(0)
     projector: float = _at_least(0)
@@ -367,8 +390,8 @@ class LearningRateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay to zero. Weight decay touches the parameters
-    whose path matches `decay_pattern`."""
+    """AdamW with linear warmup and cosine decay to zero. Weight decay applies to parameters whose
+    path matches the regular expression `decay_pattern`."""
 
     learning_rate: LearningRateConfig
     warmup_fraction: float = _at_least(0, 0.03)
@@ -387,8 +410,8 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Steps, batch and what is written when. `batch_size` counts rows over all devices and all
-    accumulation steps."""
+    """Steps, batch size, and when to log, evaluate and save. `batch_size` is the global number of
+    rows per step, over all devices and accumulation steps."""
 
     steps: int
     batch_size: int
@@ -412,7 +435,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; `data` or `fsdp` may be -1 and takes what the others leave."""
+    """Devices along each mesh axis. One of `data` and `fsdp` may be -1: it takes the remaining devices."""
 
     data: int = _at_least(-1, -1)
     fsdp: int = _at_least(-1, 1)
@@ -421,15 +444,13 @@ class MeshConfig:
 
     def problems(self) -> list[str]:
         if 0 in (self.data, self.fsdp) or self.data == self.fsdp == -1:
-            return [
-                f"data={self.data} and fsdp={self.fsdp}: a positive number each, or one of them -1"
-            ]
+            return [f"data={self.data} and fsdp={self.fsdp} must be positive, or one of them -1"]
         return []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run is. `init_from` names a run whose parameters and tokenizer are taken."""
+    """The complete configuration of a run. `init_from` is a run to take parameters and tokenizer from."""
 
     model: ModelConfig
     compression: CompressionConfig
@@ -449,7 +470,7 @@ class RunConfig:
         if self.compression.num_frames > self.data.largest_row.frames:
             found.append(
                 f"compression.num_frames={self.compression.num_frames} exceeds the "
-                f"{self.data.largest_row.frames} frames of the largest of data.rows: no video would fit"
+                f"{self.data.largest_row.frames} frames of the largest row in data.rows: no video would fit"
             )
         if self.model.decoder.lora.rank and not self.optim.learning_rate.decoder:
             found.append(
@@ -467,20 +488,21 @@ class RunConfig:
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any]) -> T:
-    """Builds a config dataclass from a (nested) mapping such as a ConfigDict.
+    """Builds a config dataclass from a nested mapping such as a ConfigDict.
 
     Raises:
-      ConfigError: listing every unknown key, missing key, wrong type and impossible combination.
+      ConfigError: listing every unknown key, missing key, wrong type and invalid combination.
     """
     problems: list[str] = []
     config = _build(cls, mapping, "", problems)
     if problems:
-        raise ConfigError("configuration:\n  " + "\n  ".join(problems))
+        listed = "\n  ".join(problems)
+        raise ConfigError(listed if len(problems) == 1 else f"configuration:\n  {listed}")
     return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested plain dict of a config dataclass, as stored in `config.json`."""
+    """Returns a config dataclass as a nested plain dict, as stored in `config.json`."""
     return dataclasses.asdict(config)
 
 
@@ -490,10 +512,10 @@ def load(path: pathlib.Path) -> RunConfig:
         mapping = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} is missing: {path.parent} is not a run (train.py makes one)"
+            f"{path} does not exist: {path.parent} is not a run (train.py creates one)"
         ) from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
     try:
         return from_dict(RunConfig, mapping)
     except ConfigError as error:
@@ -501,7 +523,7 @@ def load(path: pathlib.Path) -> RunConfig:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Fields that differ between two configs (or their dicts), by dotted name."""
+    """Returns the fields that differ between two config dicts, {dotted name: (old, new)}."""
     if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
         old, new = ({f"[{i}]": value for i, value in enumerate(values)} for values in (old, new))
         return {
@@ -519,27 +541,27 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
 def replace_model(
     config: RunConfig, model: ModelConfig, explicit: Collection[str], source: str
 ) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
-    """`config` with another model, as `inherit_model`; `source` names it in errors."""
+    """Replaces the model of `config`, as `inherit_model`; `source` is its name in errors."""
     fields = to_dict(config) | {"model": to_dict(model)}
     changes = differences(to_dict(config), fields)
     wrong = [f"{k}={changes[k][0]!r}, not {changes[k][1]!r}" for k in changes if k in explicit]
     if wrong:
         listed = "\n  ".join(wrong)
-        raise ConfigError(f"the weights of {source} need another value of\n  {listed}")
+        raise ConfigError(f"the weights of {source} require a different value of\n  {listed}")
     return from_dict(RunConfig, fields), changes
 
 
 def _build(cls: type[T], mapping: Any, prefix: str, problems: list[str]) -> T:
     where = prefix[:-1] or "the configuration"
     if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
-        problems.append(f"{where}={mapping!r} must be a section of fields")
+        problems.append(f"{where}={mapping!r} must be a mapping of fields")
         return None  # type: ignore[return-value]
     before = len(problems)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            problems.append(f"{prefix}{key} is unknown; fields here: {', '.join(fields)}")
+            problems.append(f"{prefix}{key} is an unknown field; fields: {', '.join(fields)}")
     values = {}
     for name, field in fields.items():
         if name in mapping:
@@ -562,10 +584,10 @@ def _check(field: dataclasses.Field, hint: Any, value: Any, name: str, problems:
     if typing.get_origin(hint) is not None:  # Mapping[str, Any]
         plain = value.to_dict() if hasattr(value, "to_dict") else value
         if not isinstance(plain, Mapping):
-            problems.append(f"{name}={plain!r} must be a section of fields")
+            problems.append(f"{name}={plain!r} must be a mapping of fields")
             return {}
         try:
-            return json.loads(json.dumps(plain))  # what a run reads back
+            return json.loads(json.dumps(plain))  # as read back from config.json
         except TypeError as error:
             problems.append(f"{name}={plain!r} must be plain JSON: {error}")
             return {}
@@ -589,7 +611,7 @@ def _number_problems(name: str, value: float, minimum: float | None) -> list[str
 
 def _build_tuple(cls: type[T], value: Any, name: str, problems: list[str]) -> tuple[T, ...]:
     if not isinstance(value, (list, tuple)):
-        problems.append(f"{name}={value!r} must be a list of sections")
+        problems.append(f"{name}={value!r} must be a list of mappings")
         return ()
     return tuple(_build(cls, item, f"{name}[{i}].", problems) for i, item in enumerate(value))
 

@@ -31,7 +31,7 @@ import transformers
 from flax import nnx
 
 from configs import tiny
-from storm_jax import presets
+from configs.tiny import MODEL as TINY
 from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
@@ -70,12 +70,11 @@ def randomise():
 @pytest.fixture(scope="session")
 def small_model() -> ModelConfig:
     """The tiny preset with narrower layers."""
-    preset = presets.tiny()
     return dataclasses.replace(
-        preset,
-        vision=dataclasses.replace(preset.vision, width=16, mlp_dim=32),
-        decoder=dataclasses.replace(preset.decoder, width=32, head_dim=8, mlp_dim=32),
-        mamba=dataclasses.replace(preset.mamba, d_state=4),
+        TINY,
+        vision=dataclasses.replace(TINY.vision, width=16, mlp_dim=32),
+        decoder=dataclasses.replace(TINY.decoder, width=32, head_dim=8, mlp_dim=32),
+        mamba=dataclasses.replace(TINY.mamba, d_state=4),
     )
 
 

@@ -1,17 +1,17 @@
-"""The public sets of the paper's stages are configurations that train.py accepts."""
+"""The public sets of the paper's stages are mixtures that train.py accepts."""
 
 from __future__ import annotations
 
 import pytest
 
 from configs import storm_qwen2_7b
-from configs.common import MIXTURES, STAGES
+from configs.mixtures import align, long, sft
 from storm_jax.config import RunConfig, from_dict
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_sets_of_a_stage_are_a_mixture(stage: str):
-    sets = MIXTURES[stage].SETS
+@pytest.mark.parametrize(("stage", "mixture"), [("align", align), ("sft", sft), ("long", long)])
+def test_the_sets_of_a_stage_are_a_mixture(stage, mixture):
+    sets = mixture.SETS
     config = from_dict(RunConfig, storm_qwen2_7b.get_config(f"stage={stage}"))
     assert [source.name for source in config.data.train] == [each.name for each in sets]
     assert all(source.path.startswith("data/") for source in config.data.train)
@@ -22,4 +22,4 @@ def test_the_sets_of_a_stage_are_a_mixture(stage: str):
 
 
 def test_the_second_stage_is_table_8():
-    assert len(MIXTURES["sft"].SETS) == 39
+    assert len(sft.SETS) == 39

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import jax
@@ -12,7 +13,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from storm_jax import presets
+from configs.storm_qwen2_7b import MODEL as QWEN2_7B
+from configs.tiny import MODEL as TINY
 from storm_jax.config import LoraConfig, MeshConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.ops.cross_entropy import cross_entropy
@@ -24,7 +26,7 @@ from storm_jax.train.optim import NEVER_TRAINED
 @pytest.mark.parametrize("preset", ["storm_qwen2_7b", "storm_qwen2_1_5b", "storm_llama3_8b"])
 def test_no_large_parameter_stays_whole(preset, caplog):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    _, params = abstract_model(getattr(presets, preset)())
+    _, params = abstract_model(importlib.import_module(f"configs.{preset}").MODEL)
     specs = param_specs(params, mesh)
     assert "replicated" not in caplog.text
     per_device = total = 0
@@ -39,7 +41,7 @@ def test_no_large_parameter_stays_whole(preset, caplog):
 
 def test_rules_put_heads_on_tensor_and_rows_on_data():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, params = abstract_model(presets.tiny())
+    _, params = abstract_model(TINY)
     specs = param_specs(params, mesh)
     assert specs["decoder/layers/query/kernel"] == PartitionSpec(None, ("fsdp",), ("tensor",), None)
     assert specs["decoder/embedding"] == PartitionSpec(("tensor", "fsdp"), None)
@@ -54,7 +56,7 @@ def test_rules_put_heads_on_tensor_and_rows_on_data():
 
 def test_adapters_are_split_as_the_kernels_that_they_adapt():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    tiny = presets.tiny()
+    tiny = TINY
     decoder = dataclasses.replace(tiny.decoder, lora=LoraConfig(rank=4))
     specs = param_specs(abstract_model(dataclasses.replace(tiny, decoder=decoder))[1], mesh)
     layers = "decoder/layers"
@@ -66,7 +68,7 @@ def test_adapters_are_split_as_the_kernels_that_they_adapt():
 def test_tables_of_a_vocabulary_that_does_not_divide_are_split_along_width():
     """No padding, and no copy on every device: 151,936 is 2**7 * 1187."""
     mesh = jax.sharding.AbstractMesh((1, 256, 1, 2), AXES)
-    qwen = presets.storm_qwen2_7b()
+    qwen = QWEN2_7B
     for size, split in ((151_936, "width"), (152_064, "vocab"), (128_257, "width")):
         decoder = dataclasses.replace(qwen.decoder, vocab_size=size)
         specs = param_specs(abstract_model(dataclasses.replace(qwen, decoder=decoder))[1], mesh)
@@ -81,7 +83,7 @@ def test_tables_of_a_vocabulary_that_does_not_divide_are_split_along_width():
 def test_an_odd_vocabulary_on_a_mesh_gives_what_one_device_gives(tied, capfd, rng):
     """Loss and the gradients of both tables, with the shardings that they are stored in."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    config = dataclasses.replace(presets.tiny().decoder, vocab_size=307, tie_embeddings=tied)
+    config = dataclasses.replace(TINY.decoder, vocab_size=307, tie_embeddings=tied)
     decoder = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
     graphdef, params = nnx.split(decoder)
     tokens = rng.integers(0, 307, (8, 16)).astype(np.int32)

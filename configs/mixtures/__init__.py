@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from storm_jax.config import SourceConfig
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublicSet:
@@ -27,13 +29,13 @@ class PublicSet:
     media_root: str = ""
 
 
-def sources(sets: Sequence[PublicSet], root: str = "data") -> tuple[dict[str, str], ...]:
-    """The sets as entries of `data.train`."""
+def sources(sets: Sequence[PublicSet], root: str = "data") -> tuple[SourceConfig, ...]:
+    """Returns the sets as sources of `data.train`, all under the folder `root`."""
     return tuple(
-        {
-            "name": each.name,
-            "path": f"{root}/{each.path}",
-            "media_root": f"{root}/{each.media_root}" if each.media_root else "",
-        }
+        SourceConfig(
+            name=each.name,
+            path=f"{root}/{each.path}",
+            media_root=f"{root}/{each.media_root}" if each.media_root else "",
+        )
         for each in sets
     )

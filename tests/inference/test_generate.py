@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from rows_by_hand import build_rows
 
-from storm_jax import presets
+from configs.storm_qwen2_7b import MODEL as QWEN2_7B
+from configs.tiny import MODEL as TINY
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import RowSample, RowShape
@@ -22,7 +23,7 @@ SHAPE = RowShape(
     tokens=48,
     frames=8,
     image_size=32,
-    side=presets.tiny().side,
+    side=TINY.side,
     compression=CompressionConfig(num_frames=8, temporal_pool=4),
 )
 VISUAL = VisualShape(SHAPE.num_groups, 1)
@@ -140,7 +141,7 @@ def test_an_empty_row_is_not_continued(model, batch, visual):
 
 def test_the_papers_longest_setting_has_the_shapes_it_should():
     """256 frames of 448 pixels, pooled by 4, before a 7B decoder: 64 groups of 256 tokens."""
-    config = presets.storm_qwen2_7b()
+    config = QWEN2_7B
     graphdef, abstract = abstract_model(config)
     params = compute_dtypes(nnx.to_pure_dict(abstract), config)
 

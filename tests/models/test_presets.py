@@ -19,7 +19,6 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from storm_jax import presets
 from storm_jax.config import RunConfig, from_dict
 from storm_jax.params import abstract_model, flatten
 
@@ -68,6 +67,7 @@ DECODERS = {
         ),
     ),
 }
+MODELS = {name: importlib.import_module(f"configs.{name}").MODEL for name in (*DECODERS, "tiny")}
 IMAGE_SIZE = {"storm_qwen2_7b": 448, "storm_qwen2_1_5b": 384, "storm_llama3_8b": 384}
 MILLIONS = {
     "storm_qwen2_7b": {"decoder": 7615.6, "vision": 413.3, "projector": 185.1},
@@ -95,7 +95,7 @@ def counts(name) -> dict[str, int]:
 
 @functools.cache
 def count_parts(name: str) -> dict[str, int]:
-    shapes = flatten(nnx.to_pure_dict(abstract_model(getattr(presets, name)())[1]))
+    shapes = flatten(nnx.to_pure_dict(abstract_model(MODELS[name])[1]))
     parts = dict.fromkeys(("vision", "projector", "decoder"), 0)
     for path, leaf in shapes.items():
         assert isinstance(leaf, jax.ShapeDtypeStruct), path
@@ -122,7 +122,7 @@ def test_parts_have_the_sizes_we_state(name, counts):
 
 
 def test_constants_that_no_count_shows_are_the_published_ones(name):
-    ours, theirs = getattr(presets, name)().decoder, DECODERS[name][1]
+    ours, theirs = MODELS[name].decoder, DECODERS[name][1]
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tie_embeddings == theirs.tie_word_embeddings
@@ -135,7 +135,7 @@ def test_constants_that_no_count_shows_are_the_published_ones(name):
 
 def test_projector_has_the_parameters_of_its_formula(name, counts):
     """Pixel shuffle by 2, Linear, 2 x (LayerNorm, Mamba both ways with E = 2 D, N = 16, K = 4)."""
-    width = getattr(presets, name)().decoder.width
+    width = MODELS[name].decoder.width
     inner, state, taps, rank = 2 * width, 16, 4, -(-width // 16)
     direction = taps * inner + inner  # conv and its bias
     direction += inner * (rank + 2 * state) + rank * inner + inner  # x_proj, dt_proj and its bias
@@ -152,7 +152,7 @@ def test_projector_has_the_parameters_of_its_formula(name, counts):
 def test_every_stage_of_every_preset_is_a_valid_configuration(preset, stage):
     module = importlib.import_module(f"configs.{preset}")
     config = from_dict(RunConfig, module.get_config(f"stage={stage}"))
-    assert config.model == getattr(presets, preset)()
+    assert config.model == MODELS[preset]
     rates = config.optim.learning_rate
     assert rates.projector > 0
     assert (rates.vision == rates.decoder == 0) == (stage == "align")

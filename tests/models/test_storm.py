@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from rows_by_hand import build_rows
 
-from storm_jax import presets
+from configs.tiny import MODEL as TINY
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, ConfigError
 from storm_jax.data.rows import RowSample, RowShape
@@ -21,7 +21,7 @@ from storm_jax.text.conversation import Encoded
 
 
 def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24) -> RowShape:
-    tiny = presets.tiny()
+    tiny = TINY
     return RowShape(
         tokens=tokens,
         frames=frames,

@@ -127,7 +127,7 @@ def test_another_run_goes_on_with_equal_adapters_and_merges_others(tuned, small_
     [
         ({"optim__learning_rate__decoder": 0.0}, r"lora.rank=4 with optim.learning_rate.decoder=0"),
         ({"model__decoder__lora__targets": "nothing"}, r"targets='nothing' matches none of query"),
-        ({"model__decoder__lora__targets": "("}, r"targets='\(' is no regular expression"),
+        ({"model__decoder__lora__targets": "("}, r"targets='\(' is not a valid regular expression"),
         ({"model__decoder__lora__rank": -1}, r"rank=-1 must be at least 0"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 from flax import nnx
 
 from configs import tiny
-from storm_jax import presets
 from storm_jax.config import LearningRateConfig, OptimConfig, RunConfig, from_dict
 from storm_jax.params import abstract_model, flatten
 from storm_jax.train.optim import is_trainable, make_optimizer, schedule
@@ -35,7 +35,9 @@ def run_config(**changes) -> RunConfig:
 def test_every_parameter_falls_under_one_rule():
     config = run_config()
     for preset in ("tiny", "storm_qwen2_7b"):
-        names = flatten(nnx.to_pure_dict(abstract_model(getattr(presets, preset)())[1]))
+        names = flatten(
+            nnx.to_pure_dict(abstract_model(importlib.import_module(f"configs.{preset}").MODEL)[1])
+        )
         trained = [name for name in names if is_trainable(name, config)]
         assert {name.split("/")[0] for name in trained} == {"vision", "projector", "decoder"}
         assert all("vision/unused" in name for name in set(names) - set(trained))

@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 from reference_models import config_for, load_model
 
-from storm_jax import presets
+from configs.storm_qwen2_7b import MODEL as QWEN2_7B
 from storm_jax.weights.architecture import vision_json
 from storm_jax.weights.importer import Sources, import_run
 
@@ -21,7 +21,7 @@ MAX_ERROR = 1e-4  # of the largest feature: 26 layers of fp32 sums
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_full_size_tower_equals_transformers_on_an_image(decoder, tmp_path, capsys):
-    fields = vision_json(presets.storm_qwen2_7b().vision, "float32") | {"vision_use_head": True}
+    fields = vision_json(QWEN2_7B.vision, "float32") | {"vision_use_head": True}
     torch.manual_seed(0)
     model = transformers.SiglipVisionModel(transformers.AutoConfig.for_model(**fields)).eval()
     model.save_pretrained(tmp_path / "tower")

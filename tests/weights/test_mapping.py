@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from storm_jax import presets
+from configs.storm_llama3_8b import MODEL as LLAMA3_8B
+from configs.storm_qwen2_1_5b import MODEL as QWEN2_1_5B
+from configs.storm_qwen2_7b import MODEL as QWEN2_7B
+from configs.tiny import MODEL as TINY
 from storm_jax.config import LoraConfig
 from storm_jax.params import abstract_model, flatten
 from storm_jax.weights.mapping import Row, coverage_problems, tables
-
-TINY = presets.tiny()
 
 
 def shapes_of(model) -> dict[str, jax.ShapeDtypeStruct]:
@@ -44,9 +45,9 @@ MODELS = {
     "qk norms": dataclasses.replace(
         TINY, decoder=dataclasses.replace(TINY.decoder, qk_norm=True, qkv_bias=False)
     ),
-    "7b": presets.storm_qwen2_7b(),
-    "1.5b": presets.storm_qwen2_1_5b(),
-    "8b": presets.storm_llama3_8b(),
+    "7b": QWEN2_7B,
+    "1.5b": QWEN2_1_5B,
+    "8b": LLAMA3_8B,
 }
 
 
