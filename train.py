@@ -8,13 +8,13 @@ Every field of the configuration can be set: --config.optim.learning_rate.projec
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from storm_jax.config import ConfigError, RunConfig, from_dict
+from storm_jax import command_line
+from storm_jax.config import RunConfig, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.skips import DataError
 from storm_jax.run import Run, RunError
@@ -33,10 +33,6 @@ WORKDIR = flags.DEFINE_string(
 flags.mark_flag_as_required("config")
 
 
-# What a user can mend. Other errors, of a projector of their own say, keep their traceback.
-_EXPECTED = (ConfigError, DataError, RunError, NonFiniteLossError, OSError, ImportError)
-
-
 def with_inherited_model(config: RunConfig, run: Run) -> RunConfig:
     """The configuration with the tower and decoder that a begun run, or `init_from`, has."""
     source = run if run.has_begun else Run(config.init_from)
@@ -50,26 +46,22 @@ def with_inherited_model(config: RunConfig, run: Run) -> RunConfig:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        config = from_dict(RunConfig, CONFIG.value)
-        run = Run(WORKDIR.value)
-        if config.init_from:
-            config = with_inherited_model(config, run)
-        run.prepare(config, run.tokenizer_path if run.has_begun else tokenizer_folder(config))
-        mesh = make_mesh(config.mesh)
+    config = from_dict(RunConfig, CONFIG.value)
+    run = Run(WORKDIR.value)
+    if config.init_from:
+        config = with_inherited_model(config, run)
+    run.prepare(config, run.tokenizer_path if run.has_begun else tokenizer_folder(config))
+    mesh = make_mesh(config.mesh)
 
-        def evaluators(spec, pool):
-            if not config.data.val or not config.train.eval_every:
-                return {}
-            mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
-            return {"validation": make_validation(run, spec, mixture, pool)}
+    def evaluators(spec, pool):
+        if not config.data.val or not config.train.eval_every:
+            return {}
+        mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
+        return {"validation": make_validation(run, spec, mixture, pool)}
 
-        train(run, mesh, evaluators)
-        print(f"training curves: {plot_curves(run.path)}")
-    except _EXPECTED as error:
-        sys.exit(f"train.py: {error}")
+    train(run, mesh, evaluators)
+    print(f"training curves: {plot_curves(run.path)}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, (DataError, RunError, NonFiniteLossError, ImportError))

@@ -18,9 +18,10 @@ import sys
 from collections.abc import Sequence
 
 import transformers
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from storm_jax import command_line
 from storm_jax.config import ConfigError, RunConfig, SourceConfig, from_dict
 from storm_jax.data.check import check
 from storm_jax.data.mixture import Ref, open_mixture
@@ -49,21 +50,17 @@ def main(argv: Sequence[str]) -> None:
     command = argv[1] if len(argv) == 2 else None
     if command not in ("check", "show"):
         raise app.UsageError("say `check` or `show` (--help shows examples)")
-    logging.set_verbosity(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    try:
-        config = from_dict(RunConfig, CONFIG.value)
-        sources = getattr(config.data, SPLIT.value)
-        if not sources:
-            raise ConfigError(f"data.{SPLIT.value} is empty: it lists the sources")
-        tokenizer = load_tokenizer(tokenizer_folder(config))
-        if command == "check":
-            found = check(config, sources, tokenizer, pathlib.Path(OUT.value), READ_MEDIA.value)
-            sys.exit(1 if found.failures else 0)
-        for path in _show(config, _named(sources, SOURCE.value), tokenizer):
-            print(path)
-    except (ConfigError, DataError, MediaError, SampleError, OSError) as error:
-        sys.exit(f"{command}: {error}")
+    config = from_dict(RunConfig, CONFIG.value)
+    sources = getattr(config.data, SPLIT.value)
+    if not sources:
+        raise ConfigError(f"data.{SPLIT.value} is empty: it lists the sources")
+    tokenizer = load_tokenizer(tokenizer_folder(config))
+    if command == "check":
+        found = check(config, sources, tokenizer, pathlib.Path(OUT.value), READ_MEDIA.value)
+        sys.exit(1 if found.failures else 0)
+    for path in _show(config, _named(sources, SOURCE.value), tokenizer):
+        print(path)
 
 
 def _named(sources: Sequence[SourceConfig], name: str) -> SourceConfig:
@@ -87,4 +84,4 @@ def _show(
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, (DataError, MediaError, SampleError))

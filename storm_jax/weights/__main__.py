@@ -16,14 +16,14 @@ come from its config.json; all else, such as the projector and the image size, f
 from __future__ import annotations
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import transformers
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from storm_jax.config import ConfigError, RunConfig, from_dict
+from storm_jax import command_line
+from storm_jax.config import RunConfig, from_dict
 from storm_jax.run import Run, RunError
 from storm_jax.weights import WeightsError
 from storm_jax.weights.exporter import export_run
@@ -57,24 +57,16 @@ def main(argv: Sequence[str]) -> None:
     missing = [name for name in _NEEDED[command] if not flags.FLAGS[name].value]
     if missing:
         raise app.UsageError(f"{command} needs " + ", ".join(f"--{name}" for name in missing))
-    logging.set_verbosity(logging.WARNING)
     transformers.logging.set_verbosity_error()
     out = pathlib.Path(OUT.value)
-    try:
-        if command == "import":
-            sources = Sources(VISION.value, DECODER.value, PROJECTOR.value)
-            explicit = config_flags.get_override_values(flags.FLAGS["config"])
-            import_run(from_dict(RunConfig, CONFIG.value), sources, out, explicit)
-        else:
-            export_run(
-                Run(pathlib.Path(WORKDIR.value).expanduser()),
-                out,
-                step=STEP.value,
-                dtype=DTYPE.value or "",
-            )
-    except (WeightsError, ConfigError, RunError, OSError, ImportError) as error:
-        sys.exit(f"{command}: {error}")
+    if command == "import":
+        sources = Sources(VISION.value, DECODER.value, PROJECTOR.value)
+        explicit = config_flags.get_override_values(flags.FLAGS["config"])
+        import_run(from_dict(RunConfig, CONFIG.value), sources, out, explicit)
+    else:
+        run = Run(pathlib.Path(WORKDIR.value).expanduser())
+        export_run(run, out, step=STEP.value, dtype=DTYPE.value or "")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, (WeightsError, RunError, ImportError))

@@ -112,7 +112,9 @@ def test_a_model_that_cannot_be_had_offline_is_one_clear_line(tmp_path):
         "--config=configs/tiny.py:stage=align", f"--out={tmp_path}/run",
     )  # fmt: skip
     assert refused.returncode == 1
-    assert refused.stderr.startswith("import: google/no-such-tower is no folder here and could not")
+    assert refused.stderr.startswith(
+        "storm_jax.weights: google/no-such-tower is no folder here and could not"
+    )
     assert len(refused.stderr.splitlines()) == 1
     assert "copy the model here" in refused.stderr
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,137 @@
+"""Command lines with absl flags: mistakes of the user are one line, not a traceback.
+
+`--config=FILE.py:ARGUMENT` and its overrides `--config.FIELD=VALUE` are checked before absl and
+ml_collections parse them, since these report a wrong field as a Python error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+import runpy
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
+
+from storm_jax.config import ConfigError
+
+
+def run(main: Callable[[Sequence[str]], Any], expected: tuple[type[Exception], ...] = ()) -> None:
+    """Parses the flags and calls `main` with the remaining arguments, then exits.
+
+    Flag errors, `ConfigError`, `OSError` and the `expected` exceptions end the program with one line
+    and status 1. Every other exception keeps its traceback. Only warnings are logged.
+    """
+    app.run(_reporting(main, (ConfigError, OSError, *expected)), flags_parser=_parse)
+
+
+def _reporting(
+    main: Callable[[Sequence[str]], Any], expected: tuple[type[Exception], ...]
+) -> Callable[[Sequence[str]], Any]:
+    def report(argv: Sequence[str]) -> Any:
+        logging.set_verbosity(logging.WARNING)
+        try:
+            return main(argv)
+        except expected as error:
+            return sys.exit(f"{_program()}: {error}")
+
+    return report
+
+
+def _program() -> str:
+    """The program's name as typed: train.py, or storm_jax.data for `python -m storm_jax.data`."""
+    path = pathlib.Path(sys.argv[0])
+    return f"storm_jax.{path.parent.name}" if path.name == "__main__.py" else path.name
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's `flags_parser`, with readable errors for the configuration and its overrides."""
+    try:
+        if "config" in flags.FLAGS:
+            check_config_arguments(argv[1:])
+        return flags.FLAGS(argv)
+    except (flags.Error, ConfigError) as error:
+        sys.exit(f"{_program()}: {error} (--help lists all flags)")
+
+
+def check_config_arguments(arguments: Sequence[str]) -> None:
+    """Checks that `--config` loads and that every `--config.FIELD` exists in it.
+
+    Raises:
+      ConfigError: naming the argument, what is wrong and the fields there are. Errors inside the
+        configuration file itself are raised as they are.
+    """
+    spec = _last_value(arguments, "config")
+    if spec is None:
+        return
+    config = _load(spec)
+    for argument in arguments:
+        if argument.startswith("--config."):
+            _check_override(argument.removeprefix("--config.").partition("=")[0], config)
+
+
+def _last_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The last value of `--flag=VALUE` or `--flag VALUE`, None without the flag."""
+    found = None
+    for position, argument in enumerate(arguments):
+        if argument.startswith(f"--{flag}="):
+            found = argument.partition("=")[2]
+        elif argument == f"--{flag}" and position + 1 < len(arguments):
+            found = arguments[position + 1]
+    return found
+
+
+def _load(spec: str) -> ConfigDict:
+    name, _, argument = spec.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        folder = path.parent
+        others = sorted(folder.glob("*.py")) if folder.is_dir() else []
+        close = difflib.get_close_matches(str(path), map(str, others), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"--config={spec}: {name} does not exist{hint}")
+    sys.path.insert(0, str(pathlib.Path.cwd()))  # as ml_collections: a file imports its neighbours
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+    finally:
+        sys.path.pop(0)
+    if get_config is None:
+        raise ConfigError(f"--config={spec}: {name} has no function get_config")
+    try:
+        return get_config(argument) if argument else get_config()
+    except ConfigError as error:
+        raise ConfigError(f"--config={spec}: {error}") from error
+
+
+def _check_override(path: str, config: ConfigDict) -> None:
+    try:
+        keys: Iterable[str | int] = config_path.split(path)
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"--config.{path} is not a field path; write list items as data.train[0].path"
+        ) from None
+    node: Any = config
+    walked = "config"
+    for key in keys:
+        if isinstance(node, (list, tuple)):
+            if not isinstance(key, int) or not -len(node) <= key < len(node):
+                count = f"{len(node)} item{'s' * (len(node) != 1)}"
+                raise ConfigError(
+                    f"--config.{path}: {walked} has {count}, so [{key}] is out of range"
+                )
+        elif not isinstance(node, (ConfigDict, dict)) or key not in node:
+            raise ConfigError(f"--config.{path}: {_unknown(walked, key, node)}")
+        node = node[key]
+        walked += f"[{key}]" if isinstance(key, int) else f".{key}"
+
+
+def _unknown(walked: str, key: str | int, node: Any) -> str:
+    if not isinstance(node, (ConfigDict, dict)):
+        return f"{walked} is a value, it has no fields"
+    close = difflib.get_close_matches(str(key), node.keys(), n=1)
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    return f"{walked} has no field {key!r}{hint} Fields: {', '.join(node.keys())}"
