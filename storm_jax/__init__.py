@@ -13,6 +13,8 @@ import typing
 if typing.TYPE_CHECKING:
     from storm_jax.inference.predictor import Predictor
 
+__version__ = "0.1.0"
+
 # Only tokenizers are used of transformers; it would advise to install torch for its models.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
