@@ -1,16 +1,28 @@
-# make demo       train, evaluate and ask a STORM on the built-in task (under 10 minutes on 2 cores)
-# make test       every fast test; make test-slow the others; make lint: ruff and mypy
-# make evidence   the comparison of docs/results.md (hours; goes on where it stopped)
+# make demo          train, evaluate and query a small STORM on the built-in task (under 8 minutes on 2 cores)
+# make test          all fast tests, one worker per core (under 9 minutes on 2 cores)
+# make test-slow     tests that take minutes: full-size import, kill and resume, the notebook, the wheel
+# make test-pythons  the quick part of the suite on Python 3.11, 3.12 and 3.13
+# make lint          ruff and mypy
+# make evidence      the comparison in docs/results.md (hours; resumes if interrupted)
+#
+# PYTHON=python3.12 selects another interpreter; it gets a virtual environment to itself, .venv-3.12.
 
 PYTHON ?= python3
-BIN := .venv/bin
+ifeq ($(origin PYTHON), file)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+BIN := $(VENV)/bin
 RUN := $(BIN)/python
-PIP := $(RUN) -m pip install --disable-pip-version-check
+PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 FAMILIES := shape,place,shape,place,colour,needle,order
+PYTEST := $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=15
+QUICK := tests/ops tests/models tests/data tests/text tests/media tests/inference tests/test_benchmarks.py tests/test_command_line.py tests/test_config.py tests/test_scripts.py
 
-.PHONY: demo test test-slow lint evidence clean
+.PHONY: demo test test-slow test-pythons test-quick lint evidence clean
 
-demo: .venv/runtime
+demo: $(VENV)/runtime
 	$(RUN) -m storm_jax.tasks.shapes --out=data/shapes --clips=10000 --seed=0 --families=$(FAMILIES)
 	$(RUN) -m storm_jax.data.tokenizer --data=data/shapes/train.json --out=data/shapes/tokenizer
 	$(RUN) -m storm_jax.data check --config=configs/tiny.py:stage=sft
@@ -19,34 +31,44 @@ demo: .venv/runtime
 	$(RUN) eval.py --workdir=runs/sft --benchmark=shapes --require=$(FAMILIES)
 	$(RUN) predict.py --workdir=runs/sft --video=data/shapes/media/test/000006.mp4 --question="Which flash came first?"
 	@echo 'training curves: runs/sft/curves.png'
-	@echo 'ask about a file of your own:'
+	@echo 'try a video of your own:'
 	@echo '    $(RUN) predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"'
 
-test: .venv/development
-	$(RUN) -m pytest --durations=10
+test: $(VENV)/development
+	$(PYTEST)
 
-test-slow: .venv/development
-	$(RUN) -m pytest -m slow --durations=10
+test-slow: $(VENV)/development
+	$(RUN) -m pytest -m slow --durations=15
 
-lint: .venv/development
+test-quick: $(VENV)/development
+	$(PYTEST) $(QUICK)
+
+# Interpreters are found as python3.X on the path, or through pyenv.
+test-pythons:
+	set -e; for version in 3.11 3.12 3.13; do \
+		python=$$(python$$version -c 'import sys; print(sys.executable)' 2>/dev/null || echo "$$(pyenv prefix $$version)/bin/python"); \
+		$(MAKE) test-quick PYTHON=$$python; \
+	done
+
+lint: $(VENV)/development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-evidence: .venv/runtime
+evidence: $(VENV)/runtime
 	$(RUN) -m benchmarks.shapes --out=runs/evidence
 
 clean:
-	rm -rf .venv data/shapes data_report runs/align runs/sft
+	rm -rf .venv .venv-* build data/shapes data_report runs/align runs/sft
 
-.venv/runtime: requirements.txt
+$(VENV)/runtime: pyproject.toml requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "STORM needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	test -x $(RUN) || $(PYTHON) -m venv .venv
-	@echo 'installing (a minute or two)'
-	$(PIP) -r requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV) (a minute or two)'
+	$(PIP) --editable .
 	touch $@
 
-.venv/development: .venv/runtime requirements-dev.txt
-	@echo 'installing test extras (a minute or two)'
-	$(PIP) -r requirements-dev.txt
+$(VENV)/development: $(VENV)/runtime
+	@echo 'installing test dependencies (a minute or two)'
+	$(PIP) --editable '.[dev]'
 	touch $@

@@ -1,11 +1,11 @@
-"""Does a model that mixes time keep what pooling destroys? STORM against VILA's MLP projector.
+"""Does mixing over time preserve what pooling destroys? STORM against VILA's MLP projector.
 
     python -m benchmarks.shapes --out=runs/evidence --seeds=0,1,2 --steps=600
 
-Trains the projectors alike (same data, seeds, steps and rates) at 1x, at 4x by temporal pooling and at
-4x by spatial pooling, tests the 4x weights also at 8x (temporal sampling on top), and writes
-results.json and results.md. What is finished is not done again, so it may be stopped at any time.
-`--projectors=storm,storm_mamba2` compares the mixers, and `--settings=4x,8x` some columns only.
+Trains each projector with the same data, seeds, steps and rates at 1x, at 4x by temporal pooling and at 4x by
+spatial pooling, evaluates the 4x weights also at 8x (with temporal sampling), and writes results.json and
+results.md. Finished runs are skipped, so it can be interrupted and resumed.
+`--projectors=storm,storm_mamba2` compares the mixers; `--settings=4x,8x` selects columns.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from storm_jax.params import abstract_model, flatten
 from storm_jax.run import Run
 from storm_jax.tasks import shapes
 
-# Images of places teach the tower where things are.
+# Images of places teach the tower positions.
 FAMILIES = ("order", "motion", "needle", "place")
 FRAMES = 16
-# Fields of the tiny preset that make each projector.
+# Overrides of configs/tiny.py for each projector.
 PROJECTORS: dict[str, dict[str, Any]] = {
     "storm": {"projector": "storm"},
     "mlp": {"projector": "mlp"},
@@ -50,7 +50,7 @@ PLATEAU = 0.03
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One column of the comparison: the compression trained with, and tested with."""
+    """One column of the comparison: the compression used in training and in testing."""
 
     name: str
     trained: CompressionConfig
@@ -85,7 +85,9 @@ def main() -> None:
         "--out", required=True, type=pathlib.Path, help="folder of runs and results"
     )
     parser.add_argument("--seeds", default="0", help="comma-separated; default 0")
-    parser.add_argument("--steps", type=int, default=600, help="steps of every run; default 600")
+    parser.add_argument(
+        "--steps", type=int, default=600, help="training steps of each run; default 600"
+    )
     parser.add_argument("--clips", type=int, default=10000, help="training clips; default 10000")
     parser.add_argument(
         "--projectors",
@@ -114,19 +116,19 @@ def main() -> None:
 
 
 def names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
-    """Reads a comma-separated list of known names."""
+    """Returns a parser of comma-separated names that must be in `known`."""
 
     def read(text: str) -> list[str]:
         names = text.split(",")
         if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
         return names
 
     return read
 
 
 def render(out: pathlib.Path, clips: int) -> pathlib.Path:
-    """The task as files, with a tokenizer."""
+    """Renders the task and trains its tokenizer."""
     data = out / "data"
     command = ["storm_jax.tasks.shapes", f"--out={data}", f"--clips={clips}", "--seed=0"]
     run_module(*command, f"--families={','.join(FAMILIES)}", "--eval_clips=200")
@@ -146,7 +148,7 @@ def train(
     seed: int,
     steps: int,
 ) -> None:
-    """Trains one run, or goes on with it; a row holds as much whatever the compression."""
+    """Trains or resumes one run. Row sizes hold the same number of clips at every compression."""
     tokens = 416 if compression == _K1 else 224
     fields = {
         **{f"model.{name}": value for name, value in PROJECTORS[projector].items()},
@@ -170,7 +172,7 @@ def train(
 def evaluate(
     workdir: pathlib.Path, data: pathlib.Path, compression: CompressionConfig
 ) -> dict[str, float]:
-    """Accuracy on the test clips, by family."""
+    """Returns the accuracy on the test clips by family."""
     step = Run(workdir).checkpoint_step()
     settings = EvalSettings(
         split="test", prompt_style="trained", compression=compression, max_new_tokens=64
@@ -202,14 +204,14 @@ def write_results(
     data: pathlib.Path,
     accuracies: Mapping[tuple[str, str, int], Mapping[str, float]],
 ) -> None:
-    """results.json, with every number, and results.md, with their means and spread."""
+    """Writes results.json with every number and results.md with means and spread."""
     task = shapes.read_settings(data)
     about = (
         f"Command: `python -m benchmarks.shapes --out=OUT --seeds={args.seeds} --steps={args.steps} "
         f"--clips={args.clips} --projectors={','.join(args.projectors)} "
         f"--settings={','.join(args.settings)}`; {platform.machine()}, {os.cpu_count()} CPU cores, "
         f"{time.strftime('%Y-%m-%d')}. Test clips per family: {task.eval_clips}. Mean over seeds, "
-        f"lowest and highest in brackets."
+        f"minimum and maximum in brackets."
     )
     titles = [TITLES[p] for p in args.projectors]
     table = [["family", "tokens", "chance", "ceiling without temporal mixing", *titles]]
@@ -246,7 +248,7 @@ def _cell(accuracies: Mapping, projector: str, setting: str, family: str) -> str
 
 
 def _verdicts(accuracies: Mapping, task: shapes.Settings) -> list[str]:
-    """The comparison at 4x counts once the baseline is as good as it can be."""
+    """Compares at 4x; conclusive only if the baseline has reached its ceiling."""
     lines = []
     for family in ("order", "motion"):
         baseline = _values(accuracies, "mlp", "4x", family)
@@ -260,14 +262,14 @@ def _verdicts(accuracies: Mapping, task: shapes.Settings) -> list[str]:
             lines.append(f"- `{family}` at 4x: {found}; the baseline has reached its ceiling.")
         else:
             lines.append(
-                f"- `{family}` at 4x: {found}; inconclusive, since the baseline is more than "
-                f"{PLATEAU:.0%} below its ceiling and may still learn."
+                f"- `{family}` at 4x: {found}; inconclusive: the baseline is more than "
+                f"{PLATEAU:.0%} below its ceiling and may still be learning."
             )
     return lines
 
 
 def _costs(args: argparse.Namespace) -> list[str]:
-    """Parameters and forward FLOPs of a clip with a 22-token question, by projector and setting."""
+    """Tables of parameters and of forward FLOPs for a clip with a 22-token question."""
     titles = [TITLES[p] for p in args.projectors]
     models = [_model(p) for p in args.projectors]
     table = [["tokens", "visual tokens", *(f"{title} GFLOPs a clip" for title in titles)]]
@@ -291,7 +293,7 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def forward_flops(model: ModelConfig, frames: int, tokens: int) -> float:
-    """Matrix products, attention and scan of one clip's forward pass; a multiply-add counts two."""
+    """FLOPs of a clip's forward pass: matrix products, attention and scan. A multiply-add counts as two."""
     vision, decoder, mamba = model.vision, model.decoder, model.mamba
     patches, w = vision.side**2, vision.width
     layer = patches * (4 * w * w + 2 * w * vision.mlp_dim) + 2 * patches**2 * w
@@ -303,12 +305,12 @@ def forward_flops(model: ModelConfig, frames: int, tokens: int) -> float:
     if model.projector == "mlp":
         projector_macs += visual * d * d
     else:
-        inner, state = mamba.expand * d, mamba.d_state
+        inner, d_state = mamba.expand * d, mamba.d_state
         if mamba.mixer == "mamba1":
             rank = -(-d // 16)
-            scan = inner * (mamba.d_conv + 2 * rank + 2 * state + 3 * state)
+            scan = inner * (mamba.d_conv + 2 * rank + 2 * d_state + 3 * d_state)
         else:
-            scan = inner * (mamba.d_conv + 3 * state) + 2 * state * (d + mamba.d_conv)
+            scan = inner * (mamba.d_conv + 3 * d_state) + 2 * d_state * (d + mamba.d_conv)
             scan += inner // mamba.head_dim * d
         directions = 2 if mamba.direction == "both" else 1
         projector_macs += mamba.depth * visual * (3 * d * inner + directions * scan)

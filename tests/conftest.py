@@ -14,15 +14,18 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of the time: optimise less, and compile equal programs once in all processes.
-_cache = tempfile.mkdtemp(prefix="storm-test-programs-")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+# Most of the time is compilation: optimise less, and share compiled programs between all processes.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
+    _cache = tempfile.mkdtemp(prefix="storm-test-programs-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 
+from collections.abc import Callable
 from typing import Any
 
+import filelock
 import jax
 import media_files
 import numpy as np
@@ -79,9 +82,32 @@ def small_model() -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def build_once(tmp_path_factory: pytest.TempPathFactory):
+    """Builds a folder once for all workers: `build_once(name, build)` calls `build(folder)` or waits."""
+
+    def folder_of(name: str, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
+        root = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            root = root.parent
+        folder = root / f"shared-{name}"
+        with filelock.FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                partial = root / f"partial-{name}"
+                shutil.rmtree(partial, ignore_errors=True)
+                build(partial)
+                partial.rename(folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(build_once) -> pathlib.Path:
     """A small rendering of the built-in task, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("shapes") / "data"
+    return build_once("shapes", _render_shapes)
+
+
+def _render_shapes(folder: pathlib.Path) -> None:
     shapes.write(
         folder,
         shapes.Settings(clips=64, seed=0, families=tuple(shapes.FAMILIES), frames=8, eval_clips=2),
@@ -93,7 +119,6 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         for turn in record["conversations"]
     ]
     train_tokenizer(texts, 512).save_pretrained(folder / "tokenizer")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -140,10 +165,14 @@ def small_config(small_model: ModelConfig, shapes_folder: pathlib.Path):
 
 
 @pytest.fixture(scope="session")
-def trained_run(small_config, shapes_folder, tmp_path_factory) -> pathlib.Path:
-    """A run of two steps: it answers, though not well."""
-    config = small_config(train__steps=2, train__eval_every=0)
-    run = Run(tmp_path_factory.mktemp("runs") / "trained")
-    run.prepare(config, shapes_folder / "tokenizer")
-    loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
-    return run.path
+def trained_run(small_config, shapes_folder, build_once, tmp_path_factory) -> pathlib.Path:
+    """A run of two steps: it answers, though not well. Each worker has a copy to write into."""
+
+    def train(folder: pathlib.Path) -> None:
+        config = small_config(train__steps=2, train__eval_every=0)
+        run = Run(folder)
+        run.prepare(config, shapes_folder / "tokenizer")
+        loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
+
+    copy = tmp_path_factory.mktemp("runs") / "trained"
+    return shutil.copytree(build_once("trained", train), copy)

@@ -81,7 +81,10 @@ def test_arguments_of_a_projector_read_back_as_they_were():
         ({"data__train": [{**SOURCE, "cap": 2.5}]}, "data.train[0].cap=2.5 must be an integer"),
         ({"data__train": [{**SOURCE, "repeat": -1.0}]}, "data.train[0].repeat=-1.0"),
         ({"data__train": [{**SOURCE, "percent": 101}]}, "percent=101.0 must be at most 100"),
-        ({"data__train": [{**SOURCE, "cap": 2, "weight": 1}]}, "has weight=1.0, cap=2: set at most one"),
+        (
+            {"data__train": [{**SOURCE, "cap": 2, "weight": 1}]},
+            "has weight=1.0, cap=2: set at most one",
+        ),
         ({"data__train": [SOURCE, SOURCE]}, "data.train has 2 sources named 'a'"),
         (
             {"data__train": [SOURCE, {**SOURCE, "name": "b", "weight": 1}]},
