@@ -21,8 +21,9 @@ from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.text.tokenizer import tokenizer_folder
 from storm_jax.train.initialisation import inherit_model
-from storm_jax.train.loop import NonFiniteLossError, make_validation, train
+from storm_jax.train.loop import NonFiniteLossError, train
 from storm_jax.train.metrics import plot_curves
+from storm_jax.train.validation import make_validation
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with the stage: configs/NAME.py:stage=align|sft|long."

@@ -6,43 +6,31 @@ agree and a killed run continues with the losses it would have had.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from storm_jax import config as config_lib
 from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data.accounting import Accounting
 from storm_jax.data.mixture import Mixture, open_mixture
 from storm_jax.data.pipeline import Batch, batches
-from storm_jax.data.plan import EvalPlan, TrainPlan
-from storm_jax.data.rows import RowShape
-from storm_jax.data.skips import DataError, Skip
-from storm_jax.files import read_lines, write_lines
-from storm_jax.media.reader import LASTING, MediaReader
+from storm_jax.data.plan import TrainPlan
+from storm_jax.data.skips import DataError
 from storm_jax.media.workers import WorkerPool
-from storm_jax.models.lora import is_adapter, merge
-from storm_jax.models.storm import VisualShape
-from storm_jax.params import abstract_model, flatten, random_params, unflatten, with_sharding
-from storm_jax.run import Run, RunError
-from storm_jax.sharding import batch_sharding, param_shardings
+from storm_jax.run import Run
 from storm_jax.train.checkpoint import Checkpointer
+from storm_jax.train.feed import media_reader, place, process_share, visual_shape
+from storm_jax.train.initialisation import begin
 from storm_jax.train.metrics import MetricsWriter, Progress, duration
+from storm_jax.train.skip_log import SkipLog
 from storm_jax.train.state import StateSpec, TrainState
-from storm_jax.train.step import make_eval_step, make_train_step
-
-_SHOWN = 20  # of samples that are found to be unusable at once, those that are shown
-
-Evaluator = Callable[[TrainState], Mapping[str, float]]
+from storm_jax.train.step import make_train_step
+from storm_jax.train.validation import Evaluator
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -68,50 +56,12 @@ def train(
         mixture = open_mixture(config, config.data.train, run.tokenizer(), pool)
         checkpointer = Checkpointer(run, spec)
         try:
-            state, start, data = _begin(run, spec, checkpointer, mixture)
+            state, start, data = begin(run, spec, checkpointer, mixture)
             _describe(spec, mixture, start)
             loop = _Loop(run, spec, mixture, pool, checkpointer, start, data)
             loop.run(state, make_evaluators(spec, pool))
         finally:
             checkpointer.close()
-
-
-def make_validation(run: Run, spec: StateSpec, mixture: Mixture, pool: WorkerPool) -> Evaluator:
-    """Mean loss and token accuracy over every sample of a mixture; it raises DataError when too many
-    are unusable."""
-    config, mesh = spec.config, spec.mesh
-    log = _SkipLog(run.path)
-    log.write(mixture.skips)
-    steps_by_shape = [make_eval_step(spec, _visual_shape(shape)) for shape in mixture.shapes]
-    size = config.train.batch_size // config.train.accumulation
-    plan = EvalPlan(mixture, size)
-    steps = range(len(plan))
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        totals = {"loss": 0.0, "weight": 0.0, "right": 0.0}
-        accounting = Accounting([part.config.name for part in mixture.parts])
-        reader = _reader(config, pool, log)
-        for batch in batches(mixture, plan, steps, size, reader, **_share()):
-            accounting.add(batch.outcomes)
-            log.write(batch.skips)
-            step = steps_by_shape[batch.shape]
-            sums = jax.device_get(step(state, place(batch.arrays, mesh)))
-            totals = {name: totals[name] + float(sums[name]) for name in totals}
-        accounting.check(config.data.max_skip_fraction, "validation met")
-        weight = totals["weight"]
-        if not weight:
-            raise DataError("no sample of data.val could be read")
-        return {"val_loss": totals["loss"] / weight, "val_accuracy": totals["right"] / weight}
-
-    return evaluate
-
-
-def place(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows to global arrays over the mesh."""
-    return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh, array), array)
-        for name, array in arrays.items()
-    }
 
 
 class _Loop:
@@ -137,14 +87,16 @@ class _Loop:
         names = [part.config.name for part in mixture.parts]
         self.accounting = Accounting(names, data.get("accounting"))
         self.step_functions: dict[int, Any] = {}  # jitted, by number of their shape
-        self.skip_log = _SkipLog(run.path)
+        self.skip_log = SkipLog(run.path)
         self.skip_log.write(mixture.skips)
 
     def run(self, state: TrainState, evaluators: Mapping[str, Evaluator]) -> None:
         config, mesh = self.config, self.spec.mesh
-        reader = _reader(self.spec.config, self.pool, self.skip_log)
+        reader = media_reader(self.spec.config, self.pool, self.skip_log)
         steps = range(self.start, config.steps)
-        stream = batches(self.mixture, self.plan, steps, config.batch_size, reader, **_share())
+        stream = batches(
+            self.mixture, self.plan, steps, config.batch_size, reader, **process_share()
+        )
         pending: tuple[int, Batch, dict] | None = None
         for step in range(self.start, config.steps + 1):
             last, resumed = step == config.steps, step == self.start
@@ -179,7 +131,7 @@ class _Loop:
         if number not in self.step_functions:
             shape = self.mixture.shapes[number]
             print(f"compiling rows of {shape.tokens} tokens and {shape.frames} frames", flush=True)
-            self.step_functions[number] = make_train_step(self.spec, _visual_shape(shape))
+            self.step_functions[number] = make_train_step(self.spec, visual_shape(shape))
         return self.step_functions[number]
 
     def _count(self, batch: Batch) -> None:
@@ -240,70 +192,6 @@ def _check_batch(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def _begin(
-    run: Run, spec: StateSpec, checkpointer: Checkpointer, mixture: Mixture
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """State, step and data position of the last checkpoint; else the parameters of `init_from`; else
-    random ones."""
-    restored = checkpointer.restore_latest()
-    if restored is not None:
-        state, data = restored
-        now = mixture.fingerprint()
-        changed = [name for name, told in data["sources"].items() if now.get(name) != told]
-        if changed:
-            raise DataError(
-                f"data source {', '.join(changed)} is not what {run.path} began with: samples were "
-                f"added, removed, reordered or changed in text or length. Restore it, or start a new "
-                f"run with --config.init_from={run.path}"
-            )
-        return state, int(state.step), data
-    if run.config.init_from:
-        return spec.from_params(load_params(Run(run.config.init_from), spec)), 0, {}
-    return spec.init(), 0, {}
-
-
-def load_params(source: Run, spec: StateSpec) -> dict:
-    """Another run's parameters on this mesh.
-
-    Adapters go on when they are the same in both; else those of the source are merged into its
-    decoder, and new ones begin.
-
-    Raises:
-      RunError: when its model is another one.
-    """
-    theirs, ours = source.config.model.decoder, spec.config.model.decoder
-    changed = config_lib.differences(
-        config_lib.to_dict(source.config.model), config_lib.to_dict(spec.config.model)
-    )
-    mine = ("decoder.lora.", "dtype")  # what weights do not depend on
-    changed = {name: values for name, values in changed.items() if not name.startswith(mine)}
-    if changed:
-        listed = "\n  ".join(f"model.{k}: {a!r} there, {b!r} here" for k, (a, b) in changed.items())
-        raise RunError(f"init_from={source.path} has another model:\n  {listed}")
-    step = source.checkpoint_step()
-    target = flatten(with_sharding(spec.shapes, spec.shardings).params())
-    if theirs.lora == ours.lora:
-        return source.restore_params(unflatten(target), step)
-    fresh = {name: leaf.sharding for name, leaf in target.items() if is_adapter(name)}
-    wanted = {name: leaf for name, leaf in target.items() if name not in fresh}
-    _, abstract = abstract_model(source.config.model)
-    places = flatten(param_shardings(abstract, spec.mesh))
-    adapters = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
-        for name, leaf in flatten(nnx.to_pure_dict(abstract)).items()
-        if is_adapter(name)
-    }
-    restored = flatten(source.restore_params(unflatten(wanted | adapters), step))
-    with jax.set_mesh(spec.mesh):
-        merged = jax.jit(
-            lambda base, adapters: merge(base | adapters, theirs.lora),
-            out_shardings={name: leaf.sharding for name, leaf in wanted.items()},
-            donate_argnums=0,
-        )({n: restored[n] for n in wanted}, {n: restored[n] for n in adapters})
-        new = random_params(spec.config.model, spec.config.train.seed, fresh)
-    return unflatten(merged | new)
-
-
 def _describe(spec: StateSpec, mixture: Mixture, start: int) -> None:
     trained = sum(leaf.size for leaf in spec.shapes.trained.values())
     frozen = sum(leaf.size for leaf in spec.shapes.frozen.values())
@@ -323,53 +211,3 @@ def _describe(spec: StateSpec, mixture: Mixture, start: int) -> None:
         f"{start}",
         flush=True,
     )
-
-
-def _visual_shape(shape: RowShape) -> VisualShape:
-    return VisualShape(shape.num_groups, shape.compression.spatial_pool)
-
-
-def _share() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-
-def _reader(config: RunConfig, pool: WorkerPool, log: _SkipLog) -> MediaReader:
-    return MediaReader(pool, config.model.vision.image_size, config.data.frames, log.lasting)
-
-
-class _SkipLog:
-    """Lists each unusable sample once in skipped.jsonl, and warns of it.
-
-    `lasting` are the causes of media that hung or crashed a worker, by name: they are not tried again.
-    """
-
-    def __init__(self, workdir: pathlib.Path):
-        self._path = workdir / "skipped.jsonl"
-        self._logged: set[tuple[str, str, str]] = set()
-        self.lasting: dict[str, str] = {}
-        if self._path.exists():
-            lines = read_lines(self._path)
-            for line in lines:
-                self._remember(Skip(**line))
-            # A last line that was cut off goes.
-            write_lines(self._path, lines)
-
-    def write(self, skips: Sequence[Skip]) -> None:
-        new = [skip for skip in skips if self._remember(skip)]
-        if not new:
-            return
-        for skip in new[:_SHOWN]:
-            logging.warning("skipped (%s): %s: %s", skip.cause, skip.where, skip.message)
-        if len(new) > _SHOWN:
-            logging.warning("and %d more: %s", len(new) - _SHOWN, self._path)
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in new)
-
-    def _remember(self, skip: Skip) -> bool:
-        """Whether it is new."""
-        if skip.cause in LASTING:
-            self.lasting[skip.file] = skip.cause
-        key = (skip.source, skip.where, skip.cause)
-        known = key in self._logged
-        self._logged.add(key)
-        return not known

@@ -26,7 +26,9 @@ from storm_jax.params import unflatten
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
-from storm_jax.train.initialisation import inherit_model
+from storm_jax.train.initialisation import inherit_model, load_params
+from storm_jax.train.state import StateSpec
+from storm_jax.train.validation import make_validation
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -196,13 +198,13 @@ def test_init_from_takes_the_parameters_and_refuses_another_model(
         shapes_folder,
     )
     config = small_config(train__steps=1, init_from=str(align.path))
-    spec = loop.StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
-    params = loop.load_params(align, spec)
+    spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
+    params = load_params(align, spec)
     assert params["decoder"]["embedding"].shape == (512, 32)
     other = small_config(model__decoder__width=64, init_from=str(align.path))
-    spec = loop.StateSpec.make(other, make_mesh(config.mesh, jax.devices()[:1]))
+    spec = StateSpec.make(other, make_mesh(config.mesh, jax.devices()[:1]))
     with pytest.raises(RunError, match=r"model.decoder.width: 32 there, 64 here"):
-        loop.load_params(align, spec)
+        load_params(align, spec)
 
 
 def test_imported_weights_are_the_start_of_other_runs(small_config, shapes_folder, tmp_path):
@@ -313,18 +315,18 @@ def test_validation_without_media_stops_the_run(small_config, shapes_folder, tmp
     run, pool = Run(tmp_path / "run"), WorkerPool(0)
     run.prepare(config, shapes_folder / "tokenizer")
     mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
-    spec = loop.StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
-    evaluate = loop.make_validation(run, spec, mixture, pool)
+    spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
+    evaluate = make_validation(run, spec, mixture, pool)
     with jax.set_mesh(spec.mesh), pytest.raises(DataError, match=r"validation met .* missing"):
         evaluate(spec.init())
     lines = (run.path / "skipped.jsonl").read_text().splitlines()
     assert len(lines) == len(mixture)
     with (run.path / "skipped.jsonl").open("a") as file:
         file.write(lines[0][:10])  # as a killed process leaves it
-    loop.make_validation(run, spec, mixture, pool)
+    make_validation(run, spec, mixture, pool)
     assert (run.path / "skipped.jsonl").read_text().splitlines() == lines
     (run.path / "skipped.jsonl").write_text(lines[0][:10])
-    loop.make_validation(run, spec, mixture, pool)
+    make_validation(run, spec, mixture, pool)
     assert (run.path / "skipped.jsonl").read_text() == ""
 
 

@@ -20,6 +20,7 @@ from storm_jax.params import flatten, unflatten
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
+from storm_jax.train.initialisation import load_params
 from storm_jax.train.state import StateSpec
 from storm_jax.weights.exporter import export_run
 
@@ -107,7 +108,7 @@ def test_another_run_goes_on_with_equal_adapters_and_merges_others(tuned, small_
     def start(**changes) -> dict[str, np.ndarray]:
         config = small_config(**{**LORA, **changes}, init_from=str(tuned.path))
         spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
-        return jax.device_get(flatten(loop.load_params(tuned, spec)))
+        return jax.device_get(flatten(load_params(tuned, spec)))
 
     old = values(tuned)
     same = start()

@@ -15,7 +15,7 @@ from storm_jax.media.workers import WorkerPool
 from storm_jax.models.storm import VisualShape
 from storm_jax.sharding import make_mesh
 from storm_jax.text.tokenizer import load_tokenizer
-from storm_jax.train.loop import place
+from storm_jax.train.feed import place
 from storm_jax.train.state import StateSpec
 from storm_jax.train.step import make_train_step
 
