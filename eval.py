@@ -127,7 +127,7 @@ def run_command() -> str:
     questions = benchmark.questions(data_root(benchmark, run), split)
     if ANSWER.value == "likelihood" and not all(question.options for question in questions):
         raise BenchmarkError("--answers=likelihood: some questions have no options to choose from")
-    step = run.checkpoint_step(STEP.value)
+    step = run.checkpoints.resolve(STEP.value)
     base = chosen_compression(run.config.compression, benchmark.name)
     swept = sweep.parse(SWEEP.value)
     ask = functools.partial(
@@ -137,7 +137,7 @@ def run_command() -> str:
         load_model=functools.cache(lambda: Predictor(run.path, step)),
         identity={
             "step": step,
-            "checkpoint_written": run.checkpoint_written(step),
+            "checkpoint_written": run.checkpoints.written_at(step),
             **how_media_are_read(run.config),
         },
         about={"config": config_hash(run.config), **about_this_machine()},

@@ -33,7 +33,7 @@ from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 from storm_jax.media.media import Media
 from storm_jax.media.video import write_video
-from storm_jax.params import init_params, unflatten
+from storm_jax.params import init_params
 from storm_jax.run import Run
 from storm_jax.text.bpe import train_tokenizer
 from storm_jax.text.sample import Sample, Turn
@@ -106,7 +106,7 @@ def make_predictor(folder: pathlib.Path, model: ModelConfig, frames: int) -> Pre
     tokenizer = folder.with_name("tokenizer")
     train_tokenizer([QUESTION] * 4, 400).save_pretrained(tokenizer)
     run.prepare(from_dict(RunConfig, config), tokenizer)
-    run.save_params(unflatten(init_params(model, 0)), {})
+    run.checkpoints.write_params(init_params(model, 0), {})
     return Predictor(folder)
 
 

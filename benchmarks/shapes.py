@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flax import nnx
-
 from configs import tiny
 from configs.tiny import MODEL as TINY
 from storm_jax.compression import plan_clip
@@ -31,7 +29,7 @@ from storm_jax.config import CompressionConfig, ModelConfig, from_dict
 from storm_jax.evals.report import markdown
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.files import write_atomically
-from storm_jax.params import abstract_model, flatten
+from storm_jax.params import abstract_model, flat_params
 from storm_jax.run import Run
 from storm_jax.tasks import shapes
 
@@ -173,7 +171,7 @@ def evaluate(
     workdir: pathlib.Path, data: pathlib.Path, compression: CompressionConfig
 ) -> dict[str, float]:
     """Returns the accuracy on the test clips by family."""
-    step = Run(workdir).checkpoint_step()
+    step = Run(workdir).checkpoints.resolve(None)
     settings = EvalSettings(
         split="test", prompt_style="trained", compression=compression, max_new_tokens=64
     )
@@ -289,7 +287,7 @@ def _model(projector: str) -> ModelConfig:
 
 
 def parameter_count(model: ModelConfig) -> int:
-    return sum(leaf.size for leaf in flatten(nnx.to_pure_dict(abstract_model(model)[1])).values())
+    return sum(leaf.size for leaf in flat_params(abstract_model(model)[1]).values())
 
 
 def forward_flops(model: ModelConfig, frames: int, tokens: int) -> float:

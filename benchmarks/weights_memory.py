@@ -1,11 +1,11 @@
-"""How much memory import and export need, on a random bfloat16 checkpoint of a preset's full size.
+"""Measures time and memory of import and export on a random bfloat16 checkpoint of full size.
 
     python -m benchmarks.weights_memory --preset=storm_qwen2_1_5b --out=runs/weights_memory
 
-Writes the checkpoint as the Hub has it (bfloat16 shards of 2 GB), imports it and exports the run,
-each in a process of its own that is watched. The bound of an import is what is placed on the devices,
-which are host memory here, plus 1.3 times the largest stacked parameter. Needs disk space of twice
-the checkpoint, which it frees.
+Writes a checkpoint as on the Hub (bfloat16 shards of 2 GB), imports it and exports the run, each in
+a separate process whose memory is sampled. An import should need at most the parameters placed on
+the devices (here: host memory) plus 1.3 times the largest stacked parameter. Needs free disk space
+of twice the checkpoint, which is deleted at the end.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ import time
 
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
-from storm_jax.params import abstract_model, flatten
+from storm_jax.params import abstract_model, flat_params
 from storm_jax.run import Run
 from storm_jax.text.bpe import train_tokenizer
 from storm_jax.weights.architecture import decoder_json, vision_json
 from storm_jax.weights.mapping import tables
 from storm_jax.weights.tensors import ShardWriter
 
-BOUND = 1.3  # of the largest stacked parameter, on top of what is placed
-# What Python and the libraries hold before the first tensor.
+BOUND = 1.3  # times the largest stacked parameter, on top of what is placed
+# The memory of Python and the libraries.
 IDLE = "import storm_jax.weights.__main__, jax; jax.devices()"
 
 
 def write_checkpoint(preset: str, folder: pathlib.Path) -> None:
-    """A tower and a decoder of a preset's sizes; norms are one, the rest is small and random."""
+    """Writes a tower and a decoder of a preset's sizes; norms are around one, the rest around zero."""
     model = importlib.import_module(f"configs.{preset}").MODEL
-    shapes = flatten(nnx.to_pure_dict(abstract_model(model)[1]))
+    shapes = flat_params(abstract_model(model)[1])
     block = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(ml_dtypes.bfloat16)
     configs = {
         "vision": vision_json(model.vision, "bfloat16"),
@@ -50,18 +49,20 @@ def write_checkpoint(preset: str, folder: pathlib.Path) -> None:
         path = folder / part
         path.mkdir(parents=True)
         writer = ShardWriter(path)
-        for row in tables(model, shapes)[part].rows:
-            shape = row.tensor_shape(shapes[row.path].shape)
+        for rule in tables(model, shapes)[part].rules:
+            shape = rule.tensor_shape(shapes[rule.path].shape)
             noise = np.resize(block, shape)
-            writer.add(row.tensor, noise + 1 if "norm" in row.tensor else noise)
+            writer.add(rule.tensor, noise + 1 if "norm" in rule.tensor else noise)
         writer.close()
         (path / "config.json").write_text(json.dumps(config))
     train_tokenizer(["a small tokenizer"], 300).save_pretrained(folder / "decoder")
 
 
 def watch(command: list[str]) -> tuple[float, dict[str, float]]:
-    """Runs a command; its seconds and the peaks of its memory in GB: anonymous pages, and all that
-    is resident, which counts pages of open files that the kernel may drop."""
+    """Runs a command and returns its seconds and peak memory in GB.
+
+    RssAnon are anonymous pages. VmRSS also counts pages of open files, which the kernel may drop.
+    """
     began = time.monotonic()
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     peak = {"RssAnon": 0.0, "VmRSS": 0.0}
@@ -86,8 +87,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", default="storm_qwen2_1_5b", help="one of configs/")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the files")
+    parser.add_argument("--preset", default="storm_qwen2_1_5b", help="model in configs/")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="working folder")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     hub, run = args.out / "hub", args.out / "run"
@@ -103,7 +104,9 @@ def main() -> None:
         ]
     )  # fmt: skip
     shutil.rmtree(hub)
-    sizes = [leaf.size * leaf.dtype.itemsize / 1e9 for leaf in Run(run).stored_params(0).values()]
+    sizes = [
+        leaf.size * leaf.dtype.itemsize / 1e9 for leaf in Run(run).checkpoints.shapes(0).values()
+    ]
     placed, largest = sum(sizes), max(sizes)
     export_seconds, export_peak = watch(
         [

@@ -77,13 +77,9 @@ def _splittable(names: list[str | None], shape: Sequence[int], mesh: Mesh) -> Se
     return names if shape[names.index("vocab")] % devices == 0 else names[::-1]
 
 
-def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
-    """NamedShardings as a pure dict of the same structure as `nnx.to_pure_dict(params)`."""
-    specs = param_specs(params, mesh)
-    return jax.tree.map_with_path(
-        lambda path, _: NamedSharding(mesh, specs["/".join(str(key.key) for key in path)]),
-        nnx.to_pure_dict(params),
-    )
+def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, NamedSharding]:
+    """NamedSharding of every parameter by path."""
+    return {name: NamedSharding(mesh, spec) for name, spec in param_specs(params, mesh).items()}
 
 
 def batch_sharding(mesh: Mesh, array: np.ndarray | jax.Array) -> NamedSharding:

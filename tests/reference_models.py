@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from configs import tiny
 from storm_jax.config import RunConfig, from_dict
 from storm_jax.models.storm import Storm
-from storm_jax.params import abstract_model, with_sharding
+from storm_jax.params import abstract_model, flat_params, with_sharding
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
 from storm_jax.text.bpe import train_tokenizer
@@ -157,8 +158,9 @@ def load_model(path: pathlib.Path, devices: int = 1) -> Storm:
     config = dataclasses.replace(run.config.mesh, data=1, fsdp=devices)
     graphdef, abstract = abstract_model(run.config.model)
     mesh = make_mesh(config, jax.devices()[:devices])
-    target = with_sharding(nnx.to_pure_dict(abstract), param_shardings(abstract, mesh))
-    return nnx.merge(graphdef, run.restore_params(target, run.checkpoint_step()))
+    target = with_sharding(flat_params(abstract), param_shardings(abstract, mesh))
+    params = run.checkpoints.restore(target, run.checkpoints.resolve(None))
+    return nnx.merge(graphdef, unflatten_dict(params, sep="/"))
 
 
 def logits_of(model: Storm, tokens: Any) -> jax.Array:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from storm_jax.config import CompressionConfig, MeshConfig
 from storm_jax.data.encoder import SampleEncoder
@@ -40,7 +41,7 @@ from storm_jax.media.media import Media, MediaError
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.models.storm import VisualShape
-from storm_jax.params import abstract_model, compute_dtypes, with_sharding
+from storm_jax.params import abstract_model, compute_dtypes, flat_params, with_sharding
 from storm_jax.run import Run
 from storm_jax.sharding import batch_sharding, constrain, make_mesh, param_shardings
 from storm_jax.text.conversation import ConversationEncoder, Encoded
@@ -120,11 +121,11 @@ class Predictor:
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
         self._graphdef, abstract = abstract_model(self.config.model)
         target = with_sharding(
-            compute_dtypes(nnx.to_pure_dict(abstract), self.config.model),
+            compute_dtypes(flat_params(abstract), self.config.model),
             param_shardings(abstract, self.mesh),
         )
-        self.step = run.checkpoint_step(step)
-        self._params = run.restore_params(target, self.step)
+        self.step = run.checkpoints.resolve(step)
+        self._params = unflatten_dict(run.checkpoints.restore(target, self.step), sep="/")
         self._programs: dict[tuple, Callable] = {}
 
     @property

@@ -1,1 +1,1 @@
-"""The training loop and what it is made of."""
+"""Training: the loop, its state and steps, checkpoints, validation and metrics."""

@@ -1,4 +1,4 @@
-"""Saving a training state, and continuing from it to the bit."""
+"""Saves the training state and restores it exactly."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as managers
 
-from storm_jax.params import flatten, with_sharding
+from storm_jax.params import with_sharding
 from storm_jax.run import Run, RunError
 from storm_jax.train.state import StateSpec, TrainState
 
 
 class Checkpointer:
-    """Asynchronous checkpoints `checkpoints/STEP/{params, opt_state, data, meta}` of one run: the
-    last `train.keep_last`, and the `train.keep_best` with the lowest validation loss."""
+    """Writes checkpoints `checkpoints/STEP/{params, opt_state, data, meta}` of a run asynchronously.
+
+    Keeps the last `train.keep_last`, and the `train.keep_best` with the lowest validation loss.
+    """
 
     def __init__(self, run: Run, spec: StateSpec):
         self._run, self._spec = run, spec
-        root = run.checkpoints_path
-        for leftover in root.glob("*.orbax-checkpoint-tmp"):  # of a process that was killed
+        root = run.checkpoints.path
+        for leftover in root.glob("*.orbax-checkpoint-tmp"):  # of an interrupted run
             shutil.rmtree(leftover)
         root.mkdir(exist_ok=True)
         train = run.config.train
@@ -33,7 +36,7 @@ class Checkpointer:
             policies.append(
                 managers.BestN(
                     get_metric_fn=lambda metrics: metrics["val_loss"],
-                    reverse=True,  # sorted descending, the last n are kept: the smallest losses
+                    reverse=True,  # descending; the last n are kept: the smallest losses
                     n=train.keep_best,
                     keep_checkpoints_without_metrics=False,
                 )
@@ -56,11 +59,16 @@ class Checkpointer:
     def save(
         self, step: int, state: TrainState, data: dict[str, Any], metrics: Mapping[str, float]
     ) -> None:
-        """Starts writing; returns once the arrays are copied, so the state may be donated."""
+        """Starts writing a checkpoint. Returns once the arrays are copied, so the state may be donated.
+
+        Args:
+          data: the data position, plain JSON.
+          metrics: of the validation at this step, if there was one.
+        """
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params()),
+                params=ocp.args.StandardSave(unflatten_dict(state.params(), sep="/")),
                 opt_state=ocp.args.StandardSave(state.opt_state),
                 data=ocp.args.JsonSave(data),
                 meta=ocp.args.JsonSave({"step": step, **metrics}),
@@ -71,40 +79,41 @@ class Checkpointer:
             raise RunError(f"{self._run.path}: checkpoint {step} was not saved")
 
     def restore_latest(self) -> tuple[TrainState, dict[str, Any]] | None:
-        """The last state and its data position, or None when there is no checkpoint.
+        """The latest state and its data position, or None if there is no checkpoint.
 
         Raises:
-          RunError: when the parameters have other names or shapes.
+          RunError: if the checkpoint is damaged, has parameters of other names or shapes, or has no
+            optimizer state.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        if not (self._run.checkpoints_path / str(step) / "opt_state").exists():
+        if not (self._run.checkpoints.path / str(step) / "opt_state").exists():
             raise RunError(
-                f"{self._run.path} holds imported weights: they are the start of other runs. Train "
-                f"in another --workdir with --config.init_from={self._run.path}"
+                f"{self._run.path} contains imported weights, which other runs start from. Train in "
+                f"another --workdir with --config.init_from={self._run.path}"
             )
-        shapes = with_sharding(self._spec.shapes, self._spec.shardings)
-        flat = flatten(self._run.restore_params(shapes.params(), step))
-        with self._run.reading(step):
+        target = with_sharding(self._spec.shapes, self._spec.shardings)
+        params = self._run.checkpoints.restore(target.params(), step)
+        with self._run.checkpoints.reading(step):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    opt_state=ocp.args.StandardRestore(shapes.opt_state),
+                    opt_state=ocp.args.StandardRestore(target.opt_state),
                     data=ocp.args.JsonRestore(),
                     meta=ocp.args.JsonRestore(),
                 ),
             )
         state = TrainState(
-            {name: flat[name] for name in shapes.trained},
-            {name: flat[name] for name in shapes.frozen},
+            {name: params[name] for name in target.trained},
+            {name: params[name] for name in target.frozen},
             restored["opt_state"],
-            _scalar(restored["meta"]["step"], shapes.step),
+            _scalar(restored["meta"]["step"], target.step),
         )
         return state, restored["data"]
 
     def close(self) -> None:
-        """Waits until what was saved is on disk."""
+        """Waits until everything saved is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
 

@@ -1,111 +1,136 @@
-"""Where a new run starts from: another run, or random parameters."""
+"""Where a run starts: its latest checkpoint, another run's parameters, or random ones."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
-from storm_jax import config as config_lib
-from storm_jax.config import RunConfig, replace_model
+from storm_jax.config import RunConfig, differences, replace_model, to_dict
 from storm_jax.data.mixture import Mixture
 from storm_jax.data.skips import DataError
 from storm_jax.models.lora import is_adapter, merge
-from storm_jax.params import abstract_model, flatten, random_params, unflatten, with_sharding
+from storm_jax.params import abstract_model, flat_params, random_params, with_sharding
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import param_shardings
 from storm_jax.train.checkpoint import Checkpointer
 from storm_jax.train.state import StateSpec, TrainState
 
+# Fields of the model that may differ between a run and the run it starts from.
+_NOT_IN_WEIGHTS = ("decoder.lora.", "dtype")
+
+
+class Start(NamedTuple):
+    """State, step and data position that training starts from; a new run has no data position."""
+
+    state: TrainState
+    step: int
+    data: Mapping[str, Any]
+
 
 def inherit_model(
     config: RunConfig, source: Run, explicit: Collection[str]
 ) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
-    """`config` with the vision tower and the decoder of the run whose weights it starts from.
+    """`config` with the vision tower and decoder of the run whose weights it starts from.
 
-    The projector stays as configured, and so do the adapters of the decoder.
+    Projector and LoRA adapters stay as configured.
 
     Args:
-      explicit: dotted names of the fields that were set by hand.
+      explicit: dotted names of the fields that the user set.
 
     Returns:
-      The configuration, and {field: (before, now)} of what it changed.
+      The configuration, and {field: (before, after)} of the changes.
 
     Raises:
-      ConfigError: when a field that was set by hand is not what the weights need.
+      ConfigError: if a field in `explicit` contradicts the weights.
     """
-    theirs = source.config.model
-    decoder = dataclasses.replace(theirs.decoder, lora=config.model.decoder.lora)
+    inherited = source.config.model
+    decoder = dataclasses.replace(inherited.decoder, lora=config.model.decoder.lora)
     return replace_model(
         config,
-        dataclasses.replace(config.model, vision=theirs.vision, decoder=decoder),
+        dataclasses.replace(config.model, vision=inherited.vision, decoder=decoder),
         explicit,
         str(source.path),
     )
 
 
-def begin(
-    run: Run, spec: StateSpec, checkpointer: Checkpointer, mixture: Mixture
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """State, step and data position of the last checkpoint; else the parameters of `init_from`; else
-    random ones."""
+def find_start(run: Run, spec: StateSpec, checkpointer: Checkpointer, mixture: Mixture) -> Start:
+    """Restores the latest checkpoint; without one, loads `init_from`, or draws random parameters.
+
+    Raises:
+      DataError: if the data is not the data of the checkpoint.
+      RunError: if a checkpoint is damaged or has other parameters.
+    """
     restored = checkpointer.restore_latest()
     if restored is not None:
         state, data = restored
-        now = mixture.fingerprint()
-        changed = [name for name, told in data["sources"].items() if now.get(name) != told]
-        if changed:
-            raise DataError(
-                f"data source {', '.join(changed)} is not what {run.path} began with: samples were "
-                f"added, removed, reordered or changed in text or length. Restore it, or start a new "
-                f"run with --config.init_from={run.path}"
-            )
-        return state, int(state.step), data
+        _check_sources(data["sources"], mixture.fingerprint(), run)
+        return Start(state, int(state.step), data)
     if run.config.init_from:
-        return spec.from_params(load_params(Run(run.config.init_from), spec)), 0, {}
-    return spec.init(), 0, {}
+        params = load_params(Run(run.config.init_from), spec)
+        return Start(spec.from_params(params), 0, {})
+    return Start(spec.init(), 0, {})
 
 
-def load_params(source: Run, spec: StateSpec) -> dict:
-    """Another run's parameters on this mesh.
+def _check_sources(stored: Mapping[str, str], current: Mapping[str, str], run: Run) -> None:
+    """Compares fingerprints of the data sources by name."""
+    changed = [name for name in stored if current.get(name) != stored[name]]
+    if changed:
+        raise DataError(
+            f"data source {', '.join(changed)} is not what {run.path} was trained on: samples were "
+            f"added, removed, reordered or changed in text or length. Restore the data, or start a "
+            f"new run with --config.init_from={run.path}"
+        )
 
-    Adapters go on when they are the same in both; else those of the source are merged into its
-    decoder, and new ones begin.
+
+def load_params(source: Run, spec: StateSpec) -> dict[str, jax.Array]:
+    """Another run's parameters {path: array} on this mesh.
+
+    Adapters of the same LoRA configuration are loaded. Others are merged into the decoder, and the
+    new ones start fresh.
 
     Raises:
-      RunError: when its model is another one.
+      RunError: if the models differ.
     """
-    theirs, ours = source.config.model.decoder, spec.config.model.decoder
-    changed = config_lib.differences(
-        config_lib.to_dict(source.config.model), config_lib.to_dict(spec.config.model)
-    )
-    mine = ("decoder.lora.", "dtype")  # what weights do not depend on
-    changed = {name: values for name, values in changed.items() if not name.startswith(mine)}
-    if changed:
-        listed = "\n  ".join(f"model.{k}: {a!r} there, {b!r} here" for k, (a, b) in changed.items())
-        raise RunError(f"init_from={source.path} has another model:\n  {listed}")
-    step = source.checkpoint_step()
-    target = flatten(with_sharding(spec.shapes, spec.shardings).params())
-    if theirs.lora == ours.lora:
-        return source.restore_params(unflatten(target), step)
-    fresh = {name: leaf.sharding for name, leaf in target.items() if is_adapter(name)}
-    wanted = {name: leaf for name, leaf in target.items() if name not in fresh}
-    _, abstract = abstract_model(source.config.model)
-    places = flatten(param_shardings(abstract, spec.mesh))
-    adapters = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
-        for name, leaf in flatten(nnx.to_pure_dict(abstract)).items()
-        if is_adapter(name)
-    }
-    restored = flatten(source.restore_params(unflatten(wanted | adapters), step))
+    _check_same_model(source, spec)
+    step = source.checkpoints.resolve(None)
+    target = with_sharding(spec.shapes, spec.shardings).params()
+    if source.config.model.decoder.lora == spec.config.model.decoder.lora:
+        return source.checkpoints.restore(target, step)
+    base = {name: leaf for name, leaf in target.items() if not is_adapter(name)}
+    adapters = _adapter_shapes(source, spec)
+    restored = source.checkpoints.restore(base | adapters, step)
     with jax.set_mesh(spec.mesh):
         merged = jax.jit(
-            lambda base, adapters: merge(base | adapters, theirs.lora),
-            out_shardings={name: leaf.sharding for name, leaf in wanted.items()},
+            lambda base, adapters: merge(base | adapters, source.config.model.decoder.lora),
+            out_shardings={name: leaf.sharding for name, leaf in base.items()},
             donate_argnums=0,
-        )({n: restored[n] for n in wanted}, {n: restored[n] for n in adapters})
-        new = random_params(spec.config.model, spec.config.train.seed, fresh)
-    return unflatten(merged | new)
+        )({name: restored[name] for name in base}, {name: restored[name] for name in adapters})
+        fresh = {name: leaf.sharding for name, leaf in target.items() if is_adapter(name)}
+        return merged | random_params(spec.config.model, spec.config.train.seed, fresh)
+
+
+def _check_same_model(source: Run, spec: StateSpec) -> None:
+    changed = {
+        name: values
+        for name, values in differences(
+            to_dict(source.config.model), to_dict(spec.config.model)
+        ).items()
+        if not name.startswith(_NOT_IN_WEIGHTS)
+    }
+    if changed:
+        listed = "\n  ".join(f"model.{k}: {a!r} there, {b!r} here" for k, (a, b) in changed.items())
+        raise RunError(f"init_from={source.path} has a different model:\n  {listed}")
+
+
+def _adapter_shapes(source: Run, spec: StateSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """The adapters of `source` {path: shape}, sharded over the mesh of `spec`."""
+    _, abstract = abstract_model(source.config.model)
+    shardings = param_shardings(abstract, spec.mesh)
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+        for name, leaf in flat_params(abstract).items()
+        if is_adapter(name)
+    }

@@ -1,15 +1,16 @@
-"""The training loop: evaluate, save, next batch, step - in this order.
+"""The training loop: evaluate, save, next batch, step.
 
-The data position is saved with the weights before the next batch is taken, so that the two always
-agree and a killed run continues with the losses it would have had.
+Weights and data position are saved together, before the next batch is taken. They always agree, so
+an interrupted run resumes with exactly the losses it would have had.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,20 +22,20 @@ from storm_jax.data.mixture import Mixture, open_mixture
 from storm_jax.data.pipeline import Batch, batches
 from storm_jax.data.plan import TrainPlan
 from storm_jax.data.skips import DataError
+from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run
 from storm_jax.train.checkpoint import Checkpointer
-from storm_jax.train.feed import media_reader, place, process_share, visual_shape
-from storm_jax.train.initialisation import begin
+from storm_jax.train.initialisation import Start, find_start
 from storm_jax.train.metrics import MetricsWriter, Progress, duration
 from storm_jax.train.skip_log import SkipLog
 from storm_jax.train.state import StateSpec, TrainState
-from storm_jax.train.step import make_train_step
+from storm_jax.train.step import make_train_step, place
 from storm_jax.train.validation import Evaluator
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss or its gradient is not a number; the batch is saved beside the run."""
+    """The loss or the gradient norm is not finite; the batch is saved in the run folder."""
 
 
 def train(
@@ -42,11 +43,14 @@ def train(
     mesh: Mesh,
     make_evaluators: Callable[[StateSpec, WorkerPool], Mapping[str, Evaluator]],
 ) -> None:
-    """Trains the run's configuration to its last step, from its last checkpoint if it has one.
+    """Trains a run to its last step, from its latest checkpoint if it has one.
+
+    Args:
+      make_evaluators: returns the evaluators to run every `train.eval_every` steps.
 
     Raises:
-      ConfigError: when the mesh cannot split the batch.
-      DataError: when too many samples are unusable, or the data is not what the run began with.
+      ConfigError: if the batch does not divide over the mesh.
+      DataError: if too many samples are unusable, or the data changed since the run started.
       NonFiniteLossError: at the first loss that is not finite.
     """
     config = run.config
@@ -54,160 +58,204 @@ def train(
     spec = StateSpec.make(config, mesh)
     with WorkerPool(config.data.num_workers) as pool:
         mixture = open_mixture(config, config.data.train, run.tokenizer(), pool)
-        checkpointer = Checkpointer(run, spec)
-        try:
-            state, start, data = begin(run, spec, checkpointer, mixture)
-            _describe(spec, mixture, start)
-            loop = _Loop(run, spec, mixture, pool, checkpointer, start, data)
-            loop.run(state, make_evaluators(spec, pool))
-        finally:
-            checkpointer.close()
+        with contextlib.closing(Checkpointer(run, spec)) as checkpointer:
+            start = find_start(run, spec, checkpointer, mixture)
+            _print_summary(spec, mixture, start.step)
+            loop = _Loop(
+                run=run,
+                spec=spec,
+                mixture=mixture,
+                pool=pool,
+                checkpointer=checkpointer,
+                evaluators=make_evaluators(spec, pool),
+                start=start,
+            )
+            loop.run(start.state)
+
+
+class _StepResult(NamedTuple):
+    """A step whose metrics may still be on their way from the device."""
+
+    step: int
+    batch: Batch
+    metrics: dict[str, jax.Array]
 
 
 class _Loop:
-    """State of one pass through the loop that is not the model's."""
+    """The loop, and everything but the model's state that changes with it."""
 
     def __init__(
         self,
+        *,
         run: Run,
         spec: StateSpec,
         mixture: Mixture,
         pool: WorkerPool,
         checkpointer: Checkpointer,
-        start: int,
-        data: Mapping[str, Any],
+        evaluators: Mapping[str, Evaluator],
+        start: Start,
     ):
         config = run.config
-        self.run_path, self.spec, self.start = run.path, spec, start
-        self.config = config.train
-        self.mixture, self.pool, self.checkpointer = mixture, pool, checkpointer
-        self.metrics = MetricsWriter(run.path, start, config.train.tensorboard)
-        self.progress = Progress(start, config.train.steps, config.train.log_every)
-        self.plan = TrainPlan(mixture, config.train.batch_size, data.get("plan"))
-        names = [part.config.name for part in mixture.parts]
-        self.accounting = Accounting(names, data.get("accounting"))
-        self.step_functions: dict[int, Any] = {}  # jitted, by number of their shape
-        self.skip_log = SkipLog(run.path)
-        self.skip_log.write(mixture.skips)
-
-    def run(self, state: TrainState, evaluators: Mapping[str, Evaluator]) -> None:
-        config, mesh = self.config, self.spec.mesh
-        reader = media_reader(self.spec.config, self.pool, self.skip_log)
-        steps = range(self.start, config.steps)
-        stream = batches(
-            self.mixture, self.plan, steps, config.batch_size, reader, **process_share()
+        self._run, self._spec, self._start_step = run, spec, start.step
+        self._config = config.train
+        self._mixture, self._checkpointer, self._evaluators = mixture, checkpointer, evaluators
+        self._skip_log = SkipLog(run.path)
+        self._skip_log.write(mixture.skips)
+        self._plan = TrainPlan(mixture, config.train.batch_size, start.data.get("plan"))
+        self._batches = batches(
+            mixture,
+            self._plan,
+            range(start.step, config.train.steps),
+            config.train.batch_size,
+            MediaReader(
+                pool,
+                config.model.vision.image_size,
+                config.data.frames,
+                self._skip_log.lasting_failures,
+            ),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
-        pending: tuple[int, Batch, dict] | None = None
-        for step in range(self.start, config.steps + 1):
-            last, resumed = step == config.steps, step == self.start
-            results: dict[str, float] = {}
-            evaluates = config.eval_every and (step % config.eval_every == 0 or last)
-            saves = step % config.save_every == 0 or last
-            if not resumed and (evaluates or saves):
-                self._finish(pending)
-                pending = None
-                if evaluates:
-                    try:
-                        results = self._evaluate(step, state, evaluators)
-                    except DataError:  # its files are gone; what was trained is kept
-                        self.checkpointer.save(step, state, self._data_state(step), {})
-                        raise
-                if saves:
-                    self.checkpointer.save(step, state, self._data_state(step), results)
-            if last:
-                break
-            batch = next(stream)
-            self._count(batch)
-            with jax.set_mesh(mesh):
-                step_function = self._step_function(batch.shape)
-                state, metrics = step_function(state, place(batch.arrays, mesh))
-            self._finish(pending)  # one step late, so that the device is never waited for
-            pending = step + 1, batch, metrics
-        self.metrics.close()
-        print(self.accounting.table(), flush=True)
+        self._accounting = Accounting(
+            [part.config.name for part in mixture.parts], start.data.get("accounting")
+        )
+        self._step_functions: dict[int, Any] = {}  # jitted, by index of their row shape
+        self._unlogged: _StepResult | None = None
+        self._metrics = MetricsWriter(run.path, start.step, config.train.tensorboard)
+        self._progress = Progress(start.step, config.train.steps, config.train.log_every)
 
-    def _step_function(self, number: int) -> Callable:
-        """The compiled step of one shape of rows."""
-        if number not in self.step_functions:
-            shape = self.mixture.shapes[number]
-            print(f"compiling rows of {shape.tokens} tokens and {shape.frames} frames", flush=True)
-            self.step_functions[number] = make_train_step(self.spec, visual_shape(shape))
-        return self.step_functions[number]
+    def run(self, state: TrainState) -> None:
+        """Trains from the start step to the last one."""
+        with contextlib.closing(self._metrics), contextlib.closing(self._progress):
+            for step in range(self._start_step, self._config.steps + 1):
+                if step > self._start_step:
+                    results = self._evaluate(step, state)
+                    self._save(step, state, results)
+                if step < self._config.steps:
+                    batch = self._next_batch()
+                    state = self._step(step + 1, state, batch)
+        print(self._accounting.table(), flush=True)
 
-    def _count(self, batch: Batch) -> None:
-        self.accounting.add(batch.outcomes)
-        self.skip_log.write(batch.skips)
-        self.accounting.check(self.spec.config.data.max_skip_fraction, "training met")
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """Results of all evaluators if an evaluation is due, else nothing."""
+        if not self._is_due(step, self._config.eval_every):
+            return {}
+        self._log_last_step()
+        began = time.monotonic()
+        results: dict[str, float] = {}
+        try:
+            with jax.set_mesh(self._spec.mesh):
+                for evaluate in self._evaluators.values():
+                    results.update(evaluate(state))
+        except DataError:  # validation data is unreadable: keep what was trained
+            self._checkpointer.save(step, state, self._data_state(step), {})
+            raise
+        if results:
+            self._metrics.write(step, results)
+            listed = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+            seconds = time.monotonic() - began
+            self._progress.print(f"step {step:>6}  {listed}  ({duration(seconds)})")
+        self._progress.skip_interval()
+        return results
 
-    def _finish(self, pending: tuple[int, Batch, dict] | None) -> None:
-        if pending is None:
+    def _save(self, step: int, state: TrainState, results: Mapping[str, float]) -> None:
+        """Saves a checkpoint if one is due."""
+        if self._is_due(step, self._config.save_every):
+            self._log_last_step()
+            self._checkpointer.save(step, state, self._data_state(step), results)
+            self._progress.skip_interval()
+
+    def _is_due(self, step: int, every: int) -> bool:
+        """Whether a step is a multiple of `every`, or the last one; 0 = never."""
+        return bool(every) and (step % every == 0 or step == self._config.steps)
+
+    def _next_batch(self) -> Batch:
+        batch = next(self._batches)
+        self._accounting.add(batch.outcomes)
+        self._skip_log.write(batch.skips)
+        self._accounting.check(self._spec.config.data.max_skip_fraction, "training met")
+        return batch
+
+    def _step(self, step: int, state: TrainState, batch: Batch) -> TrainState:
+        with jax.set_mesh(self._spec.mesh):
+            step_function = self._step_function(batch.shape)
+            state, metrics = step_function(state, place(batch.arrays, self._spec.mesh))
+        self._log_last_step()  # of the step before: the device is never waited for
+        self._unlogged = _StepResult(step, batch, metrics)
+        return state
+
+    def _step_function(self, index: int) -> Any:
+        """The step for one row shape, which compiles when it is first called."""
+        if index not in self._step_functions:
+            shape = self._mixture.shapes[index]
+            self._progress.print(f"compiling rows of {shape.tokens} tokens, {shape.frames} frames")
+            self._progress.skip_interval()
+            self._step_functions[index] = make_train_step(self._spec, shape)
+        return self._step_functions[index]
+
+    def _log_last_step(self) -> None:
+        """Waits for the last step that is not yet logged, and logs it.
+
+        Raises:
+          NonFiniteLossError: if its loss or gradient norm is not finite.
+        """
+        if self._unlogged is None:
             return
-        step, batch, metrics = pending
+        step, batch, metrics = self._unlogged
+        self._unlogged = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-            path = self.run_path / f"nonfinite_step_{step}.npz"
+            path = self._run.path / f"nonfinite_step_{step}.npz"
             ids = np.array(batch.sample_ids)
             np.savez(path, allow_pickle=False, sample_ids=ids, **batch.arrays)
             raise NonFiniteLossError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples "
-                f"{', '.join(batch.sample_ids)}; the batch is in {path}"
+                f"{', '.join(batch.sample_ids)}; the batch is saved in {path}"
             )
         values |= batch.waste()
-        values["compilations"] = sum(f._cache_size() for f in self.step_functions.values())
-        if step % self.config.log_every == 0 or step == self.config.steps:
-            values |= self.accounting.metrics()
-        self.metrics.write(step, values)
-        self.progress.report(step, values)
-
-    def _evaluate(
-        self, step: int, state: TrainState, evaluators: Mapping[str, Evaluator]
-    ) -> dict[str, float]:
-        results: dict[str, float] = {}
-        began = time.monotonic()
-        with jax.set_mesh(self.spec.mesh):
-            for evaluate in evaluators.values():
-                results.update(evaluate(state))
-        if results:
-            self.metrics.write(step, results)
-            listed = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
-            print(f"step {step:>6}  {listed}  ({duration(time.monotonic() - began)})", flush=True)
-        return results
+        values["compilations"] = sum(f._cache_size() for f in self._step_functions.values())
+        if self._is_due(step, self._config.log_every):
+            values |= self._accounting.metrics()
+        self._metrics.write(step, values)
+        self._progress.update(step, values)
 
     def _data_state(self, step: int) -> dict[str, Any]:
-        self.plan.forget(step)
+        """The data position after `step` steps, as saved in the checkpoint."""
+        self._plan.forget(step)
         return {
-            "plan": self.plan.state(step),
-            "sources": self.mixture.fingerprint(),
-            "accounting": self.accounting.state(),
+            "plan": self._plan.state(step),
+            "sources": self._mixture.fingerprint(),
+            "accounting": self._accounting.state(),
         }
 
 
 def _check_batch(config: RunConfig, mesh: Mesh) -> None:
-    rows, devices = config.train.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows // config.train.accumulation % devices:
+    rows, parts = config.train.batch_size, config.train.accumulation
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows // parts % devices:
         raise ConfigError(
-            f"train.batch_size={rows} in train.accumulation={config.train.accumulation} parts does "
-            f"not split over mesh.data * mesh.fsdp = {devices} devices: every device would compute "
-            f"all rows. Make each part a multiple of {devices}"
+            f"train.batch_size={rows} in train.accumulation={parts} microbatches does not divide over "
+            f"mesh.data * mesh.fsdp = {devices} devices. Make batch_size / accumulation a multiple of "
+            f"{devices}"
         )
 
 
-def _describe(spec: StateSpec, mixture: Mixture, start: int) -> None:
-    trained = sum(leaf.size for leaf in spec.shapes.trained.values())
-    frozen = sum(leaf.size for leaf in spec.shapes.frozen.values())
+def _print_summary(spec: StateSpec, mixture: Mixture, start_step: int) -> None:
     tokens, decoder = mixture.shapes[-1].tokens, spec.config.model.decoder
     if tokens > decoder.max_positions:
         logging.warning(
-            "a sample may be longer than the %d positions that the decoder was trained for "
+            "samples may be longer than the %d positions the decoder was trained for "
             "(model.decoder.max_positions): data.rows has %d tokens", decoder.max_positions, tokens
         )  # fmt: skip
+    trained = sum(leaf.size for leaf in spec.shapes.trained.values())
+    frozen = sum(leaf.size for leaf in spec.shapes.frozen.values())
     shapes = ", ".join(
         f"{shape.tokens} tokens and {shape.frames} frames" for shape in mixture.shapes
     )
     sources = ", ".join(f"{p.config.name} {len(p.usable):,}" for p in mixture.parts)
     print(
-        f"{len(mixture):,} samples ({sources}; {len(mixture.skips)} unusable), rows of {shapes}; "
-        f"parameters: {trained:,} trained, {frozen:,} frozen; mesh {dict(spec.mesh.shape)}; from step "
-        f"{start}",
+        f"{len(mixture):,} samples ({sources}; {len(mixture.skips)} unusable), rows of {shapes}\n"
+        f"parameters: {trained:,} trained, {frozen:,} frozen; mesh {dict(spec.mesh.shape)}; "
+        f"starting at step {start_step}",
         flush=True,
     )

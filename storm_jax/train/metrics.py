@@ -1,28 +1,34 @@
-"""Metrics on disk, on the terminal and as a picture."""
+"""Metrics on disk (metrics.jsonl, TensorBoard), on the terminal and as a plot."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import tqdm
 
 from storm_jax.files import read_lines, write_lines
 
+_RECENT_STEPS = 50  # that speed and time left are averaged over
+
 
 class MetricsWriter:
-    """Appends one JSON line a step to metrics.jsonl, and scalars to TensorBoard when asked.
+    """Appends one JSON line per step to metrics.jsonl, and optionally scalars to TensorBoard.
 
-    A continued run drops the lines of steps that its checkpoint does not have, since they will be
-    run again.
+    A resumed run first drops the lines after its checkpoint's step: those steps are repeated.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int, tensorboard: bool):
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in read_lines(self.path) if line["step"] <= start_step]
-            write_lines(self.path, kept)
+            lines = [line for line in read_lines(self.path) if line["step"] <= start_step]
+            write_lines(self.path, lines)
         self._file = self.path.open("a")
         self._board: Any = None
         if tensorboard:
@@ -46,30 +52,75 @@ class MetricsWriter:
 
 
 class Progress:
-    """A line every `log_every` steps: step, loss, accuracy, speed and time left."""
+    """Step, loss, accuracy, speed and time left: a bar on a terminal, else a line every `log_every`
+    steps.
 
-    def __init__(self, start_step: int, steps: int, log_every: int):
-        self._start, self._steps, self._every = start_step, steps, log_every
-        self._began = self._last = time.monotonic()
-        self._tokens = 0.0
+    Speed and time left are those of recent steps. Intervals in which something else took time
+    (compilation, validation, saving) do not count.
 
-    def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._tokens += metrics["tokens"]
-        if step == self._start + 1:  # compilation is not speed
-            self._began = self._last = time.monotonic()
-            self._tokens = 0.0
-        if step % self._every and step != self._steps:
-            return
-        now = time.monotonic()
-        speed = self._tokens / (now - self._last)
-        per_step = (now - self._began) / max(1, step - self._start - 1)
-        left = duration(per_step * (self._steps - step)) if step > self._start + 1 else "?"
-        print(
-            f"step {step:>6}/{self._steps}  loss {metrics['loss']:.4f}  "
-            f"accuracy {metrics['accuracy']:6.1%}  {speed:,.0f} tokens/s  {left} left",
-            flush=True,
+    Args:
+      clock: returns seconds.
+    """
+
+    def __init__(
+        self,
+        start_step: int,
+        steps: int,
+        log_every: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._steps, self._log_every, self._clock = steps, log_every, clock
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT_STEPS)  # seconds, tokens
+        self._last_update = clock()
+        self._skips_interval = False
+        self._bar: tqdm.tqdm | None = None
+        if sys.stdout.isatty():
+            self._bar = tqdm.tqdm(
+                total=steps,
+                initial=start_step,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                bar_format="{bar} {n_fmt}/{total_fmt}{postfix}",  # with our time left, not tqdm's
+            )
+
+    def skip_interval(self) -> None:
+        """Excludes the time between the last update and the next one."""
+        self._skips_interval = True
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows a finished step. `metrics` has its loss, accuracy and number of tokens."""
+        now = self._clock()
+        if not self._skips_interval:
+            self._recent.append((now - self._last_update, metrics["tokens"]))
+        self._last_update, self._skips_interval = now, False
+        values = (
+            f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:6.1%}  {self._pace(step)}"
         )
-        self._last, self._tokens = now, 0.0
+        if self._bar is not None:
+            self._bar.set_postfix_str(values, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self._log_every == 0 or step == self._steps:
+            print(f"step {step:>6}/{self._steps}  {values}", flush=True)
+
+    def _pace(self, step: int) -> str:
+        seconds = sum(interval for interval, _ in self._recent)
+        if not seconds:
+            return "? tokens/s  ? left"
+        speed = sum(tokens for _, tokens in self._recent) / seconds
+        left = seconds / len(self._recent) * (self._steps - step)
+        return f"{speed:,.0f} tokens/s  {duration(left)} left"
+
+    def print(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def duration(seconds: float) -> str:
@@ -80,29 +131,54 @@ def duration(seconds: float) -> str:
 
 
 def plot_curves(workdir: pathlib.Path) -> pathlib.Path:
-    """Draws loss, answer-token accuracy and gradient norm of a run to curves.png."""
+    """Plots loss, answer token accuracy and gradient norm of a run to curves.png.
+
+    Per-step values are faint, their moving average (over 1/20 of the steps) is bold.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     lines = read_lines(workdir / "metrics.jsonl")
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    titles = {
-        "loss": "loss (nats)",
-        "accuracy": "answer token accuracy",
-        "grad_norm": "gradient norm",
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    panels = {
+        "loss": ("Loss", "nats per answer token"),
+        "accuracy": ("Accuracy", "correct answer tokens"),
+        "grad_norm": ("Gradient norm", ""),
     }
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for key, style in ((name, {"linewidth": 1}), (f"val_{name}", {"marker": "o"})):
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=key, **style)
-        axis.set(title=title, xlabel="step")
+    for axis, (name, (title, label)) in zip(axes, panels.items(), strict=True):
+        steps, values = _series(lines, name)
+        if len(steps):
+            axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+            smooth = _moving_average(values, max(1, len(values) // 20))
+            axis.plot(steps, smooth, color="tab:blue", linewidth=1.8, label="train")
+        steps, values = _series(lines, f"val_{name}")
+        if len(steps):
+            axis.plot(steps, values, "o-", color="tab:orange", markersize=4, label="validation")
+        axis.set_title(title, fontweight="bold")
+        axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    axes[0].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1.02)
+    axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(xmax=1, decimals=0))
     axes[2].set_yscale("log")
     path = workdir / "curves.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the lines that have a key."""
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    table = np.array(points, float).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred; windows are shorter at both ends."""
+    ones = np.ones(window)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")

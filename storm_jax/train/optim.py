@@ -1,16 +1,16 @@
 """AdamW with one learning rate per part of the model.
 
-Every parameter belongs to the part that its path begins with (vision, projector, decoder). A part
-with rate 0 is frozen: it has no gradient and no optimizer memory. So is `vision/unused`, the layers
-behind the feature layer, which no output depends on, and, with LoRA, all of the decoder but its
-adapters.
+The first name of a parameter's path is its part: vision, projector or decoder. A part with learning
+rate 0 is frozen: it has no gradient and no optimizer state. Also frozen are `vision/unused` (the
+layers after the feature layer, which no output depends on) and, with LoRA, all of the decoder except
+its adapters.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import optax
@@ -22,10 +22,10 @@ NEVER_TRAINED = "vision/unused/"
 
 
 def is_trainable(name: str, config: RunConfig) -> bool:
-    """Whether the parameter of this path is trained.
+    """Whether the parameter with this path is trained.
 
     Raises:
-      ValueError: for a path that begins with no part that has a learning rate.
+      ValueError: if the path starts with no part that has a learning rate.
     """
     rates = dataclasses.asdict(config.optim.learning_rate)
     part = part_of(name)
@@ -37,11 +37,12 @@ def is_trainable(name: str, config: RunConfig) -> bool:
 
 
 def part_of(name: str) -> str:
+    """The part of the model that a parameter path belongs to."""
     return name.split("/", 1)[0]
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Factor of the peak rate: linear warm-up, then cosine to zero at the last step."""
+    """Returns the factor of the peak learning rate: linear warm-up, then cosine decay to zero."""
     warmup = round(config.warmup_fraction * steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else 1.0, peak_value=1.0, warmup_steps=warmup, decay_steps=steps
@@ -49,19 +50,19 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation of flat gradients {path: array}."""
+    """Returns the optimizer of flat parameters {path: array}."""
     rates = dataclasses.asdict(config.learning_rate)
 
-    def decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+    def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
         return {name: bool(re.search(config.decay_pattern, name)) for name in params}
 
-    def belongs(part: str):
+    def part_mask(part: str) -> Callable[[Mapping[str, jax.Array]], dict[str, bool]]:
         return lambda params: {name: part_of(name) == part for name in params}
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2),
-        optax.add_decayed_weights(config.weight_decay, decayed),
-        *(optax.masked(optax.scale(-rate), belongs(part)) for part, rate in rates.items()),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        *(optax.masked(optax.scale(-rate), part_mask(part)) for part, rate in rates.items()),
         optax.scale_by_schedule(schedule(config, steps)),
     )

@@ -1,4 +1,4 @@
-"""The samples that cannot be used, in skipped.jsonl."""
+"""skipped.jsonl: every sample that could not be used, once."""
 
 from __future__ import annotations
 
@@ -12,42 +12,43 @@ from storm_jax.data.skips import Skip
 from storm_jax.files import read_lines, write_lines
 from storm_jax.media.reader import LASTING
 
-_SHOWN = 20  # of samples that are found to be unusable at once, those that are shown
+_MAX_WARNINGS = 20  # per call of `write`
 
 
 class SkipLog:
-    """Lists each unusable sample once in skipped.jsonl, and warns of it.
+    """Appends each unusable sample to skipped.jsonl once, and warns about it.
 
-    `lasting` are the causes of media that hung or crashed a worker, by name: they are not tried again.
+    Attributes:
+      lasting_failures: {file: cause} of media that hung or crashed a worker; they are not read again.
     """
 
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / "skipped.jsonl"
         self._logged: set[tuple[str, str, str]] = set()
-        self.lasting: dict[str, str] = {}
+        self.lasting_failures: dict[str, str] = {}
         if self._path.exists():
             lines = read_lines(self._path)
             for line in lines:
-                self._remember(Skip(**line))
-            # A last line that was cut off goes.
-            write_lines(self._path, lines)
+                self._is_new(Skip(**line))
+            write_lines(self._path, lines)  # without a truncated last line
 
     def write(self, skips: Sequence[Skip]) -> None:
-        new = [skip for skip in skips if self._remember(skip)]
+        """Logs those of `skips` that are not in the file yet."""
+        new = [skip for skip in skips if self._is_new(skip)]
         if not new:
             return
-        for skip in new[:_SHOWN]:
+        for skip in new[:_MAX_WARNINGS]:
             logging.warning("skipped (%s): %s: %s", skip.cause, skip.where, skip.message)
-        if len(new) > _SHOWN:
-            logging.warning("and %d more: %s", len(new) - _SHOWN, self._path)
+        if len(new) > _MAX_WARNINGS:
+            logging.warning("and %d more: %s", len(new) - _MAX_WARNINGS, self._path)
         with self._path.open("a") as file:
             file.writelines(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in new)
 
-    def _remember(self, skip: Skip) -> bool:
-        """Whether it is new."""
+    def _is_new(self, skip: Skip) -> bool:
+        """Whether a skip has not been passed before; remembers it."""
         if skip.cause in LASTING:
-            self.lasting[skip.file] = skip.cause
+            self.lasting_failures[skip.file] = skip.cause
         key = (skip.source, skip.where, skip.cause)
-        known = key in self._logged
+        is_new = key not in self._logged
         self._logged.add(key)
-        return not known
+        return is_new

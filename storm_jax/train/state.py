@@ -1,8 +1,9 @@
-"""What training changes: parameters, split into trained and frozen, optimizer state and step."""
+"""What training changes: parameters (trained and frozen), optimizer state and step."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from storm_jax.config import RunConfig
-from storm_jax.params import abstract_model, compute_dtypes, flatten, init_params, unflatten
+from storm_jax.params import abstract_model, compute_dtypes, flat_params, init_params
 from storm_jax.sharding import param_shardings
 from storm_jax.train.optim import is_trainable, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """A pytree of flat dicts {path: array, its shape or its sharding}. `trained` is fp32; `frozen` matrices have the compute
-    dtype, which is all that the forward pass reads of them."""
+    """Arrays, their shapes or their shardings, with parameters as {path: array}.
+
+    `trained` parameters are float32. `frozen` matrices have the compute dtype, which is all that
+    the forward pass needs.
+    """
 
     trained: dict[str, Any]
     frozen: dict[str, Any]
@@ -27,13 +31,13 @@ class TrainState(NamedTuple):
     step: Any
 
     def params(self) -> dict[str, Any]:
-        """All parameters as the nested dict that is saved and merged into a model."""
-        return unflatten({**self.trained, **self.frozen})
+        """All parameters by path."""
+        return {**self.trained, **self.frozen}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateSpec:
-    """How to make, place and split the state of one configuration on one mesh."""
+    """Structure, shapes and shardings of the training state of one configuration on one mesh."""
 
     config: RunConfig
     mesh: Mesh
@@ -43,26 +47,24 @@ class StateSpec:
 
     @classmethod
     def make(cls, config: RunConfig, mesh: Mesh) -> StateSpec:
-        graphdef, params = abstract_model(config.model, remat=config.train.remat)
-        flat = flatten(param_shardings(params, mesh))
-        shapes = jax.eval_shape(
-            lambda tree: _split(flatten(tree), config), nnx.to_pure_dict(params)
-        )
-        whole = NamedSharding(mesh, PartitionSpec())
-        trained = {name: flat[name] for name in shapes.trained}
+        graphdef, abstract = abstract_model(config.model, remat=config.train.remat)
+        by_path = param_shardings(abstract, mesh)
+        shapes = jax.eval_shape(lambda params: _split(params, config), flat_params(abstract))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        trained = {name: by_path[name] for name in shapes.trained}
         opt_state = optax.tree_map_params(
             make_optimizer(config.optim, config.train.steps),
             lambda _, sharding: sharding,
             shapes.opt_state,
             trained,
-            transform_non_params=lambda _: whole,
+            transform_non_params=lambda _: replicated,
         )
-        frozen = {name: flat[name] for name in shapes.frozen}
-        state = TrainState(trained, frozen, opt_state, whole)
-        return cls(config=config, mesh=mesh, graphdef=graphdef, shardings=state, shapes=shapes)
+        frozen = {name: by_path[name] for name in shapes.frozen}
+        shardings = TrainState(trained, frozen, opt_state, replicated)
+        return cls(config=config, mesh=mesh, graphdef=graphdef, shardings=shardings, shapes=shapes)
 
     def init(self) -> TrainState:
-        """Random parameters from `train.seed`, born where they belong."""
+        """A state at step 0 with random parameters from `train.seed`, created in shards."""
 
         def make() -> TrainState:
             return _split(init_params(self.config.model, self.config.train.seed), self.config)
@@ -70,19 +72,20 @@ class StateSpec:
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=self.shardings)()
 
-    def from_params(self, params: dict[str, Any]) -> TrainState:
-        """A state at step 0 with given parameters."""
+    def from_params(self, params: Mapping[str, jax.Array]) -> TrainState:
+        """A state at step 0 with the given parameters {path: array}."""
         with jax.set_mesh(self.mesh):
             split = jax.jit(
-                lambda tree: _split(flatten(tree), self.config), out_shardings=self.shardings
+                lambda params: _split(params, self.config), out_shardings=self.shardings
             )
-            return split(params)
+            return split(dict(params))
 
 
-def _split(flat: dict[str, jax.Array], config: RunConfig) -> TrainState:
+def _split(params: Mapping[str, jax.Array], config: RunConfig) -> TrainState:
+    """Splits parameters into trained and frozen, in their dtypes, at step 0."""
     trained, frozen = {}, {}
-    dtypes = compute_dtypes(flat, config.model)
-    for name, value in flat.items():
+    dtypes = compute_dtypes(params, config.model)
+    for name, value in params.items():
         if is_trainable(name, config):
             trained[name] = value.astype(jnp.float32)
         else:

@@ -1,40 +1,55 @@
-"""One optimization step and one evaluation step, as jitted functions on a mesh."""
+"""Training and evaluation steps as jitted functions on a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 
+from storm_jax.data.rows import RowShape
 from storm_jax.models.storm import VisualShape
 from storm_jax.ops.cross_entropy import cross_entropy
-from storm_jax.params import unflatten
+from storm_jax.sharding import batch_sharding
 from storm_jax.train.optim import make_optimizer, schedule
 from storm_jax.train.state import StateSpec, TrainState
 
 Sums = dict[str, jax.Array]
 
 
-def make_train_step(
-    spec: StateSpec, shape: VisualShape
-) -> Callable[[TrainState, dict], tuple[TrainState, Sums]]:
-    """`(state, batch) -> (state, metrics)`; the state is donated.
+TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Sums]]
+EvalStep = Callable[[TrainState, dict[str, jax.Array]], Sums]
 
-    With accumulation, the batch is cut into microbatches whose summed losses are differentiated one
-    after another; dividing once by the summed weight makes that equal to the large batch.
+
+def place(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch on the mesh, as global arrays."""
+    return {
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh, array), array)
+        for name, array in arrays.items()
+    }
+
+
+def make_train_step(spec: StateSpec, shape: RowShape) -> TrainStep:
+    """The optimization step for rows of one shape; it donates the state.
+
+    With accumulation, the batch is split into microbatches, whose losses are summed and
+    differentiated one at a time. Dividing once by the summed weight makes the result equal to that
+    of the large batch.
     """
     config = spec.config
     optimizer = make_optimizer(config.optim, config.train.steps)
-    factor = schedule(config.optim, config.train.steps)
-    sums = _loss_sums(spec.graphdef, shape)
+    rate_factor = schedule(config.optim, config.train.steps)
+    loss_sums = _make_loss_sums(spec.graphdef, shape)
 
     def summed_loss(trained: dict, frozen: dict, batch: dict) -> tuple[jax.Array, Sums]:
-        totals = sums({**trained, **frozen}, batch)
-        return totals["loss"], totals
+        sums = loss_sums({**trained, **frozen}, batch)
+        return sums["loss"], sums
 
     gradient = jax.grad(summed_loss, has_aux=True)
 
@@ -46,43 +61,46 @@ def make_train_step(
         microbatches = _microbatches(batch, config.train.accumulation)
         first = gradient(state.trained, state.frozen, jax.tree.map(lambda x: x[0], microbatches))
         rest = jax.tree.map(lambda x: x[1:], microbatches)
-        (grads, totals), _ = jax.lax.scan(accumulate, first, rest)
-        weight = jnp.maximum(totals["weight"], 1.0)  # a batch whose samples all failed
+        (grads, sums), _ = jax.lax.scan(accumulate, first, rest)
+        weight = jnp.maximum(sums["weight"], 1.0)  # 0 if every sample of the batch failed
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         metrics = {
-            "loss": totals["loss"] / weight,
-            "accuracy": totals["right"] / weight,
+            "loss": sums["loss"] / weight,
+            "accuracy": sums["right"] / weight,
             "grad_norm": optax.global_norm(grads),
-            "rate_factor": factor(state.step),
-            "tokens": totals["tokens"],
+            "rate_factor": rate_factor(state.step),
+            "tokens": sums["tokens"],
         }
         return TrainState(trained, state.frozen, opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(spec.shardings, None))
 
 
-def make_eval_step(spec: StateSpec, shape: VisualShape) -> Callable[[TrainState, dict], Sums]:
-    """`(state, batch) -> sums` of loss, weight and right answers over a batch."""
-    sums = _loss_sums(spec.graphdef, shape)
-    return jax.jit(lambda state, batch: sums({**state.trained, **state.frozen}, batch))
+def make_eval_step(spec: StateSpec, shape: RowShape) -> EvalStep:
+    """The evaluation step for rows of one shape: sums of loss, weight and right answers."""
+    loss_sums = _make_loss_sums(spec.graphdef, shape)
+    return jax.jit(lambda state, batch: loss_sums(state.params(), batch))
 
 
-def _loss_sums(graphdef: nnx.GraphDef, shape: VisualShape) -> Callable[[dict, dict], Sums]:
-    def sums(params: dict[str, Any], batch: dict) -> Sums:
-        model = nnx.merge(graphdef, unflatten(params))
-        hidden = model(batch, shape)
+def _make_loss_sums(graphdef: nnx.GraphDef, shape: RowShape) -> Callable[[dict, dict], Sums]:
+    """The forward pass: sums of loss, weight, right answers and tokens over a batch."""
+    visual_shape = VisualShape(shape.num_groups, shape.compression.spatial_pool)
+
+    def loss_sums(params: dict[str, Any], batch: dict[str, jax.Array]) -> Sums:
+        model = nnx.merge(graphdef, unflatten_dict(params, sep="/"))
+        hidden = model(batch, visual_shape)
         loss, weight, right = cross_entropy(
             hidden, model.decoder.head(), batch["targets"], batch["loss_weights"]
         )
         tokens = jnp.sum(batch["segment_ids"] > 0)
         return {"loss": loss, "weight": weight, "right": right, "tokens": tokens}
 
-    return sums
+    return loss_sums
 
 
-def _microbatches(batch: dict, count: int) -> dict:
+def _microbatches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
     """[B, ...] -> [count, B / count, ...]; strided, so that every device keeps its own rows."""
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch

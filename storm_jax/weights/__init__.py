@@ -1,10 +1,10 @@
-"""Pretrained weights in and out: Hugging Face safetensors <-> runs.
+"""Import and export of pretrained weights: Hugging Face safetensors <-> runs.
 
-    mapping        which tensor is which parameter, in which layout; one table for both ways
+    mapping        which tensor is which parameter, in which layout; one table for both directions
     architecture   config.json <-> VisionConfig, DecoderConfig
     tensors        folders of safetensors: read lazily, written in shards
-    output         a folder that is written whole or not at all
-    importer       a tower, a decoder and perhaps a projector -> a run at step 0
+    output         output folders that are complete or absent
+    importer       a tower, a decoder and optionally a projector -> a run at step 0
     exporter       a run -> three folders
 
 `python -m storm_jax.weights --help`
@@ -12,10 +12,14 @@
 
 from collections.abc import Sequence
 
+_MAX_LISTED = 20
+
 
 class WeightsError(ValueError):
-    """Weights that are not what they should be; every problem found is in the message."""
+    """Weights that cannot be imported or exported; the message lists the problems found."""
 
     def __init__(self, subject: str, problems: Sequence[str] = ()):
-        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-        super().__init__("\n  ".join([subject, *problems[:20], *more]))
+        lines = [subject, *problems[:_MAX_LISTED]]
+        if len(problems) > _MAX_LISTED:
+            lines.append(f"and {len(problems) - _MAX_LISTED} more")
+        super().__init__("\n  ".join(lines))

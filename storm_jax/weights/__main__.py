@@ -1,16 +1,16 @@
-"""Pretrained weights in and out.
+"""Imports and exports pretrained weights.
 
-Make a run of public weights, to train from with --config.init_from=RUN:
+Import public weights as a run, to train from with --config.init_from=RUN:
 
     python -m storm_jax.weights import --vision=DIR_OR_HUB_ID --decoder=DIR_OR_HUB_ID \\
         --config=configs/storm_qwen2_7b.py:stage=align --out=RUN
 
-Share a run as folders that transformers loads:
+Export a run as folders that transformers loads:
 
     python -m storm_jax.weights export --workdir=RUN --out=DIR
 
-A DIR is what transformers' save_pretrained writes: config.json, safetensors, tokenizer files. Sizes
-come from its config.json; all else, such as the projector and the image size, from --config.
+A DIR is a folder written by transformers' save_pretrained: config.json, safetensors, tokenizer files.
+Sizes come from its config.json; everything else, such as projector and image size, from --config.
 """
 
 from __future__ import annotations
@@ -30,31 +30,34 @@ from storm_jax.weights.exporter import export_run
 from storm_jax.weights.importer import Sources, import_run
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "import: configuration file, with the stage: configs/NAME.py:stage=align."
+    "config", None, "import: configuration file with its stage, configs/NAME.py:stage=align."
 )
 VISION = flags.DEFINE_string(
-    "vision", "", "import: a SigLIP or fixed-size SigLIP2 tower, alone or in a larger model."
+    "vision", "", "import: SigLIP or fixed-size SigLIP2 tower, on its own or inside a larger model."
 )
 DECODER = flags.DEFINE_string(
-    "decoder", "", "import: a Qwen2, Qwen2.5, Qwen2-VL, Qwen3 or Llama 3 with its tokenizer."
+    "decoder", "", "import: Qwen2, Qwen2.5, Qwen2-VL, Qwen3 or Llama 3 with its tokenizer."
 )
 PROJECTOR = flags.DEFINE_string(
-    "projector", "", "import: a projector that an export wrote; a random one by default."
+    "projector", "", "import: exported projector; randomly initialised by default."
 )
-OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", "", "export: folder of a run.")
-STEP = flags.DEFINE_integer("step", None, "export: checkpoint; the last one by default.")
+OUT = flags.DEFINE_string("out", None, "Output folder; must not exist.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", "", "export: run folder.")
+STEP = flags.DEFINE_integer("step", None, "export: checkpoint step; defaults to the latest.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "export: model.dtype of the run by default."
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "export: dtype of all tensors; defaults to the run's model.dtype.",
 )
-_NEEDED = {"import": ("config", "vision", "decoder"), "export": ("workdir",)}
+_REQUIRED = {"import": ("config", "vision", "decoder"), "export": ("workdir",)}
 
 
 def main(argv: Sequence[str]) -> None:
     command = argv[1] if len(argv) == 2 else None
-    if command not in _NEEDED:
-        raise app.UsageError("say `import` or `export` (--help shows examples)")
-    missing = [name for name in _NEEDED[command] if not flags.FLAGS[name].value]
+    if command not in _REQUIRED:
+        raise app.UsageError("the command must be `import` or `export` (see --help)")
+    missing = [name for name in _REQUIRED[command] if not flags.FLAGS[name].value]
     if missing:
         raise app.UsageError(f"{command} needs " + ", ".join(f"--{name}" for name in missing))
     transformers.logging.set_verbosity_error()

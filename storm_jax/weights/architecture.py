@@ -1,14 +1,14 @@
-"""Hugging Face's config.json to our configuration, and back.
+"""Converts Hugging Face's config.json to our configuration, and back.
 
-What a model is comes from the fields of config.json alone. A field that asks for something we do
-not have is an error that names it; fields without influence on the forward pass are not read.
+Only the fields of config.json decide what a model is. A field with an unsupported value is an error
+that names it; fields that do not affect the forward pass are not read.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import transformers
@@ -24,7 +24,7 @@ from storm_jax.config import (
 from storm_jax.weights import WeightsError
 
 VISION_TYPES = ("siglip_vision_model",)
-# What follows from the family alone: has q, k and v a bias, are q and k normalised.
+# What the family alone decides: biases of q, k and v; normalisation of q and k.
 DECODER_TYPES: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen2_vl_text": {"qkv_bias": True, "qk_norm": False},
@@ -32,20 +32,21 @@ DECODER_TYPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"qkv_bias": False, "qk_norm": True},
     "llama": {"qkv_bias": False, "qk_norm": False},
 }
-_NEUTRAL_DECODER = {
+# Values that we support, by field of config.json.
+_DECODER_SUPPORTS = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
 }
-_NEUTRAL_VISION = {
+_VISION_SUPPORTS = {
     "hidden_act": ("gelu_pytorch_tanh",),
     "num_channels": (3,),
     "quantization_config": (None,),
 }
 
-# Our fields and those of config.json, for both ways.
+# {our field: field of config.json}, for both directions.
 _VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -68,18 +69,18 @@ _PROJECTOR_FIELDS = ("projector", "projector_args", "downsample", "mamba")
 
 
 def read_vision(folder: pathlib.Path, feature_layer: int) -> VisionConfig:
-    """The tower that a folder's config.json describes, alone or inside of a larger model.
+    """Reads the tower in a folder's config.json, on its own or inside a larger model.
 
     Args:
-      feature_layer: of ours; config.json does not know it.
+      feature_layer: our own field, which config.json does not have.
 
     Raises:
-      WeightsError: naming each field that is not supported.
+      WeightsError: naming each unsupported field.
     """
     whole = _read(folder)
     config = getattr(whole, "vision_config", whole)
-    _refuse(folder, config, VISION_TYPES, _NEUTRAL_VISION)
-    fields = {ours: getattr(config, theirs) for ours, theirs in _VISION_FIELDS.items()}
+    _check_supported(folder, config, VISION_TYPES, _VISION_SUPPORTS)
+    fields = {name: getattr(config, hf_name) for name, hf_name in _VISION_FIELDS.items()}
     sizes = {name: fields[name] for name in ("image_size", "patch_size")}
     if wrong := [f"{k}={v!r} must be a number" for k, v in sizes.items() if not isinstance(v, int)]:
         raise WeightsError(f"{folder}/config.json:", wrong)
@@ -87,25 +88,29 @@ def read_vision(folder: pathlib.Path, feature_layer: int) -> VisionConfig:
 
 
 def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
-    """The decoder that a folder's config.json describes, alone or inside of a larger model, and notes
-    on how it was read.
+    """Reads the decoder in a folder's config.json, on its own or inside a larger model.
+
+    Returns:
+      The decoder, and notes for the user.
 
     Raises:
-      WeightsError: naming each field that is not supported.
+      WeightsError: naming each unsupported field.
     """
     whole = _read(folder)
     config = whole.get_text_config(decoder=True)
-    _refuse(folder, config, DECODER_TYPES, _NEUTRAL_DECODER)
-    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    _check_supported(folder, config, DECODER_TYPES, _DECODER_SUPPORTS)
+    unsupported_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     scaling, problems, notes = _rope_scaling(config)
-    if layers:
-        problems.append(f"layer_types has {', '.join(sorted(layers))}: only full_attention is here")
+    if unsupported_layers:
+        problems.append(
+            f"layer_types has {', '.join(sorted(unsupported_layers))}: only full_attention is supported"
+        )
     if problems:
         raise WeightsError(f"{folder}/config.json:", problems)
     heads = config.num_attention_heads
     return (
         DecoderConfig(
-            **{ours: getattr(config, theirs) for ours, theirs in _DECODER_FIELDS.items()},
+            **{name: getattr(config, hf_name) for name, hf_name in _DECODER_FIELDS.items()},
             num_kv_heads=config.num_key_value_heads or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             rope_theta=float(config.rope_parameters["rope_theta"]),
@@ -118,36 +123,38 @@ def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
 
 
 def read_projector(folder: pathlib.Path, model: ModelConfig) -> ModelConfig:
-    """`model` with the projector that a folder's config.json, written by an export, describes.
+    """Returns `model` with the projector in a folder's config.json, as written by an export.
 
-    A projector of a user's own is code. It is only accepted when `model` names the same: a folder
-    from elsewhere must not choose what is run.
+    A custom projector is code. It is accepted only if `model` names the same one, so that a
+    downloaded folder cannot choose what code runs.
 
     Raises:
-      WeightsError: when it is none, or names code that `model` does not.
+      WeightsError: if the file is not an exported projector's, or names code that `model` does not.
     """
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text())
         fields = {name: found[name] for name in _PROJECTOR_FIELDS}
-        there = from_dict(ModelConfig, to_dict(model) | fields)
+        merged = from_dict(ModelConfig, to_dict(model) | fields)
     except FileNotFoundError:
         raise WeightsError(f"{folder} has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"{path} is not the config.json of a projector that `export` wrote: {error!r}"
+            f"{path} is not the config.json of an exported projector: {error!r}"
         ) from error
-    theirs, ours = ((config.projector, dict(config.projector_args)) for config in (there, model))
-    if theirs[0] not in ("storm", "mlp") and theirs != ours:
+    found_code, trusted_code = (
+        (config.projector, dict(config.projector_args)) for config in (merged, model)
+    )
+    if merged.projector not in ("storm", "mlp") and found_code != trusted_code:
         raise WeightsError(
-            f"{path} would run projector={theirs[0]!r} with projector_args={theirs[1]!r}. If you trust "
-            f"that code, set model.projector and model.projector_args to it in --config"
+            f"{path} would run projector={found_code[0]!r} with projector_args={found_code[1]!r}. If "
+            f"you trust that code, set model.projector and model.projector_args to it in --config"
         )
-    return there
+    return merged
 
 
 def projector_json(model: ModelConfig) -> dict[str, Any]:
-    """The config.json of a projector: our own fields, and the widths it stands between."""
+    """The config.json of a projector: our own fields, and its input and output widths."""
     fields = to_dict(model)
     return {
         "model_type": "storm_projector",
@@ -163,34 +170,39 @@ def _read(folder: pathlib.Path) -> Any:
         raise WeightsError(f"{folder} has no config.json")
     try:
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # a bad file raises whatever a configuration class raises
+    except Exception as error:  # configuration classes raise anything
         raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
-def _refuse(
-    folder: pathlib.Path, config: Any, types: Any, neutral: Mapping[str, tuple[Any, ...]]
+def _check_supported(
+    folder: pathlib.Path,
+    config: Any,
+    model_types: Collection[str],
+    supported: Mapping[str, tuple[Any, ...]],
 ) -> None:
-    """Raises WeightsError for another kind of model or fields that are not neutral."""
-    if config.model_type not in types:
+    """Raises WeightsError for an unknown model type or unsupported values of fields."""
+    if config.model_type not in model_types:
         raise WeightsError(
-            f"{folder}/config.json: model_type={config.model_type!r} is not supported; known are "
-            f"{', '.join(types)}"
+            f"{folder}/config.json: model_type={config.model_type!r} is not supported, only "
+            f"{', '.join(model_types)}"
         )
-    values = {name: getattr(config, name, allowed[0]) for name, allowed in neutral.items()}
+    values = {name: getattr(config, name, allowed[0]) for name, allowed in supported.items()}
     wrong = [
-        f"{name}={value!r} is not supported, only {neutral[name][0]!r}"
+        f"{name}={value!r} is not supported, only {supported[name][0]!r}"
         for name, value in values.items()
-        if value not in neutral[name]
+        if value not in supported[name]
     ]
     if wrong:
         raise WeightsError(f"{folder}/config.json:", wrong)
 
 
 def _rope_scaling(config: Any) -> tuple[RopeScalingConfig, list[str], list[str]]:
-    """The scaling of rotary frequencies, what is wrong with it and what to say of it."""
+    """Returns the scaling of rotary frequencies, problems, and notes for the user."""
     rope, notes, problems = config.rope_parameters, [], []
     if rope.get("mrope_section"):
-        notes.append("mrope is read as plain RoPE: visual tokens are one-dimensional here")
+        notes.append(
+            "mrope is replaced by plain RoPE: visual tokens have one-dimensional positions"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported")
     kind = rope.get("rope_type", "default")
@@ -214,12 +226,12 @@ def vision_json(config: VisionConfig, dtype: str) -> dict[str, Any]:
         architectures=["SiglipVisionModel"],
         dtype=dtype,
         vision_use_head=False,
-        **{theirs: getattr(config, ours) for ours, theirs in _VISION_FIELDS.items()},
+        **{hf_name: getattr(config, name) for name, hf_name in _VISION_FIELDS.items()},
     ).to_diff_dict()
 
 
 def preprocessor_json(config: VisionConfig) -> dict[str, Any]:
-    """The preprocessor_config.json of a tower: what frames go through here."""
+    """The preprocessor_config.json of a tower: how we preprocess frames."""
     return {
         "image_processor_type": "SiglipImageProcessor",
         "do_resize": True,
@@ -240,7 +252,7 @@ def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[st
       token_ids: bos_token_id, eos_token_id and pad_token_id.
 
     Raises:
-      WeightsError: when transformers has no such decoder.
+      WeightsError: if transformers has no such decoder.
     """
     families = {
         (True, False): (transformers.Qwen2Config, "Qwen2ForCausalLM"),
@@ -248,10 +260,10 @@ def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[st
         (False, False): (transformers.LlamaConfig, "LlamaForCausalLM"),
     }
     try:
-        make, name = families[config.qkv_bias, config.qk_norm]
+        config_class, architecture = families[config.qkv_bias, config.qk_norm]
     except KeyError:
         raise WeightsError(
-            f"no model of transformers has qkv_bias={config.qkv_bias} and qk_norm={config.qk_norm}"
+            f"transformers has no model with qkv_bias={config.qkv_bias} and qk_norm={config.qk_norm}"
         ) from None
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling
@@ -264,16 +276,16 @@ def decoder_json(config: DecoderConfig, dtype: str, **token_ids: Any) -> dict[st
             "original_max_position_embeddings": scaling.original_positions,
         }
     fields = dict(
-        architectures=[name],
+        architectures=[architecture],
         dtype=dtype,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         tie_word_embeddings=config.tie_embeddings,
         rope_parameters=rope,
-        **{theirs: getattr(config, ours) for ours, theirs in _DECODER_FIELDS.items()},
+        **{hf_name: getattr(config, name) for name, hf_name in _DECODER_FIELDS.items()},
         **token_ids,
     )
     try:
-        return make(**fields).to_diff_dict()
-    except Exception as error:  # of transformers' own checks
-        raise WeightsError(f"transformers has no such {name}: {error}") from error
+        return config_class(**fields).to_diff_dict()
+    except Exception as error:  # from transformers' own checks
+        raise WeightsError(f"transformers rejects this {architecture}: {error}") from error

@@ -1,10 +1,10 @@
-"""A run to three folders of safetensors.
+"""Exports a run to three folders of safetensors.
 
     OUT/vision     a SiglipVisionModel of transformers, with its preprocessor
     OUT/decoder    a Qwen2, Qwen3 or Llama of transformers, with tokenizer and generation config
-    OUT/projector  ours (docs/weights.md has its names)
+    OUT/projector  our own format (docs/weights.md)
 
-Adapters are merged. One parameter is in memory at a time, beside one shard that is being filled.
+LoRA adapters are merged. At most one parameter and one shard are in memory.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from storm_jax.weights.architecture import (
     projector_json,
     vision_json,
 )
-from storm_jax.weights.mapping import Row, coverage_problems, tables
-from storm_jax.weights.output import free_folder, written_whole
+from storm_jax.weights.mapping import TensorRule, coverage_problems, tables
+from storm_jax.weights.output import atomic_folder, check_output
 from storm_jax.weights.tensors import ShardWriter
 
 
@@ -38,40 +38,40 @@ def export_run(run: Run, out: pathlib.Path, *, step: int | None = None, dtype: s
     """Writes the three folders.
 
     Args:
-      step: of the checkpoint; the last one by default.
-      dtype: of every tensor; the run's `model.dtype` by default.
+      step: step of the checkpoint; defaults to the latest one.
+      dtype: dtype of all tensors; defaults to the run's `model.dtype`.
 
     Raises:
-      RunError, WeightsError: when the run is not whole; `out` is not touched.
+      RunError, WeightsError: if the run is incomplete or cannot be exported; `out` is not created.
     """
-    out = free_folder(out)
-    model, step = run.config.model, run.checkpoint_step(step)
+    out = check_output(out)
+    model, step = run.config.model, run.checkpoints.resolve(step)
     dtype = dtype or model.dtype
-    stored = run.stored_params(step)
-    parts = {name: table.rows for name, table in tables(model, stored).items()}
-    problems = coverage_problems([row for rows in parts.values() for row in rows], stored)
+    stored = run.checkpoints.shapes(step)
+    parts = {name: table.rules for name, table in tables(model, stored).items()}
+    problems = coverage_problems([rule for rules in parts.values() for rule in rules], stored)
     if problems:
-        raise WeightsError(f"checkpoint {step} of {run.path} is not whole:", problems)
+        raise WeightsError(f"checkpoint {step} of {run.path} is incomplete:", problems)
     configs = _configs(run, dtype)
-    with written_whole(out) as partial:
-        for part, rows in parts.items():
+    with atomic_folder(out) as partial:
+        for part, rules in parts.items():
             folder = partial / part
             folder.mkdir()
             for name, content in configs[part].items():
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-            if part == "decoder":  # over our generation config, if the weights came with one
+            if part == "decoder":  # the run's own generation config, if any, replaces ours
                 source = run.tokenizer_path
                 save_tokenizer(read_tokenizer(source), source, folder)
             writer = ShardWriter(folder)
-            for row, value in _tensors(run, step, rows, stored, dtype):
-                writer.add(row.tensor, value)
+            for rule, value in _tensors(run, step, rules, stored, dtype):
+                writer.add(rule.tensor, value)
             writer.close()
             size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-            print(f"{out / part}: {len(rows)} tensors, {size / 1e9:.2f} GB ({dtype})", flush=True)
+            print(f"{out / part}: {len(rules)} tensors, {size / 1e9:.2f} GB ({dtype})", flush=True)
 
 
 def _configs(run: Run, dtype: str) -> dict[str, dict[str, Any]]:
-    """The JSON files of each folder. A generation_config.json that came with the weights is kept."""
+    """The JSON files of each folder."""
     model: ModelConfig = run.config.model
     tokenizer = run.tokenizer()
     stops = list(stop_ids(run.tokenizer_path, tokenizer))
@@ -94,26 +94,28 @@ def _configs(run: Run, dtype: str) -> dict[str, dict[str, Any]]:
 
 
 def _tensors(
-    run: Run, step: int, rows: tuple[Row, ...], stored: Mapping[str, Any], dtype: str
-) -> Iterator[tuple[Row, np.ndarray]]:
-    """Every tensor, parameter by parameter."""
-    by_path: dict[str, list[Row]] = {}
-    for row in rows:
-        by_path.setdefault(row.path, []).append(row)
-    # What overflows float16 is seen on the way from float32.
+    run: Run, step: int, rules: tuple[TensorRule, ...], stored: Mapping[str, Any], dtype: str
+) -> Iterator[tuple[TensorRule, np.ndarray]]:
+    """Yields every tensor, reading one parameter at a time."""
+    by_path: dict[str, list[TensorRule]] = {}
+    for rule in rules:
+        by_path.setdefault(rule.path, []).append(rule)
+    # Overflow is detected in the cast from float32 to float16.
     wide = jnp.dtype("float32" if dtype == "float16" else dtype)
     for path, members in by_path.items():
         adapters = [name for name in stored if is_adapter(name) and _kernel_of(name) == path]
-        value = run.read_param(step, path, None if adapters else wide)
+        value = run.checkpoints.read(step, path, None if adapters else wide)
         if adapters:
             value = _merged(run, step, path, value, adapters, wide)
-        for row in members:
-            tensor = row.to_theirs(value)
+        for rule in members:
+            tensor = rule.to_tensor(value)
             with np.errstate(over="ignore"):
                 cast = tensor.astype(jnp.dtype(dtype))
             if wide != cast.dtype and np.isinf(cast).sum() > np.isinf(tensor).sum():
-                raise WeightsError(f"{row.tensor} has values beyond float16; use --dtype=bfloat16")
-            yield row, cast
+                raise WeightsError(
+                    f"{rule.tensor} has values beyond the range of float16: use --dtype=bfloat16"
+                )
+            yield rule, cast
 
 
 def _kernel_of(adapter: str) -> str:
@@ -123,13 +125,15 @@ def _kernel_of(adapter: str) -> str:
 def _merged(
     run: Run, step: int, path: str, kernel: np.ndarray, adapters: list[str], dtype: np.dtype
 ) -> np.ndarray:
-    """The kernel with its adapter, summed in fp32 and rounded once, one layer after
-    another: a stack in fp32 could fill the host."""
-    others = {name: run.read_param(step, name) for name in adapters}
+    """The kernel with its adapter merged: summed in float32 and rounded once.
+
+    Layer by layer, since a whole stack in float32 might not fit into host memory.
+    """
+    stacks = {name: run.checkpoints.read(step, name) for name in adapters}
     lora = run.config.model.decoder.lora
     merged = np.empty(kernel.shape, dtype)
     for i in range(len(kernel)):
-        layer = {name: jnp.asarray(value[i : i + 1]) for name, value in others.items()}
+        layer = {name: jnp.asarray(value[i : i + 1]) for name, value in stacks.items()}
         layer[path] = jnp.asarray(kernel[i : i + 1], jnp.float32)
         merged[i] = jax.device_get(merge(layer, lora)[path])[0]
     return merged

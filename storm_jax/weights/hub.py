@@ -1,4 +1,4 @@
-"""A local folder, or a model of the Hugging Face Hub in its cache."""
+"""Finds a model: a local folder, or the cache of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
 def local_folder(spec: str) -> pathlib.Path:
-    """The folder of "path/to/folder", of a hub id "owner/name", or of "owner/name/sub/folder" in one.
+    """Returns the folder of "path/to/folder", of a hub id "owner/name", or of "owner/name/subfolder".
+
+    Models of the hub are downloaded if they are not in the cache.
 
     Raises:
-      WeightsError: when there is no such folder and the hub cannot be reached or does not have it.
+      WeightsError: if there is no such folder, and the model cannot be downloaded.
     """
     folder = pathlib.Path(spec).expanduser()
     if folder.is_dir():
         return folder
     owner, _, rest = spec.rstrip("/").partition("/")
-    name, _, inside = rest.partition("/")
+    name, _, subfolder = rest.partition("/")
     if not name or spec.startswith((".", "/", "~")):
         raise WeightsError(
-            f"{spec} is neither a folder here nor a hub id such as Qwen/Qwen2-7B-Instruct"
+            f"{spec} is neither a local folder nor a hub id such as Qwen/Qwen2-7B-Instruct"
         )
-    patterns = [f"{inside}/{pattern}" if inside else pattern for pattern in _FILES]
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FILES]
     try:
         root = huggingface_hub.snapshot_download(f"{owner}/{name}", allow_patterns=patterns)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ValueError, OSError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise WeightsError(
-            f"{spec} is no folder here and could not be had from the Hugging Face Hub: "
-            f"{(str(error) or repr(error)).splitlines()[0]} (without a network, copy the model here and name its "
-            f"folder; for a gated one, `hf auth login`)"
+            f"{spec} is not a local folder, and downloading it from the Hugging Face Hub failed: "
+            f"{reason} (offline: copy the model here and pass its folder; gated model: run "
+            f"`hf auth login`)"
         ) from error
-    return pathlib.Path(root) / inside
+    return pathlib.Path(root) / subfolder

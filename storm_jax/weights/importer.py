@@ -1,7 +1,7 @@
-"""Public weights to a run at step 0, which training starts from and `predict.py` can ask.
+"""Imports public weights as a run at step 0, which other runs start from.
 
-Everything is checked on the files' headers before a value is read. Then one parameter after another
-is read into place, the largest first, and the run appears under its name when it is whole.
+Everything is checked on the headers of the files before any values are read. Then parameters are
+read straight into place one at a time, largest first. The run folder is complete or absent.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from storm_jax.config import DecoderConfig, RunConfig, VisionConfig, replace_model
-from storm_jax.params import abstract_model, flatten, random_params, unflatten
+from storm_jax.params import abstract_model, flat_params, random_params
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
 from storm_jax.text.bpe import CHATML
@@ -29,45 +28,49 @@ from storm_jax.text.tokenizer import check_template, read_tokenizer, save_tokeni
 from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
 from storm_jax.weights.hub import local_folder
-from storm_jax.weights.mapping import Row, Table, coverage_problems, decoder_table, tables
-from storm_jax.weights.output import free_folder, written_whole
-from storm_jax.weights.positions import resample
-from storm_jax.weights.tensors import (
-    DTYPES,
-    Match,
-    Tensor,
-    list_tensors,
-    match,
-    summary,
+from storm_jax.weights.mapping import (
+    Index,
+    Table,
+    TensorRule,
+    coverage_problems,
+    decoder_table,
+    tables,
 )
+from storm_jax.weights.output import atomic_folder, check_output
+from storm_jax.weights.positions import resample
+from storm_jax.weights.tensors import DTYPES, Match, Tensor, list_tensors, match, summary
 
 _POSITION = "vision/position"
-_ALIGNMENT = 64  # bytes; the CPU device takes such arrays over without a copy
+_ALIGNMENT = 64  # bytes; the CPU backend uses such arrays without a copy
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Folders or hub ids; without a projector's, the projector starts at random."""
+    """Local folders or hub ids. Without a projector, it is randomly initialised."""
 
     vision: str
     decoder: str
     projector: str = ""
 
     def folders(self) -> dict[str, pathlib.Path]:
-        named = {name: spec for name, spec in dataclasses.asdict(self).items() if spec}
-        return {name: local_folder(spec) for name, spec in named.items()}
+        """{component: folder}, after downloading what is not cached."""
+        return {
+            component: local_folder(spec)
+            for component, spec in dataclasses.asdict(self).items()
+            if spec
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What fills each parameter: (row, tensor) pairs."""
+    """The tensors that fill each parameter, and the parameters' shapes and shardings, by path."""
 
-    pieces: Mapping[str, Sequence[tuple[Row, Tensor]]]
+    pieces: Mapping[str, Sequence[tuple[TensorRule, Tensor]]]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     shardings: Mapping[str, NamedSharding]
 
     def dtype(self, path: str) -> np.dtype:
-        """The files' own; fp32 where they differ within a stack."""
+        """The dtype of its tensors; float32 if they differ within a stack."""
         dtypes = {DTYPES[tensor.dtype] for _, tensor in self.pieces[path]}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
@@ -80,17 +83,17 @@ def import_run(
 ) -> RunConfig:
     """Writes a run at step 0 with imported weights, and returns its configuration.
 
-    The tower's and the decoder's fields come from their config.json. `model.vision.image_size`
-    stays: position embeddings are resampled to it.
+    The fields of tower and decoder come from their config.json, except `model.vision.image_size`:
+    position embeddings are resampled to it.
 
     Args:
-      explicit: dotted names of the fields of `config` that were set by hand.
+      explicit: dotted names of the fields of `config` that the user set.
 
     Raises:
-      WeightsError, ConfigError: when anything does not fit; `out` is not touched.
+      WeightsError, ConfigError: if anything does not match; `out` is not created.
     """
     began = time.monotonic()
-    out = free_folder(out)
+    out = check_output(out)
     folders = sources.folders()
     vision = read_vision(folders["vision"], config.model.vision.feature_layer)
     config = _with_architecture(config, vision, folders, explicit)
@@ -101,13 +104,15 @@ def import_run(
         plan = _make_plan(config, mesh, folders, vision.side)
         _check_space(out.parent, sum(plan.nbytes(path) for path in plan.pieces))
         params = _read(plan)
-        fresh = {n: s for n, s in plan.shardings.items() if n not in plan.pieces}
+        not_imported = {
+            path: sharding for path, sharding in plan.shardings.items() if path not in plan.pieces
+        }
         with jax.set_mesh(mesh):
-            params |= random_params(config.model, config.train.seed, fresh)
-        with written_whole(out) as partial:
+            params |= random_params(config.model, config.train.seed, not_imported)
+        with atomic_folder(out) as partial:
             run = Run(partial)
             run.prepare(config, tokenizer)
-            run.save_params(unflatten(params), {"imported": dataclasses.asdict(sources)})
+            run.checkpoints.write_params(params, {"imported": dataclasses.asdict(sources)})
     size = sum(leaf.nbytes for leaf in params.values())
     count = sum(leaf.size for leaf in params.values())
     print(
@@ -123,58 +128,65 @@ def _with_architecture(
     folders: Mapping[str, pathlib.Path],
     explicit: Collection[str],
 ) -> RunConfig:
-    here = config.model
+    """`config` with the model that the folders describe; prints what changes."""
     decoder, notes = read_decoder(folders["decoder"])
     if decoder.tie_embeddings and _has_own_head(folders["decoder"], decoder):
-        notes.append("tie_word_embeddings is set, but lm_head.weight differs: it is kept")
+        notes.append(
+            "tie_word_embeddings is set, but lm_head.weight differs: embeddings are untied"
+        )
         decoder = dataclasses.replace(decoder, tie_embeddings=False)
     model = dataclasses.replace(
-        here,
-        vision=dataclasses.replace(vision, image_size=here.vision.image_size),
-        decoder=dataclasses.replace(decoder, lora=here.decoder.lora),
+        config.model,
+        vision=dataclasses.replace(vision, image_size=config.model.vision.image_size),
+        decoder=dataclasses.replace(decoder, lora=config.model.decoder.lora),
     )
     if "projector" in folders:
         model = read_projector(folders["projector"], model)
     for note in notes:
         print(f"note: {note}")
-    whole, changes = replace_model(config, model, explicit, ", ".join(map(str, folders.values())))
-    for name, (before, now) in changes.items():
-        print(f"{name}={now!r} of config.json replaces {before!r}")
+    config, changes = replace_model(config, model, explicit, ", ".join(map(str, folders.values())))
+    for name, (before, after) in changes.items():
+        print(f"{name}={after!r} of config.json replaces {before!r}")
     if vision.side != model.vision.side:
         print(
             f"position embeddings are resampled from {vision.side} x {vision.side} to "
             f"{model.vision.side} x {model.vision.side} patches (model.vision.image_size="
             f"{model.vision.image_size})"
         )
-    return whole
+    return config
 
 
 def _has_own_head(folder: pathlib.Path, decoder: DecoderConfig) -> bool:
-    """Whether tied embeddings come with a head that is another matrix; transformers then unties."""
+    """Whether there is a head that differs from the embeddings; transformers then unties them."""
     table = decoder_table(dataclasses.replace(decoder, tie_embeddings=False))
     tensors = match(table, list_tensors(folder))[0].tensors
-    pair = [tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
-    if pair[0] is None or pair[1] is None:
+    head, embedding = (
+        tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")
+    )
+    if head is None or embedding is None:
         return False
-    return not np.array_equal(pair[0].read(), pair[1].read())
+    return not np.array_equal(head.read(), embedding.read())
 
 
 def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: RunConfig) -> None:
-    """Saves the decoder's tokenizer as it is, without a token more. Where its template cannot train
-    several turns, and it has ChatML's markers, it gets ChatML."""
+    """Saves the decoder's tokenizer unchanged, except that a chat template that cannot be trained on
+    several turns is replaced by ChatML if the tokenizer has its markers."""
     tokenizer = read_tokenizer(source)
     if len(tokenizer) > config.model.decoder.vocab_size:
         raise WeightsError(
-            f"{source}: the tokenizer has {len(tokenizer)} entries, and config.json says "
+            f"{source}: the tokenizer has {len(tokenizer)} entries, but config.json has "
             f"vocab_size={config.model.decoder.vocab_size}"
         )
     try:
         check_template(tokenizer)
-    except Exception as error:  # also what a template's own code raises
+    except Exception as error:  # a template's own code raises anything
         if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_added_vocab().keys():
             raise WeightsError(f"{source}: the chat template cannot be used: {error}") from error
         tokenizer.chat_template = CHATML
-        print("note: the chat template is ChatML; the tokenizer's own cannot train several turns")
+        print(
+            "note: the chat template is replaced by ChatML: the tokenizer's own cannot be trained on "
+            "several turns"
+        )
     stop_ids(source, tokenizer)
     ConversationEncoder(tokenizer, config.data.system)
     save_tokenizer(tokenizer, source, folder)
@@ -183,41 +195,45 @@ def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: RunConf
 def _make_plan(
     config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path], side: int
 ) -> _Plan:
-    """Finds a tensor for every row of every component's table, and checks its shape and dtype.
+    """Finds a tensor for every rule, and checks its shape and dtype.
 
     Args:
-      side: patches along an edge of the tower's own images, before any resampling.
+      side: patches along one edge of the tower's image, before any resampling.
+
+    Raises:
+      WeightsError: listing every missing, unknown or mismatched tensor.
     """
     _, abstract = abstract_model(config.model)
-    shapes = flatten(nnx.to_pure_dict(abstract))
-    pieces: dict[str, list[tuple[Row, Tensor]]] = {}
+    shapes = flat_params(abstract)
+    pieces: dict[str, list[tuple[TensorRule, Tensor]]] = {}
     problems: list[str] = []
     for component, table in tables(config.model, shapes).items():
         if component not in folders:
             continue
         found, missing = match(table, list_tensors(folders[component]))
-        wrong = missing + _wrong_tensors(table, found, shapes, side)
-        part = {name: leaf for name, leaf in shapes.items() if name.startswith(f"{component}/")}
-        wrong += coverage_problems(table.rows, part)
+        wrong = missing + _mismatches(table, found, shapes, side)
+        part = {path: leaf for path, leaf in shapes.items() if path.startswith(f"{component}/")}
+        wrong += coverage_problems(table.rules, part)
         problems += [f"{component}: {problem}" for problem in wrong]
-        for row in table.rows:
-            if row.tensor in found.tensors:
-                pieces.setdefault(row.path, []).append((row, found.tensors[row.tensor]))
-        _describe(component, folders[component], found)
+        for rule in table.rules:
+            if rule.tensor in found.tensors:
+                pieces.setdefault(rule.path, []).append((rule, found.tensors[rule.tensor]))
+        _print_match(component, folders[component], found)
     if problems:
         named = ", ".join(f"{name} {folder}" for name, folder in folders.items())
-        raise WeightsError(f"the weights ({named}) do not fit the model:", problems)
-    return _Plan(pieces, shapes, flatten(param_shardings(abstract, mesh)))
+        raise WeightsError(f"the weights ({named}) do not match the model:", problems)
+    return _Plan(pieces, shapes, param_shardings(abstract, mesh))
 
 
-def _wrong_tensors(table: Table, found: Match, shapes: Mapping[str, Any], side: int) -> list[str]:
+def _mismatches(table: Table, found: Match, shapes: Mapping[str, Any], side: int) -> list[str]:
+    """Tensors of a wrong shape or dtype."""
     problems = []
-    for row in table.rows:
-        tensor = found.tensors.get(row.tensor)
+    for rule in table.rules:
+        tensor = found.tensors.get(rule.tensor)
         if tensor is None:
             continue
-        expected = row.tensor_shape(shapes[row.path].shape)
-        if row.path == _POSITION:
+        expected = rule.tensor_shape(shapes[rule.path].shape)
+        if rule.path == _POSITION:
             expected = side**2, expected[1]
         if tensor.shape != expected:
             problems.append(f"{tensor.name} is {tensor.shape}, not {expected}")
@@ -226,13 +242,13 @@ def _wrong_tensors(table: Table, found: Match, shapes: Mapping[str, Any], side: 
     return problems
 
 
-def _describe(component: str, folder: pathlib.Path, found: Match) -> None:
+def _print_match(component: str, folder: pathlib.Path, found: Match) -> None:
     dtypes = ", ".join(sorted({tensor.dtype for tensor in found.tensors.values()}))
-    line = f"{component}: {len(found.tensors)} tensors ({dtypes}) of {folder}"
+    line = f"{component}: {len(found.tensors)} tensors ({dtypes}) from {folder}"
     if found.ignored:
         line += f"; not needed: {summary(found.ignored)}"
     if found.outside:
-        line += f"; of other parts: {summary(found.outside)}"
+        line += f"; of other components: {summary(found.outside)}"
     print(line)
 
 
@@ -240,78 +256,83 @@ def _check_space(folder: pathlib.Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise WeightsError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f}"
+            f"{folder} has {free / 1e9:.1f} GB free, but the run needs {needed / 1e9:.1f} GB"
         )
 
 
 def _read(plan: _Plan) -> dict[str, jax.Array]:
-    """Places every parameter that has tensors, the largest first: what is still to come is then
-    smaller than what was needed on top."""
-    total, done, shown = sum(map(plan.nbytes, plan.pieces)), 0, time.monotonic()
+    """Reads every parameter that has tensors. The largest come first, while memory is still free for
+    their buffers."""
+    total, done, last_print = sum(map(plan.nbytes, plan.pieces)), 0, time.monotonic()
     params = {}
     for path in sorted(plan.pieces, key=plan.nbytes, reverse=True):
-        params[path] = _place(
+        params[path] = _read_parameter(
             plan.shapes[path].shape, plan.dtype(path), plan.shardings[path], plan.pieces[path]
         )
         done += plan.nbytes(path)
-        if time.monotonic() - shown > 5:
+        if time.monotonic() - last_print > 5:
             print(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB", flush=True)
-            shown = time.monotonic()
+            last_print = time.monotonic()
     return params
 
 
-def _place(
+def _read_parameter(
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: NamedSharding,
-    pieces: Sequence[tuple[Row, Tensor]],
+    pieces: Sequence[tuple[TensorRule, Tensor]],
 ) -> jax.Array:
-    """One parameter on its devices: each tensor is read once and copied into every shard's buffer."""
-    spans = {
+    """One parameter on its devices. Each tensor is read once and copied into every shard's buffer."""
+    shards = {
         device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
-    buffers = {str(span): (span, _aligned(_size(span), dtype)) for span in spans.values()}
-    for row, tensor in pieces:
+    buffers = {str(shard): (shard, _aligned_array(shard, dtype)) for shard in shards.values()}
+    for rule, tensor in pieces:
         value = tensor.read()
-        if row.path == _POSITION:
+        if rule.path == _POSITION:
             value = resample(value, round(shape[0] ** 0.5))
-        value = row.to_ours(value)
-        for span, buffer in buffers.values():
-            _copy(value, row.index, span, buffer)
+        value = rule.to_parameter(value)
+        for shard, buffer in buffers.values():
+            _copy_to_shard(value, rule.index, shard, buffer)
     return jax.make_array_from_single_device_arrays(
-        shape, sharding, [jax.device_put(buffers[str(s)][1], d) for d, s in spans.items()]
+        shape,
+        sharding,
+        [jax.device_put(buffers[str(shard)][1], device) for device, shard in shards.items()],
     )
 
 
-def _size(span: Sequence[slice]) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in span)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _aligned_array(shard: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array of a shard's shape, aligned to `_ALIGNMENT`."""
+    shape = tuple(part.stop - part.start for part in shard)
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _copy(
-    value: np.ndarray, place: Sequence[int | slice], span: Sequence[slice], buffer: np.ndarray
+def _copy_to_shard(
+    value: np.ndarray, index: Index, shard: Sequence[slice], buffer: np.ndarray
 ) -> None:
-    """Writes what `buffer`, the part `span` of a parameter, holds of a value at `parameter[place]`."""
+    """Copies the part of `value` that belongs to a shard.
+
+    Args:
+      value: `parameter[index]`.
+      shard: the slice of the parameter along each axis that `buffer` contains.
+    """
     target: list[int | slice] = []
     source: list[slice] = []
-    for axis, part in enumerate(span):
-        fixed = place[axis] if axis < len(place) else slice(None)
-        if isinstance(fixed, slice):
+    for axis, part in enumerate(shard):
+        entry = index[axis] if axis < len(index) else slice(None)
+        if isinstance(entry, slice):
             target.append(slice(None))
             source.append(part)
-        elif part.start <= fixed < part.stop:
-            target.append(fixed - part.start)
+        elif part.start <= entry < part.stop:
+            target.append(entry - part.start)
         else:
             return
-    wanted, into = value[tuple(source)], buffer[tuple(target)]
-    if wanted.dtype == into.dtype:  # as plain integers: NumPy copies bfloat16 one by one
-        plain = f"u{into.dtype.itemsize}"
-        wanted, into = wanted.view(plain), into.view(plain)
-    into[...] = wanted
+    to_copy, destination = value[tuple(source)], buffer[tuple(target)]
+    if to_copy.dtype == destination.dtype:  # as integers: NumPy copies bfloat16 element by element
+        integer = f"u{destination.dtype.itemsize}"
+        to_copy, destination = to_copy.view(integer), destination.view(integer)
+    destination[...] = to_copy

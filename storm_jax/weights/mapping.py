@@ -1,12 +1,12 @@
 """Which tensor of a safetensors file is which parameter of ours: one table for import and export.
 
-A row pairs a tensor's name with a parameter's path, and says with an einops pattern how the axes of
-one become those of the other:
+A rule pairs the name of a tensor with the path of a parameter, and maps the axes of one to those of
+the other with an einops pattern:
 
     "self_attn.q_proj.weight"  "query/kernel"  "(h k) d -> d h k"
 
-Read from left to right it imports, from right to left it exports. Layers are stacked in our
-parameters and apart in the files, so a row of a layer fills one entry of the stack.
+Import reads the pattern from left to right, export from right to left. Our layers are stacked, those
+in the files are separate, so the rule of a layer fills one entry of the stack.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from storm_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from storm_jax.models.lora import is_adapter
 
 Index = tuple[int | slice, ...]
-_WHOLE = slice(None)
+_ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """A tensor and its place.
+class TensorRule:
+    """Maps one tensor to a parameter, or to a part of it.
 
     Attributes:
-      tensor: its name in the file.
-      path: of our parameter.
-      pattern: einops, from the tensor's axes to those of its place.
-      index: where it stands in the parameter: a layer, one of a pair.
-      sizes: of the axes that a tensor merges, such as heads ("h").
+      tensor: name in the file.
+      path: path of the parameter.
+      pattern: einops pattern from the tensor's axes to those of the (part of the) parameter.
+      index: the part of the parameter, such as a layer; () = all of it.
+      sizes: sizes of axes that a tensor merges, such as heads ("h").
     """
 
     tensor: str
@@ -45,21 +45,21 @@ class Row:
     index: Index = ()
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The tensor in the layout of its place; a view where possible."""
+    def to_parameter(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns `parameter[index]` from the tensor; a view where possible."""
         sizes = {axis: n for axis, n in self.sizes.items() if axis in self.pattern}
         return rearrange(tensor, self.pattern, **sizes)
 
-    def to_theirs(self, parameter: np.ndarray) -> np.ndarray:
-        """The tensor out of the whole parameter."""
-        tensor, ours = self.pattern.split(" -> ")
-        grouped = "".join(re.findall(r"\(.*?\)", ours))
-        sizes = {axis: n for axis, n in self.sizes.items() if axis in grouped}
-        return rearrange(parameter[self.index], f"{ours} -> {tensor}", **sizes)
+    def to_tensor(self, parameter: np.ndarray) -> np.ndarray:
+        """Returns the tensor from the whole parameter; a view where possible."""
+        tensor_axes, parameter_axes = self.pattern.split(" -> ")
+        merged = "".join(re.findall(r"\(.*?\)", parameter_axes))
+        sizes = {axis: n for axis, n in self.sizes.items() if axis in merged}
+        return rearrange(parameter[self.index], f"{parameter_axes} -> {tensor_axes}", **sizes)
 
     def tensor_shape(self, parameter_shape: Sequence[int]) -> tuple[int, ...]:
         """The shape that the tensor must have."""
-        return self.to_theirs(np.broadcast_to(np.int8(0), tuple(parameter_shape))).shape
+        return self.to_tensor(np.broadcast_to(np.int8(0), tuple(parameter_shape))).shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +67,18 @@ class Table:
     """All tensors of one component.
 
     Attributes:
-      rows: every tensor that is read or written.
-      ignored: patterns of names that a file may have and that we do not keep.
-      layouts: how checkpoints may call what the rows call by the first of them: {our prefix: theirs}.
+      rules: one per tensor that is read or written.
+      ignored: patterns of tensor names that a file may have and that are not imported.
+      layouts: prefixes that checkpoints use, {prefix in the rules: prefix in the file}.
     """
 
-    rows: tuple[Row, ...]
+    rules: tuple[TensorRule, ...]
     ignored: tuple[str, ...] = ()
     layouts: tuple[Mapping[str, str], ...] = ({"": ""},)
 
 
 def vision_table(config: VisionConfig) -> Table:
-    """A SigLIP tower under the names of transformers' SiglipVisionModel."""
+    """A SigLIP tower, with the tensor names of transformers' SiglipVisionModel."""
     sizes = {"h": config.num_heads, "a": config.patch_size, "b": config.patch_size, "c": 3}
     embeddings = [
         ("embeddings.patch_embedding.weight", "patch/kernel", "d c a b -> (a b c) d"),
@@ -91,9 +91,9 @@ def vision_table(config: VisionConfig) -> Table:
         *_norm("layer_norm1", "attn_norm"),
         *_norm("layer_norm2", "mlp_norm"),
         *(
-            row
+            rule
             for name in ("query", "key", "value")
-            for row in (
+            for rule in (
                 (f"self_attn.{name[0]}_proj.weight", f"{name}/kernel", "(h k) d -> d h k"),
                 (f"self_attn.{name[0]}_proj.bias", f"{name}/bias", "(h k) -> h k"),
             )
@@ -103,41 +103,44 @@ def vision_table(config: VisionConfig) -> Table:
         *_linear("mlp.fc1", "up"),
         *_linear("mlp.fc2", "down"),
     ]
-    run = config.depth + 1 + config.feature_layer
-    rows = [
-        Row(tensor=tensor, path=f"vision/{path}", pattern=p, sizes=sizes)
-        for tensor, path, p in embeddings
+    rules = [
+        TensorRule(tensor=tensor, path=f"vision/{path}", pattern=pattern, sizes=sizes)
+        for tensor, path, pattern in embeddings
     ]
+    used_layers = config.depth + 1 + config.feature_layer
     for i in range(config.depth):
-        stack, entry = ("layers", i) if i < run else ("unused/layers", i - run)
-        rows += [
-            Row(
+        stack, entry = ("layers", i) if i < used_layers else ("unused/layers", i - used_layers)
+        rules += [
+            TensorRule(
                 tensor=f"encoder.layers.{i}.{tensor}",
                 path=f"vision/{stack}/{path}",
-                pattern=p,
+                pattern=pattern,
                 index=(entry,),
                 sizes=sizes,
             )
-            for tensor, path, p in layer
+            for tensor, path, pattern in layer
         ]
-    towers = ("", "vision_model.", "vision_tower.", "vision_tower.vision_model.")
+    prefixes = ("", "vision_model.", "vision_tower.", "vision_tower.vision_model.")
     return Table(
-        tuple(rows),
+        tuple(rules),
         ignored=(r"head\..*", r"embeddings\.position_ids"),
-        layouts=(*({"": name} for name in towers), *({"": f"model.{name}"} for name in towers[2:])),
+        layouts=(
+            *({"": prefix} for prefix in prefixes),
+            *({"": f"model.{prefix}"} for prefix in prefixes[2:]),
+        ),
     )
 
 
 def decoder_table(config: DecoderConfig) -> Table:
-    """A decoder under the names of transformers' Qwen2, Qwen3 and Llama."""
+    """A decoder, with the tensor names of transformers' Qwen2, Qwen3 and Llama."""
     sizes = {"h": config.num_heads, "g": config.num_kv_heads}
     heads = {"query": "h", "key": "g", "value": "g"}
     layer: list[tuple[str, str, str, Index]] = [
         ("input_layernorm.weight", "attn_norm/scale", "d -> d", ()),
         ("post_attention_layernorm.weight", "mlp_norm/scale", "d -> d", ()),
         ("self_attn.o_proj.weight", "out/kernel", "d (h k) -> h k d", ()),
-        ("mlp.gate_proj.weight", "gate_up/kernel", "m d -> d m", (_WHOLE, 0)),
-        ("mlp.up_proj.weight", "gate_up/kernel", "m d -> d m", (_WHOLE, 1)),
+        ("mlp.gate_proj.weight", "gate_up/kernel", "m d -> d m", (_ALL, 0)),
+        ("mlp.up_proj.weight", "gate_up/kernel", "m d -> d m", (_ALL, 1)),
         ("mlp.down_proj.weight", "down/kernel", "d m -> m d", ()),
     ]
     for name, h in heads.items():
@@ -147,28 +150,32 @@ def decoder_table(config: DecoderConfig) -> Table:
             layer.append((f"{proj}.bias", f"{name}/bias", f"({h} k) -> {h} k", ()))
         if config.qk_norm and name != "value":
             layer.append((f"self_attn.{name[0]}_norm.weight", f"{name}_norm/scale", "k -> k", ()))
-    rows = [
-        Row(tensor="model.embed_tokens.weight", path="decoder/embedding", pattern="v d -> v d"),
-        Row(tensor="model.norm.weight", path="decoder/norm/scale", pattern="d -> d"),
+    rules = [
+        TensorRule(
+            tensor="model.embed_tokens.weight", path="decoder/embedding", pattern="v d -> v d"
+        ),
+        TensorRule(tensor="model.norm.weight", path="decoder/norm/scale", pattern="d -> d"),
     ]
     if not config.tie_embeddings:
-        rows.append(Row(tensor="lm_head.weight", path="decoder/lm_head", pattern="v d -> d v"))
-    rows += [
-        Row(
+        rules.append(
+            TensorRule(tensor="lm_head.weight", path="decoder/lm_head", pattern="v d -> d v")
+        )
+    rules += [
+        TensorRule(
             tensor=f"model.layers.{i}.{tensor}",
             path=f"decoder/layers/{path}",
-            pattern=p,
+            pattern=pattern,
             index=(i, *index),
             sizes=sizes,
         )
         for i in range(config.depth)
-        for tensor, path, p, index in layer
+        for tensor, path, pattern, index in layer
     ]
     ignored = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
     if config.tie_embeddings:
         ignored.append(r"lm_head\.weight")
     return Table(
-        tuple(rows),
+        tuple(rules),
         tuple(ignored),
         layouts=(
             {"model.": "model.", "lm_head.": "lm_head."},
@@ -205,27 +212,30 @@ _DIRECTION = {
 
 
 def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
-    """The projector under names of our own, tensors as torch keeps them (docs/weights.md).
+    """The projector, with our own tensor names and torch's layouts (docs/weights.md).
 
-    Mamba layers have mamba_ssm's names, one set for each direction. A projector of the user's own
-    keeps its paths and its layout.
+    Mamba layers have the names of mamba_ssm, one set per direction. A custom projector keeps its
+    paths and layouts.
 
     Args:
-      shapes: the model's parameters {path: shape}, from which a user's projector is listed.
+      shapes: the model's parameters {path: shape}, used to list those of a custom projector.
     """
-    if config.projector == "mlp":
-        rows = [
-            *_norm("norm", "norm"),
-            *_linear("linear", "linear"),
-            *_linear("mixer.linear", "mixer/linear"),
-        ]
-        return Table(
-            tuple(Row(tensor=t, path=f"projector/{path}", pattern=p) for t, path, p in rows)
-        )
-    if config.projector != "storm":
+    if config.projector not in ("storm", "mlp"):
         paths = [path for path in shapes if path.startswith("projector/")]
-        return Table(tuple(_as_it_is(path, len(shapes[path].shape)) for path in paths))
-    directions = ("forward", "backward") if config.mamba.direction == "both" else ("forward",)
+        return Table(tuple(_unchanged(path, len(shapes[path].shape)) for path in paths))
+    rules = [
+        TensorRule(tensor=tensor, path=f"projector/{path}", pattern=pattern)
+        for tensor, path, pattern in _linear("linear", "linear")
+    ]
+    if config.projector == "mlp":
+        rules += [
+            TensorRule(tensor=tensor, path=f"projector/{path}", pattern=pattern)
+            for tensor, path, pattern in (
+                *_norm("norm", "norm"),
+                *_linear("mixer.linear", "mixer/linear"),
+            )
+        ]
+        return Table(tuple(rules))
     layer = [
         *_norm("norm", "norm"),
         ("mixer.in_proj.weight", "mixer/in_proj/kernel", "(j e) d -> d j e"),
@@ -233,33 +243,26 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
     ]
     if config.mamba.mixer == "mamba2":
         layer.append(("mixer.norm.weight", "mixer/norm/scale", "e -> e"))
+    directions = ("forward", "backward") if config.mamba.direction == "both" else ("forward",)
     for name in directions:
         for tensor, path, pattern in _DIRECTION[config.mamba.mixer]:
             layer.append((f"mixer.{name}.{tensor}", f"mixer/{name}/{path}", pattern))
-    linear = [
-        Row(tensor=t, path=f"projector/{path}", pattern=p)
-        for t, path, p in _linear("linear", "linear")
-    ]
-    return Table(
-        (
-            *linear,
-            *(
-                Row(
-                    tensor=f"layers.{i}.{t}",
-                    path=f"projector/mixer/layers/{path}",
-                    pattern=p,
-                    index=(i,),
-                    sizes={"j": 2},
-                )
-                for i in range(config.mamba.depth)
-                for t, path, p in layer
-            ),
+    rules += [
+        TensorRule(
+            tensor=f"layers.{i}.{tensor}",
+            path=f"projector/mixer/layers/{path}",
+            pattern=pattern,
+            index=(i,),
+            sizes={"j": 2},
         )
-    )
+        for i in range(config.mamba.depth)
+        for tensor, path, pattern in layer
+    ]
+    return Table(tuple(rules))
 
 
 def tables(config: ModelConfig, shapes: Mapping[str, Any]) -> dict[str, Table]:
-    """The table of each component; together they cover every parameter but adapters, once."""
+    """The table of each component. Together they cover every parameter except adapters once."""
     return {
         "vision": vision_table(config.vision),
         "projector": projector_table(config, shapes),
@@ -267,18 +270,19 @@ def tables(config: ModelConfig, shapes: Mapping[str, Any]) -> dict[str, Table]:
     }
 
 
-def coverage_problems(rows: Sequence[Row], shapes: Mapping[str, Any]) -> list[str]:
-    """Where the rows do not fill each of these parameters (adapters apart) exactly once."""
+def coverage_problems(rules: Sequence[TensorRule], shapes: Mapping[str, Any]) -> list[str]:
+    """Lists the parameters (except adapters) that the rules do not fill exactly once."""
     filled = dict.fromkeys((path for path in shapes if not is_adapter(path)), 0)
-    places = Counter((row.path, repr(row.index)) for row in rows)
+    places = Counter((rule.path, repr(rule.index)) for rule in rules)
     problems = [
         f"{path}{index} is filled {n} times" for (path, index), n in places.items() if n > 1
     ]
-    for row in rows:
-        if row.path in filled:
-            filled[row.path] += np.broadcast_to(np.int8(0), shapes[row.path].shape)[row.index].size
+    for rule in rules:
+        if rule.path in filled:
+            parameter = np.broadcast_to(np.int8(0), shapes[rule.path].shape)
+            filled[rule.path] += parameter[rule.index].size
         else:
-            problems.append(f"{row.tensor} belongs to {row.path}, which the model lacks")
+            problems.append(f"{rule.tensor} maps to {rule.path}, which the model does not have")
     problems += [
         f"{path}: {count:,} of {shapes[path].size:,} values are filled"
         for path, count in filled.items()
@@ -287,23 +291,23 @@ def coverage_problems(rows: Sequence[Row], shapes: Mapping[str, Any]) -> list[st
     return problems
 
 
-def _linear(theirs: str, ours: str) -> list[tuple[str, str, str]]:
+def _linear(tensor: str, path: str) -> list[tuple[str, str, str]]:
     return [
-        (f"{theirs}.weight", f"{ours}/kernel", "o i -> i o"),
-        (f"{theirs}.bias", f"{ours}/bias", "o -> o"),
+        (f"{tensor}.weight", f"{path}/kernel", "o i -> i o"),
+        (f"{tensor}.bias", f"{path}/bias", "o -> o"),
     ]
 
 
-def _norm(theirs: str, ours: str) -> list[tuple[str, str, str]]:
+def _norm(tensor: str, path: str) -> list[tuple[str, str, str]]:
     return [
-        (f"{theirs}.weight", f"{ours}/scale", "d -> d"),
-        (f"{theirs}.bias", f"{ours}/bias", "d -> d"),
+        (f"{tensor}.weight", f"{path}/scale", "d -> d"),
+        (f"{tensor}.bias", f"{path}/bias", "d -> d"),
     ]
 
 
-def _as_it_is(path: str, ndim: int) -> Row:
+def _unchanged(path: str, ndim: int) -> TensorRule:
     axes = " ".join("abcdefgh"[:ndim])
-    return Row(
+    return TensorRule(
         tensor=path.removeprefix("projector/").replace("/", "."),
         path=path,
         pattern=f"{axes} -> {axes}",

@@ -1,4 +1,4 @@
-"""The folder that a command writes: free before it begins, whole or not there when it ends."""
+"""Output folders of the commands: checked before the work starts, and complete or absent after it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from storm_jax.weights import WeightsError
 
 
-def free_folder(out: pathlib.Path) -> pathlib.Path:
-    """The folder to write, behind links, made ready so that a bad path is found before the work.
+def check_output(out: pathlib.Path) -> pathlib.Path:
+    """Returns the resolved output folder, after creating its parents.
 
     Raises:
-      WeightsError: when something is there, or it cannot be made.
+      WeightsError: if it is not empty, or cannot be created.
     """
     path = out.expanduser().resolve()
     try:
@@ -28,8 +28,8 @@ def free_folder(out: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def written_whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside `out` that takes its name at the end, or is gone when anything is raised."""
+def atomic_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder, which is renamed to `out` at the end, or deleted on any error."""
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         yield partial

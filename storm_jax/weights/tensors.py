@@ -1,4 +1,4 @@
-"""Folders of safetensors files: what is in them, one tensor at a time, and written in shards."""
+"""Folders of safetensors files: listing, reading one tensor at a time, writing in shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARD_BYTES = 2 * 10**9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """Where a tensor is, without its values; `dtype` as safetensors calls it."""
+    """A tensor in a file, without its values. `dtype` is safetensors' name, such as "BF16"."""
 
     file: pathlib.Path
     name: str
@@ -32,14 +32,20 @@ class Tensor:
     dtype: str
 
     def read(self) -> np.ndarray:
-        """The values, copied from the file."""
-        with safetensors.safe_open(self.file, "np") as file:  # closed, so that its pages can go
+        """Returns the values."""
+        with safetensors.safe_open(self.file, "np") as file:  # closing it frees its pages
             return file.get_tensor(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """The tensors of a table found in a folder, and the names of those that were not wanted."""
+    """The tensors of a folder that a table maps, and the names of the others.
+
+    Attributes:
+      tensors: by the name that the table has for them.
+      ignored: names that the table lists as ignored.
+      outside: names without any prefix of the component, such as those of other components.
+    """
 
     tensors: Mapping[str, Tensor]
     ignored: tuple[str, ...]
@@ -47,10 +53,10 @@ class Match:
 
 
 def list_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
-    """Every tensor of a folder with one safetensors file, or with an index and its shards.
+    """Lists the tensors of a folder with one safetensors file, or with shards and their index.
 
     Raises:
-      WeightsError: naming missing, damaged and contradicting files.
+      WeightsError: if files are missing, damaged or contradict the index.
     """
     index = folder / INDEX
     if not index.exists():
@@ -62,7 +68,7 @@ def list_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
         raise WeightsError(f"{index} is damaged: {error!r}") from error
     tensors = _list_files(folder, files)
     problems = [
-        f"{name} is not in {file}, where {INDEX} lists it"
+        f"{name} is listed in {INDEX} but is not in {file}"
         for name, file in listed.items()
         if name not in tensors or tensors[name].file.name != file
     ]
@@ -79,8 +85,8 @@ def _only_file(folder: pathlib.Path) -> pathlib.Path:
         return standard if standard in files else files[0]
     found = f"{len(files)} safetensors files and no {INDEX}" if files else "no safetensors file"
     raise WeightsError(
-        f"{folder} has {found}: it must be a folder that transformers' save_pretrained writes (load "
-        f"and save older .bin files with it once)"
+        f"{folder} has {found}: it must be a folder written by transformers' save_pretrained (convert "
+        f"older .bin files by loading and saving them)"
     )
 
 
@@ -90,7 +96,7 @@ def _list_files(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Te
     for path in files:
         try:
             with safetensors.safe_open(path, "np") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
+                for name in file.keys():  # noqa: SIM118 (not a dict)
                     piece = file.get_slice(name)
                     if name in tensors:
                         problems.append(
@@ -105,66 +111,69 @@ def _list_files(folder: pathlib.Path, files: list[pathlib.Path]) -> dict[str, Te
         except FileNotFoundError:
             problems.append(f"{path.name} is missing")
         except (safetensors.SafetensorError, OSError) as error:
-            problems.append(f"{path.name} is damaged or cut off: {error}")
+            problems.append(f"{path.name} is damaged or truncated: {error}")
     if problems:
         raise WeightsError(f"{folder}:", problems)
     return tensors
 
 
 def match(table: Table, tensors: Mapping[str, Tensor]) -> tuple[Match, list[str]]:
-    """Finds a table's tensors under whichever of its layouts fits the names best.
+    """Finds the tensors of a table, using the layout that matches the most names.
 
     Returns:
-      What was found, and as problems every tensor that is missing, and every one under the layout's
-      prefixes that is neither in the table nor to be ignored.
+      The match, and its problems: every missing tensor, and every tensor of the component that is
+      neither in the table nor ignored.
     """
-    names = {row.tensor for row in table.rows}
+    names = {rule.tensor for rule in table.rules}
     layout = max(
-        table.layouts, key=lambda layout: sum(_theirs(n, layout) in tensors for n in names)
+        table.layouts, key=lambda layout: sum(_file_name(n, layout) in tensors for n in names)
     )
     found = {
-        name: tensors[theirs] for name in names if (theirs := _theirs(name, layout)) in tensors
+        name: tensors[in_file] for name in names if (in_file := _file_name(name, layout)) in tensors
     }
     problems = [
-        f"{_theirs(row.tensor, layout)} is missing" for row in table.rows if row.tensor not in found
+        f"{_file_name(rule.tensor, layout)} is missing"
+        for rule in table.rules
+        if rule.tensor not in found
     ]
     used = {tensor.name for tensor in found.values()}
     ignored, outside = [], []
-    for theirs in tensors.keys() - used:
-        ours = _ours(theirs, layout)
-        if ours is None:
-            outside.append(theirs)
-        elif any(re.fullmatch(pattern, ours) for pattern in table.ignored):
-            ignored.append(theirs)
+    for in_file in tensors.keys() - used:
+        name = _table_name(in_file, layout)
+        if name is None:
+            outside.append(in_file)
+        elif any(re.fullmatch(pattern, name) for pattern in table.ignored):
+            ignored.append(in_file)
         else:
-            problems.append(f"{theirs} is not known")
+            problems.append(f"{in_file} is unknown")
     return Match(found, tuple(sorted(ignored)), tuple(sorted(outside))), problems
 
 
-def _theirs(name: str, layout: Mapping[str, str]) -> str:
-    ours = next(ours for ours in layout if name.startswith(ours))
-    return layout[ours] + name.removeprefix(ours)
+def _file_name(name: str, layout: Mapping[str, str]) -> str:
+    """The name in the file of a tensor of the table."""
+    prefix = next(prefix for prefix in layout if name.startswith(prefix))
+    return layout[prefix] + name.removeprefix(prefix)
 
 
-def _ours(name: str, layout: Mapping[str, str]) -> str | None:
-    """The name that the table would use, or None outside of the layout's prefixes."""
-    for ours, theirs in layout.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
+def _table_name(name: str, layout: Mapping[str, str]) -> str | None:
+    """The inverse of `_file_name`; None if the name has none of the layout's prefixes."""
+    for prefix, file_prefix in layout.items():
+        if name.startswith(file_prefix):
+            return prefix + name.removeprefix(file_prefix)
     return None
 
 
 def summary(names: tuple[str, ...]) -> str:
-    """Names by their first part: "text_model.* (198), logit_scale (1)"."""
+    """Counts names by their first part: "text_model.* (198), logit_scale (1)"."""
     counts = Counter(name.split(".")[0] + (".*" if "." in name else "") for name in names)
     return ", ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
 
 
 class ShardWriter:
-    """Writes tensors as safetensors, in files of at most `SHARD_BYTES` (or one larger tensor).
+    """Writes tensors to safetensors files of at most `SHARD_BYTES` each (or one larger tensor).
 
-    Only the shard that is being filled is in memory. `close` gives the files the names that
-    transformers expects and writes the index.
+    Only the current shard is in memory. `close` renames the files as transformers expects, and
+    writes the index.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -174,7 +183,7 @@ class ShardWriter:
         self._bytes = 0
 
     def add(self, name: str, array: np.ndarray) -> None:
-        size = sum(kept.nbytes for kept in self._shard.values())
+        size = sum(tensor.nbytes for tensor in self._shard.values())
         if self._shard and size + array.nbytes > SHARD_BYTES:
             self._flush()
         self._shard[name] = np.array(array, order="C")  # a copy, since `array` may be a view

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from rows_by_hand import build_rows
 
 from configs.storm_qwen2_7b import MODEL as QWEN2_7B
@@ -16,7 +17,7 @@ from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.inference.generate import Sampling, choose, decode_step, generate, prefill
 from storm_jax.models.storm import Storm, VisualShape
-from storm_jax.params import abstract_model, compute_dtypes
+from storm_jax.params import abstract_model, compute_dtypes, flat_params
 from storm_jax.text.conversation import Encoded
 
 SHAPE = RowShape(
@@ -143,7 +144,7 @@ def test_the_papers_longest_setting_has_the_shapes_it_should():
     """256 frames of 448 pixels, pooled by 4, before a 7B decoder: 64 groups of 256 tokens."""
     config = QWEN2_7B
     graphdef, abstract = abstract_model(config)
-    params = compute_dtypes(nnx.to_pure_dict(abstract), config)
+    params = unflatten_dict(compute_dtypes(flat_params(abstract), config), sep="/")
 
     def shape(size, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(size, dtype)

@@ -174,4 +174,4 @@ def test_a_missing_step_or_run_is_named(trained_run, tmp_path):
         storm_jax.load(trained_run, step=7)
     with pytest.raises(ConfigError, match="is not a run"):
         storm_jax.load(tmp_path)
-    assert Run(trained_run).checkpoint_step() == 2
+    assert Run(trained_run).checkpoints.resolve(None) == 2

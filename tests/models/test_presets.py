@@ -9,7 +9,6 @@ import importlib
 import jax
 import pytest
 import torch
-from flax import nnx
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 from storm_jax.config import RunConfig, from_dict
-from storm_jax.params import abstract_model, flatten
+from storm_jax.params import abstract_model, flat_params
 
 # The published config.json of Qwen/Qwen2-7B, Qwen/Qwen2-1.5B and meta-llama/Meta-Llama-3-8B.
 DECODERS = {
@@ -95,7 +94,7 @@ def counts(name) -> dict[str, int]:
 
 @functools.cache
 def count_parts(name: str) -> dict[str, int]:
-    shapes = flatten(nnx.to_pure_dict(abstract_model(MODELS[name])[1]))
+    shapes = flat_params(abstract_model(MODELS[name])[1])
     parts = dict.fromkeys(("vision", "projector", "decoder"), 0)
     for path, leaf in shapes.items():
         assert isinstance(leaf, jax.ShapeDtypeStruct), path

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from storm_jax.config import DecoderConfig, RopeScalingConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.ops.attention import QUERY_CHUNK
-from storm_jax.params import flatten
 from storm_jax.weights.architecture import decoder_json
 from storm_jax.weights.mapping import decoder_table
 
@@ -54,10 +54,10 @@ def torch_decoder(config: DecoderConfig, params: dict) -> torch.nn.Module:
     """Transformers' model of the same family with the same weights."""
     fields = decoder_json(config, "float32")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
-    flat = flatten({"decoder": params})
+    flat = flatten_dict({"decoder": params}, sep="/")
     weights = {
-        row.tensor: torch.from_numpy(np.array(row.to_theirs(flat[row.path])))
-        for row in decoder_table(config).rows
+        rule.tensor: torch.from_numpy(np.array(rule.to_tensor(flat[rule.path])))
+        for rule in decoder_table(config).rules
     }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"] if config.tie_embeddings else [], [])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from PIL import Image
 from transformers import AutoConfig, SiglipImageProcessorPil, SiglipVisionModel
 
@@ -21,7 +22,6 @@ from storm_jax.media.image import read_image
 from storm_jax.media.media import Media
 from storm_jax.models.siglip import SigLIP
 from storm_jax.ops.attention import QUERY_CHUNK
-from storm_jax.params import flatten
 from storm_jax.weights.architecture import preprocessor_json, vision_json
 from storm_jax.weights.mapping import vision_table
 
@@ -40,10 +40,10 @@ assert CONFIGS["two query chunks"].side ** 2 > QUERY_CHUNK
 def torch_tower(config: VisionConfig, params: dict) -> torch.nn.Module:
     """Transformers' tower with the same weights."""
     theirs = SiglipVisionModel(AutoConfig.for_model(**vision_json(config, "float32"))).eval()
-    flat = flatten({"vision": params})
+    flat = flatten_dict({"vision": params}, sep="/")
     weights = {
-        row.tensor: torch.from_numpy(np.array(row.to_theirs(flat[row.path])))
-        for row in vision_table(config).rows
+        rule.tensor: torch.from_numpy(np.array(rule.to_tensor(flat[rule.path])))
+        for rule in vision_table(config).rules
     }
     if any(name.startswith("vision_model.") for name in theirs.state_dict()):  # before 5.8
         weights = {f"vision_model.{name}": value for name, value in weights.items()}

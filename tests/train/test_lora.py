@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from reference_models import load_model, logits_of, torch_logits
 
 from storm_jax.config import ConfigError, LoraConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.lora import is_adapter, merge
-from storm_jax.params import flatten, unflatten
+from storm_jax.params import flat_params
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
@@ -49,32 +50,34 @@ def test_a_fresh_adapter_changes_nothing_and_a_merged_one_what_it_did(
     def make(config) -> tuple[nnx.GraphDef, dict]:
         model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
         graphdef, params = nnx.split(model)
-        return graphdef, flatten(nnx.to_pure_dict(params))
+        return graphdef, flat_params(params)
 
     (base_def, base), (graphdef, adapted) = make(plain), make(config)
     names = {name for name in adapted if is_adapter(name)}
     matched = 6 if targets == ".*" else 2
     assert len(names) == 2 * matched and adapted.keys() - names == base.keys()
     fresh = {**base, **{name: adapted[name] for name in names}}
-    before = hidden_of(nnx.merge(base_def, unflatten(base)))
-    np.testing.assert_array_equal(hidden_of(nnx.merge(graphdef, unflatten(fresh))), before)
+    before = hidden_of(nnx.merge(base_def, unflatten_dict(base, sep="/")))
+    np.testing.assert_array_equal(
+        hidden_of(nnx.merge(graphdef, unflatten_dict(fresh, sep="/"))), before
+    )
 
     rng = np.random.default_rng(0)
     moved = fresh | {
         name: jnp.asarray(rng.standard_normal(fresh[name].shape) * 0.15, jnp.float32)
         for name in sorted(names)  # an update of about the kernel's own size
     }
-    after = hidden_of(nnx.merge(graphdef, unflatten(moved)))
+    after = hidden_of(nnx.merge(graphdef, unflatten_dict(moved, sep="/")))
     assert jnp.abs(after - before).max() > 0.05
     merged = merge(moved, config.lora)
     assert merged.keys() == base.keys()
-    found = hidden_of(nnx.merge(base_def, unflatten(merged)))
+    found = hidden_of(nnx.merge(base_def, unflatten_dict(merged, sep="/")))
     assert jnp.abs(found - after).max() < 1e-5
 
 
 def values(run: Run) -> dict[str, np.ndarray]:
-    step = run.checkpoint_step()
-    return {path: run.read_param(step, path) for path in run.stored_params(step)}
+    step = run.checkpoints.resolve(None)
+    return {path: run.checkpoints.read(step, path) for path in run.checkpoints.shapes(step)}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def test_another_run_goes_on_with_equal_adapters_and_merges_others(tuned, small_
     def start(**changes) -> dict[str, np.ndarray]:
         config = small_config(**{**LORA, **changes}, init_from=str(tuned.path))
         spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
-        return jax.device_get(flatten(load_params(tuned, spec)))
+        return jax.device_get(load_params(tuned, spec))
 
     old = values(tuned)
     same = start()

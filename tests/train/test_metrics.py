@@ -1,20 +1,39 @@
-"""Metrics survive kills and continuations, and can be looked at."""
+"""Metrics survive interruptions, progress estimates speed and time left, curves are plotted."""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 from storm_jax.files import read_lines
 from storm_jax.train.metrics import MetricsWriter, Progress, duration, plot_curves
 
+METRICS = {"loss": 1.0, "accuracy": 0.5, "tokens": 100.0}
 
-def test_a_continued_run_drops_steps_it_will_run_again(tmp_path):
+
+class Clock:
+    """A clock that only advances when told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_resumed_run_drops_steps_it_will_repeat(tmp_path):
     writer = MetricsWriter(tmp_path, 0, tensorboard=False)
     for step in range(1, 6):
         writer.write(step, {"loss": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # killed while writing
+        file.write('{"step": 6, "lo')  # interrupted while writing
     writer = MetricsWriter(tmp_path, 3, tensorboard=False)
     writer.write(4, {"loss": 40.0})
     writer.close()
@@ -22,14 +41,14 @@ def test_a_continued_run_drops_steps_it_will_run_again(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-def test_tensorboard_is_written_when_asked(tmp_path):
+def test_tensorboard_is_written_on_request(tmp_path):
     writer = MetricsWriter(tmp_path, 0, tensorboard=True)
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_curves_are_drawn_from_the_metrics(tmp_path):
+def test_curves_are_plotted_from_the_metrics(tmp_path):
     lines = [
         {"step": 1, "loss": 2.0, "accuracy": 0.1, "grad_norm": 1.0},
         {"step": 1, "val_loss": 1.5, "val_accuracy": 0.2},
@@ -38,16 +57,56 @@ def test_curves_are_drawn_from_the_metrics(tmp_path):
     assert plot_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_progress_shows_step_loss_speed_and_time_left(capsys):
-    progress = Progress(0, 20, log_every=10)
+def test_progress_prints_step_loss_speed_and_time_left_in_a_log(capsys):
+    clock = Clock()
+    progress = Progress(0, 20, log_every=10, clock=clock)
     for step in range(1, 21):
-        progress.report(step, {"loss": 1.0, "accuracy": 0.5, "tokens": 100.0})
-    shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 2
-    assert "10/20" in shown[0]
-    assert "loss 1.0000" in shown[0]
-    assert "tokens/s" in shown[0]
-    assert "0:00 left" in shown[1]
+        clock.now += 2.0
+        progress.update(step, METRICS)
+    progress.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step     10/20  loss 1.0000  accuracy  50.0%  50 tokens/s  0:20 left",
+        "step     20/20  loss 1.0000  accuracy  50.0%  50 tokens/s  0:00 left",
+    ]
+
+
+def test_compilation_and_validation_do_not_count_as_speed(capsys):
+    """Row shapes compile at their first step, here 1 and 3; validation follows step 4."""
+    clock = Clock()
+    progress = Progress(0, 1000, log_every=1, clock=clock)
+    for step, seconds in enumerate((60.0, 2.0, 90.0, 2.0, 30.0, 4.0), start=1):
+        if seconds > 10:
+            progress.skip_interval()
+        clock.now += seconds
+        progress.update(step, METRICS)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("? tokens/s  ? left")
+    assert lines[1].endswith(f"50 tokens/s  {duration(998 * 2)} left")
+    assert lines[4].endswith(f"50 tokens/s  {duration(995 * 2)} left")
+    assert lines[5].endswith(f"38 tokens/s  {duration(994 * 8 / 3)} left")  # 300 tokens in 8 s
+
+
+def test_time_left_follows_recent_steps(capsys):
+    clock = Clock()
+    progress = Progress(0, 1000, log_every=500, clock=clock)
+    for step in range(1, 501):
+        clock.now += 9.0 if step <= 400 else 1.0
+        progress.update(step, METRICS)
+    assert f"{duration(500)} left" in capsys.readouterr().out
+
+
+def test_a_terminal_shows_a_bar_with_our_time_left(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    clock = Clock()
+    progress = Progress(5, 20, log_every=10, clock=clock)
+    clock.now += 2.0
+    progress.update(6, METRICS)
+    progress.print("step      6  val_loss 0.5000")
+    progress.close()
+    shown = terminal.getvalue()
+    assert "5/20" in shown and "step      6  val_loss 0.5000\n" in shown
+    assert "6/20, loss 1.0000  accuracy  50.0%  50 tokens/s  0:28 left" in shown
 
 
 def test_durations_read_like_clocks():

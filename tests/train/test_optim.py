@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from configs import tiny
 from storm_jax.config import LearningRateConfig, OptimConfig, RunConfig, from_dict
-from storm_jax.params import abstract_model, flatten
+from storm_jax.params import abstract_model, flat_params
 from storm_jax.train.optim import is_trainable, make_optimizer, schedule
 
 CONFIG = OptimConfig(
@@ -35,9 +34,8 @@ def run_config(**changes) -> RunConfig:
 def test_every_parameter_falls_under_one_rule():
     config = run_config()
     for preset in ("tiny", "storm_qwen2_7b"):
-        names = flatten(
-            nnx.to_pure_dict(abstract_model(importlib.import_module(f"configs.{preset}").MODEL)[1])
-        )
+        model = importlib.import_module(f"configs.{preset}").MODEL
+        names = flat_params(abstract_model(model)[1])
         trained = [name for name in names if is_trainable(name, config)]
         assert {name.split("/")[0] for name in trained} == {"vision", "projector", "decoder"}
         assert all("vision/unused" in name for name in set(names) - set(trained))
@@ -45,7 +43,7 @@ def test_every_parameter_falls_under_one_rule():
 
 def test_with_adapters_nothing_else_of_the_decoder_is_trained():
     config = run_config(model__decoder__lora__rank=4, model__decoder__lora__targets="query|down")
-    names = flatten(nnx.to_pure_dict(abstract_model(config.model)[1]))
+    names = flat_params(abstract_model(config.model)[1])
     decoder = {name for name in names if name.startswith("decoder/") and is_trainable(name, config)}
     assert decoder == {f"decoder/layers/{n}/lora/{m}" for n in ("query", "down") for m in "ab"}
     assert is_trainable("projector/linear/kernel", config)

@@ -1,4 +1,4 @@
-"""The training step gives the same losses and updates however the work is split."""
+"""The training step computes the same losses and updates however the work is split."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import TrainPlan
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
-from storm_jax.models.storm import VisualShape
 from storm_jax.sharding import make_mesh
 from storm_jax.text.tokenizer import load_tokenizer
-from storm_jax.train.feed import place
 from storm_jax.train.state import StateSpec
-from storm_jax.train.step import make_train_step
+from storm_jax.train.step import make_train_step, place
 
 
 @pytest.fixture(scope="module")
 def train_steps(shapes_folder):
-    """Runs two steps; gives their metrics and the final state."""
+    """Takes two steps; returns their metrics and the final state."""
 
-    def run(config, devices: int):
+    def take_steps(config, devices: int):
         mesh = make_mesh(config.mesh, jax.devices()[:devices])
         pool, size = WorkerPool(0), config.train.batch_size
         tokenizer = load_tokenizer(shapes_folder / "tokenizer")
@@ -32,7 +30,7 @@ def train_steps(shapes_folder):
         (shape,) = mixture.shapes
         spec = StateSpec.make(config, mesh)
         state = spec.init()
-        step = make_train_step(spec, VisualShape(shape.num_groups, shape.compression.spatial_pool))
+        step = make_train_step(spec, shape)
         history = []
         reader = MediaReader(pool, shape.image_size, config.data.frames)
         for batch in batches(mixture, TrainPlan(mixture, size), range(2), size, reader):
@@ -41,7 +39,7 @@ def train_steps(shapes_folder):
             history.append({name: float(value) for name, value in metrics.items()})
         return history, state
 
-    return run
+    return take_steps
 
 
 def assert_same_training(one, other, rtol=2e-4):

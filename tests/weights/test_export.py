@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
 from reference_models import (
     BASE,
     DECODERS,
@@ -27,7 +26,7 @@ from reference_models import (
 from safetensors.torch import load_file
 
 from storm_jax.models.lora import is_adapter
-from storm_jax.params import abstract_model, flatten, unflatten
+from storm_jax.params import abstract_model, flat_params
 from storm_jax.run import Run, RunError
 from storm_jax.weights import WeightsError, exporter, tensors
 from storm_jax.weights.exporter import export_run
@@ -46,14 +45,14 @@ def random_run(path: pathlib.Path, tokenizer: pathlib.Path, **changes) -> Run:
     config = config_for(model__vision__image_size=32, **changes)
     _, abstract = abstract_model(config.model)
     rng = np.random.default_rng(0)
-    flat = flatten(nnx.to_pure_dict(abstract))
+    flat = flat_params(abstract)
     drawn = {
         name: jnp.asarray(rng.standard_normal(leaf.shape) * 0.1, jnp.float32)
         for name, leaf in flat.items()
     }
     run = Run(path)
     run.prepare(config, tokenizer)
-    run.save_params(unflatten(drawn), {})
+    run.checkpoints.write_params(drawn, {})
     return run
 
 
@@ -129,9 +128,9 @@ def test_three_folders_make_the_same_run_again(projector, tokenizer, tmp_path):
     config = config_for(model__vision__image_size=32, **named)
     again = import_run(config, Sources(*parts), tmp_path / "2")
     assert again.model == run.config.model
-    for path in run.stored_params(0):
+    for path in run.checkpoints.shapes(0):
         np.testing.assert_array_equal(
-            Run(tmp_path / "2").read_param(0, path), run.read_param(0, path)
+            Run(tmp_path / "2").checkpoints.read(0, path), run.checkpoints.read(0, path)
         )
 
 
@@ -166,7 +165,7 @@ def test_adapters_are_merged(tokenizer, tmp_path):
         "optim__learning_rate__decoder": 1e-4,
     }
     run = random_run(tmp_path / "run", tokenizer, **lora)
-    assert any(is_adapter(path) for path in run.stored_params(0))
+    assert any(is_adapter(path) for path in run.checkpoints.shapes(0))
     export_run(run, tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/decoder")
     expected = np.asarray(logits_of(load_model(run.path), TOKENS))
@@ -195,7 +194,7 @@ def test_a_trained_run_is_exported_in_its_dtype(trained_run, tmp_path):
     export_run(Run(trained_run), tmp_path / "out", dtype="bfloat16")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/decoder")
     assert loaded.dtype == torch.bfloat16
-    expected = Run(trained_run).read_param(2, "decoder/embedding")
+    expected = Run(trained_run).checkpoints.read(2, "decoder/embedding")
     found = loaded.get_input_embeddings().weight.detach().float().numpy()
     np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16).astype(np.float32))
 
@@ -221,13 +220,13 @@ def test_a_model_folder_as_tokenizer_leaves_no_trace(shard, small_config, tmp_pa
 def test_merging_into_bfloat16_kernels_rounds_once(tokenizer, tmp_path):
     lora = {"model__decoder__lora__rank": 2, "optim__learning_rate__decoder": 1e-4}
     run = random_run(tmp_path / "run", tokenizer, **lora)
-    params = {path: run.read_param(0, path) for path in run.stored_params(0)}
+    params = {path: run.checkpoints.read(0, path) for path in run.checkpoints.shapes(0)}
     path = "decoder/layers/down/kernel"
     params[path] = params[path].astype(jnp.bfloat16)
     for name in (name for name in params if name.endswith("lora/b")):
         params[name] *= 1e-3  # far below the kernel's rounding
-    shutil.rmtree(run.checkpoints_path)
-    run.save_params(unflatten({name: jnp.asarray(v) for name, v in params.items()}), {})
+    shutil.rmtree(run.checkpoints.path)
+    run.checkpoints.write_params({name: jnp.asarray(v) for name, v in params.items()}, {})
     export_run(run, tmp_path / "out", dtype="float32")
     found = read_all(tmp_path / "out/decoder")["model.layers.1.mlp.down_proj.weight"].numpy().T
     a, b = (params[f"decoder/layers/down/lora/{m}"][1].astype(np.float64) for m in "ab")
@@ -238,10 +237,12 @@ def test_merging_into_bfloat16_kernels_rounds_once(tokenizer, tmp_path):
 
 def test_values_beyond_float16_are_refused(tokenizer, tmp_path):
     run = random_run(tmp_path / "run", tokenizer)
-    params = {path: jnp.asarray(run.read_param(0, path)) for path in run.stored_params(0)}
+    params = {
+        path: jnp.asarray(run.checkpoints.read(0, path)) for path in run.checkpoints.shapes(0)
+    }
     params["decoder/norm/scale"] = params["decoder/norm/scale"].at[0].set(1e5)
-    shutil.rmtree(run.checkpoints_path)
-    run.save_params(unflatten(params), {})
+    shutil.rmtree(run.checkpoints.path)
+    run.checkpoints.write_params(params, {})
     with pytest.raises(WeightsError, match=r"model.norm.weight has values beyond float16"):
         export_run(run, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()

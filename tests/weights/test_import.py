@@ -28,9 +28,10 @@ from reference_models import (
 )
 from safetensors.torch import load_file, save_file
 
+from storm_jax.checkpoints import Checkpoints
 from storm_jax.config import ConfigError
 from storm_jax.models.storm import Storm, VisualShape
-from storm_jax.params import flatten
+from storm_jax.params import flat_params
 from storm_jax.run import Run
 from storm_jax.weights import WeightsError
 from storm_jax.weights.importer import Sources, import_run
@@ -91,8 +92,8 @@ def test_shards_give_what_one_file_gives(tower, decoder, tmp_path):
     shards = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2", shard="100KB")
     assert len(list(shards.glob("*.safetensors"))) > 3
     one, many = import_of(tmp_path / "1", tower, decoder), import_of(tmp_path / "n", tower, shards)
-    for path in one.stored_params(0):
-        np.testing.assert_array_equal(one.read_param(0, path), many.read_param(0, path))
+    for path in one.checkpoints.shapes(0):
+        np.testing.assert_array_equal(one.checkpoints.read(0, path), many.checkpoints.read(0, path))
 
 
 @pytest.mark.parametrize("devices", [2, 8])
@@ -100,8 +101,8 @@ def test_devices_hold_what_one_holds(tower, decoder, tmp_path, devices):
     """7 heads and 307 tokens: some parameters split, others do not."""
     one = import_of(tmp_path / "one", tower, decoder)
     many = import_of(tmp_path / "many", tower, decoder, mesh__fsdp=devices, mesh__data=8 // devices)
-    for path in one.stored_params(0):
-        np.testing.assert_array_equal(one.read_param(0, path), many.read_param(0, path))
+    for path in one.checkpoints.shapes(0):
+        np.testing.assert_array_equal(one.checkpoints.read(0, path), many.checkpoints.read(0, path))
     split = load_model(many.path, devices)
     kernels = (split.decoder.layers.gate_up.kernel[...], split.decoder.embedding[...])
     assert all(not kernel.sharding.is_fully_replicated for kernel in kernels)
@@ -113,7 +114,7 @@ def test_devices_hold_what_one_holds(tower, decoder, tmp_path, devices):
 def test_the_checkpoint_keeps_the_dtype_of_the_files(dtype, tower, tmp_path):
     folder = save(make_decoder("qwen2").to(dtype), tmp_path / "hub", "qwen2")
     run = import_of(tmp_path / "run", tower, folder)
-    stored = run.stored_params(0)
+    stored = run.checkpoints.shapes(0)
     name = str(dtype).removeprefix("torch.")
     assert stored["decoder/layers/gate_up/kernel"].dtype == name
     assert stored["vision/patch/kernel"].dtype == "float32"
@@ -125,10 +126,10 @@ def test_a_stack_of_two_dtypes_is_kept_in_fp32(tower, tmp_path):
     model = make_decoder("qwen2").to(torch.bfloat16)
     model.model.layers[1].mlp.up_proj.float()
     run = import_of(tmp_path / "run", tower, save(model, tmp_path / "hub", "qwen2"))
-    stored = run.stored_params(0)
+    stored = run.checkpoints.shapes(0)
     assert stored["decoder/layers/gate_up/kernel"].dtype == "float32"
     assert stored["decoder/layers/down/kernel"].dtype == "bfloat16"
-    kernel = run.read_param(0, "decoder/layers/gate_up/kernel")
+    kernel = run.checkpoints.read(0, "decoder/layers/gate_up/kernel")
     expected = model.model.layers[1].mlp.up_proj.weight.detach().T.numpy()
     np.testing.assert_array_equal(kernel[1, :, 1], expected)
 
@@ -232,9 +233,9 @@ def test_position_embeddings_are_resampled_as_torch_does():
 def test_the_projector_starts_as_in_a_fresh_model(tower, decoder, tmp_path):
     run = import_of(tmp_path / "run", tower, decoder)
     fresh = nnx.split(Storm(run.config.model, rngs=nnx.Rngs(run.config.train.seed)))[1]
-    flat = flatten(nnx.to_pure_dict(fresh))
+    flat = flat_params(fresh)
     for path in (path for path in flat if path.startswith("projector/")):
-        np.testing.assert_allclose(run.read_param(0, path), flat[path], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(run.checkpoints.read(0, path), flat[path], rtol=1e-5, atol=1e-6)
 
 
 def test_architecture_comes_from_config_json_and_the_rest_from_ours(
@@ -298,9 +299,9 @@ def test_adapters_begin_with_an_import(tower, decoder, tmp_path):
         model__decoder__lora__rank=4,
         optim__learning_rate__decoder=1e-4,
     )
-    stored = run.stored_params(0)
+    stored = run.checkpoints.shapes(0)
     assert stored["decoder/layers/query/lora/a"].shape == (3, 56, 4)
-    assert not run.read_param(0, "decoder/layers/query/lora/b").any()
+    assert not run.checkpoints.read(0, "decoder/layers/query/lora/b").any()
     found = np.asarray(logits_of(load_model(run.path), TOKENS))
     assert np.abs(found - torch_logits(make_decoder("qwen2"), TOKENS)).max() < MAX_ERROR
 
@@ -560,7 +561,7 @@ def test_a_write_that_fails_leaves_nothing(tower, decoder, tmp_path, monkeypatch
     def fail(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Run, "save_params", fail)
+    monkeypatch.setattr(Checkpoints, "write_params", fail)
     with pytest.raises(OSError, match="No space left"):
         import_of(tmp_path / "out" / "run", tower, decoder)
     assert list((tmp_path / "out").iterdir()) == []

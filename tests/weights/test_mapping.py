@@ -1,4 +1,4 @@
-"""The table is one for both ways: every row goes there and back, and rows cover every parameter."""
+"""One table for import and export: rules are invertible and cover every parameter."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from configs.storm_llama3_8b import MODEL as LLAMA3_8B
 from configs.storm_qwen2_1_5b import MODEL as QWEN2_1_5B
 from configs.storm_qwen2_7b import MODEL as QWEN2_7B
 from configs.tiny import MODEL as TINY
 from storm_jax.config import LoraConfig
-from storm_jax.params import abstract_model, flatten
-from storm_jax.weights.mapping import Row, coverage_problems, tables
+from storm_jax.params import abstract_model, flat_params
+from storm_jax.weights.mapping import TensorRule, coverage_problems, tables
 
 
 def shapes_of(model) -> dict[str, jax.ShapeDtypeStruct]:
-    return flatten(nnx.to_pure_dict(abstract_model(model)[1]))
+    return flat_params(abstract_model(model)[1])
 
 
-def rows_of(model) -> list[Row]:
-    return [row for table in tables(model, shapes_of(model)).values() for row in table.rows]
+def rules_of(model) -> list[TensorRule]:
+    return [rule for table in tables(model, shapes_of(model)).values() for rule in table.rules]
 
 
 MODELS = {
@@ -52,30 +51,30 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_fill_every_parameter_once_and_names_are_unique(name):
-    rows = rows_of(MODELS[name])
-    assert coverage_problems(rows, shapes_of(MODELS[name])) == []
+def test_rules_fill_every_parameter_once_with_unique_names(name):
+    rules = rules_of(MODELS[name])
+    assert coverage_problems(rules, shapes_of(MODELS[name])) == []
     for table in tables(MODELS[name], shapes_of(MODELS[name])).values():
-        assert len({row.tensor for row in table.rows}) == len(table.rows)
+        assert len({rule.tensor for rule in table.rules}) == len(table.rules)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("b")])
-def test_every_row_goes_there_and_back(name):
+def test_every_rule_is_its_own_inverse(name):
     shapes = shapes_of(MODELS[name])
-    for row in rows_of(MODELS[name]):
-        shape = shapes[row.path].shape
+    for rule in rules_of(MODELS[name]):
+        shape = shapes[rule.path].shape
         parameter = np.arange(np.prod(shape)).reshape(shape)
-        tensor = row.to_theirs(parameter)
-        assert tensor.shape == row.tensor_shape(shape)
-        np.testing.assert_array_equal(row.to_ours(tensor), parameter[row.index])
+        tensor = rule.to_tensor(parameter)
+        assert tensor.shape == rule.tensor_shape(shape)
+        np.testing.assert_array_equal(rule.to_parameter(tensor), parameter[rule.index])
 
 
-def test_a_row_too_few_or_too_many_is_found():
-    rows, shapes = rows_of(TINY), shapes_of(TINY)
-    up = next(row for row in rows if row.tensor.endswith("1.mlp.up_proj.weight"))
-    missing = coverage_problems([row for row in rows if row is not up], shapes)
+def test_missing_and_duplicate_rules_are_found():
+    rules, shapes = rules_of(TINY), shapes_of(TINY)
+    up = next(rule for rule in rules if rule.tensor.endswith("1.mlp.up_proj.weight"))
+    missing = coverage_problems([rule for rule in rules if rule is not up], shapes)
     assert missing == ["decoder/layers/gate_up/kernel: 73,728 of 98,304 values are filled"]
-    twice = [*rows, dataclasses.replace(up, tensor="again")]
+    twice = [*rules, dataclasses.replace(up, tensor="again")]
     assert any("is filled 2 times" in problem for problem in coverage_problems(twice, shapes))
     stray = dataclasses.replace(up, path="decoder/nothing")
-    assert "which the model lacks" in coverage_problems([*rows, stray], shapes)[0]
+    assert "which the model does not have" in coverage_problems([*rules, stray], shapes)[0]
