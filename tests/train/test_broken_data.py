@@ -1,5 +1,5 @@
-"""Training runs through a mixture of every kind of source with 30 % of its media broken, and its books
-add up to the line."""
+"""Training on a mixture of every kind of source with 30 % of its media broken: per-source counts and
+skipped.jsonl agree exactly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ways_to_break(data: bytes) -> list[bytes]:
     flipped[len(data) // 8 :: 7] = bytes(len(flipped[len(data) // 8 :: 7]))
     return [
         b"",
-        b"This is no file of that kind.\n" * 20,
+        b"This is not a media file.\n" * 20,
         data[: len(data) // 2],
         data[:9],
         bytes(flipped),
@@ -58,7 +58,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict[
         return ways[rng.integers(len(ways))]
 
     records = []
-    for i in range(COUNT):  # files beside a JSON list; some are missing, one is a folder
+    for i in range(COUNT):  # a JSON list and its files; some are missing, one is a folder
         path = root / f"json/{i}.mp4"
         path.parent.mkdir(exist_ok=True)
         content = data("json", video)
@@ -70,7 +70,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict[
     (root / "json/train.json").write_text(json.dumps(records))
 
     lines = []
-    for i in range(COUNT):  # images, text, and records that are none
+    for i in range(COUNT):  # text, and invalid records
         if rng.random() < BROKEN:
             expected["jsonl"] += 1
             lines.append(
@@ -105,7 +105,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict[
     return [*sources, {"name": "tfds", "path": str(tfds)}], dict(expected)
 
 
-def test_broken_files_are_counted_and_training_goes_on(
+def test_broken_files_are_counted_and_skipped(
     mixture, small_config, shapes_folder, tmp_path, capsys
 ):
     sources, broken = mixture
@@ -117,8 +117,7 @@ def test_broken_files_are_counted_and_training_goes_on(
         data__rows=[{"tokens": 128, "frames": 16}],
         data__num_workers=2,
         data__max_skip_fraction=0.5,
-        train__steps=2,
-        train__batch_size=16,
+        train__batch_size=8,
         train__log_every=1,
         train__eval_every=0,
     )
@@ -139,7 +138,7 @@ def test_broken_files_are_counted_and_training_goes_on(
             if key.startswith(f"data/{name}/skipped/")
         }
         assert read == used + sum(causes.values())
-        # A line for each: those that were met, and those that were known before.
+        # One line each: found while training, or when the source was opened.
         lines = [line for line in skipped if line["source"] == name]
         met = Counter(line["cause"] for line in lines if line["file"])
         assert met == causes

@@ -1,4 +1,8 @@
-"""A run survives being killed, refuses what does not belong to it, and loses no bad sample silently."""
+"""Interrupted runs resume exactly, other configurations and data are refused, bad samples are logged.
+
+Numbers of steps are compiled into the training step, so tests share two of them (2 and 6), and most
+of the compiled programs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,6 @@ from storm_jax.data.mixture import open_mixture
 from storm_jax.data.skips import DataError
 from storm_jax.files import read_lines
 from storm_jax.media.workers import WorkerPool
-from storm_jax.params import unflatten
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
@@ -49,7 +52,7 @@ def source(path: pathlib.Path, media_root: pathlib.Path | str = "", **fields) ->
     return {"name": path.stem, "path": str(path), "media_root": str(media_root), **fields}
 
 
-# Leaves a digest of every batch that was trained on.
+# Trains a run, and logs a digest of every batch.
 TRAINER = """
 import hashlib, jax, sys
 from storm_jax import config
@@ -58,24 +61,25 @@ from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
 run = Run(sys.argv[1])
 place = loop.place
-def noted(arrays, mesh):
+def logged(arrays, mesh):
     digest = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
     with (run.path / "batches.txt").open("a") as file:
         print(digest.hexdigest(), file=file)
     return place(arrays, mesh)
-loop.place = noted
+loop.place = logged
 loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 """
 
 
-def test_killed_training_continues_bit_for_bit(small_config, shapes_folder, tmp_path):
-    """With workers, two sources and two shapes of rows, and in the middle of an epoch."""
+def test_killed_training_resumes_bit_for_bit(small_config, shapes_folder, tmp_path):
+    """With workers, two sources and two row shapes, in the middle of an epoch."""
     rows = [{"tokens": 128, "frames": 4}, {"tokens": 128, "frames": 16}]
     texts = tmp_path / "texts.jsonl"
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
     texts.write_text(f"{json.dumps({'conversations': turns})}\n" * 90)
     sources = [source(shapes_folder / "train.json", weight=2), source(texts, weight=5)]
     config = small_config(
+        model__projector="mlp",  # compiles faster
         train__steps=9,
         train__save_every=2,
         train__eval_every=0,
@@ -103,27 +107,28 @@ def test_killed_training_continues_bit_for_bit(small_config, shapes_folder, tmp_
     subprocess.run([sys.executable, "-c", TRAINER, str(killed.path)], env=environment, check=True)
     assert losses(killed.path) == losses(whole.path)
     assert sorted(losses(killed.path)) == list(range(1, 10))
-    batches, again = (
+    batches, repeated = (
         (run.path / "batches.txt").read_text().splitlines() for run in (whole, killed)
     )
-    assert len(batches) == 9 < len(again)  # some were trained on again
-    assert again[-1] == batches[-1] and set(again) == set(batches)
-    books, same = (final_metrics(run.path) for run in (whole, killed))
-    assert books == same and books["data/texts/read"] > books["data/train/read"] > 0
-    assert books["compilations"] == 2
+    assert len(batches) == 9 < len(repeated)  # some steps were repeated
+    assert repeated[-1] == batches[-1] and set(repeated) == set(batches)
+    counts = final_metrics(whole.path)
+    assert final_metrics(killed.path) == counts
+    assert counts["data/texts/read"] > counts["data/train/read"] > 0
+    assert counts["compilations"] == 2
 
 
 def final_metrics(workdir: pathlib.Path) -> dict[str, float]:
-    """The last line, but for what depends on time and on restarts."""
+    """The last line with per-source counts, without times."""
     last = [line for line in read_lines(workdir / "metrics.jsonl") if "data/train/read" in line][-1]
     return {k: v for k, v in last.items() if not k.endswith("/seconds")}
 
 
 def test_last_and_best_checkpoints_are_kept(small_config, shapes_folder, tmp_path):
     config = small_config(
-        train__steps=5, train__save_every=1, train__eval_every=1, train__keep_last=1
+        train__steps=6, train__save_every=1, train__eval_every=1, train__keep_last=1
     )
-    values = iter([5.0, 1.0, 4.0, 3.0, 2.0])
+    values = iter([5.0, 1.0, 4.0, 3.0, 2.0, 6.0])
     run = Run(tmp_path)
     run.prepare(config, shapes_folder / "tokenizer")
     loop.train(
@@ -131,15 +136,15 @@ def test_last_and_best_checkpoints_are_kept(small_config, shapes_folder, tmp_pat
         make_mesh(config.mesh, jax.devices()[:1]),
         lambda spec, pool: {"fake": lambda state: {"val_loss": next(values)}},
     )
-    kept = sorted(int(path.name) for path in run.checkpoints_path.iterdir() if path.name.isdigit())
-    assert kept == [2, 5]
+    kept = sorted(int(path.name) for path in run.checkpoints.path.iterdir() if path.name.isdigit())
+    assert kept == [2, 6]
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"model__decoder__width": 64}, "model.decoder.width: 32 there, 64 now"),
-        ({"init_from": "elsewhere"}, "init_from: '' there, 'elsewhere' now"),
+        ({"init_from": "/elsewhere"}, "init_from: '' there, '/elsewhere' now"),
     ],
 )
 def test_another_configuration_is_refused_and_nothing_is_overwritten(
@@ -154,7 +159,7 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(
     run.prepare(small_config(train__steps=20), shapes_folder / "tokenizer")
 
 
-def test_a_start_that_failed_holds_no_configuration(small_config, shapes_folder, tmp_path):
+def test_a_failed_start_may_be_repeated_with_another_configuration(small_config, shapes_folder, tmp_path):
     run = Run(tmp_path)
     run.prepare(
         small_config(data__train=[{"name": "a", "path": "dtaa/train.json"}]),
@@ -168,7 +173,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(small_config, shapes_fold
     config = small_config(train__batch_size=12, mesh__data=8)
     run = Run(tmp_path)
     run.prepare(config, shapes_folder / "tokenizer")
-    with pytest.raises(ConfigError, match=r"train.batch_size=12 .* 8 devices"):
+    with pytest.raises(ConfigError, match=r"train.batch_size=12 .* does not divide over .* 8 devices"):
         loop.train(run, make_mesh(config.mesh), lambda spec, pool: {})
 
 
@@ -178,14 +183,13 @@ def test_a_workdir_that_cannot_be_written_is_an_error(small_config, shapes_folde
         Run(tmp_path / "file" / "run").prepare(small_config(), shapes_folder / "tokenizer")
 
 
-def test_a_checkpoint_of_another_shape_names_the_parameters(small_config, shapes_folder, tmp_path):
-    config = small_config(train__steps=1, train__eval_every=0)
-    run = start_training(config, tmp_path / "a", shapes_folder)
+def test_a_checkpoint_of_another_shape_names_the_parameters(trained_run, tmp_path):
+    run = Run(tmp_path / "run")
+    shutil.copytree(trained_run, run.path)
     text = (run.path / "config.json").read_text()
     (run.path / "config.json").write_text(text.replace('"mlp_dim": 32', '"mlp_dim": 48'))
-    changed = Run(run.path)
     with pytest.raises(RunError, match=r"decoder/layers/down/kernel is \(2, 32, 32\)"):
-        loop.train(changed, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
+        loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 
 
 def test_init_from_takes_the_parameters_and_refuses_another_model(
@@ -193,33 +197,35 @@ def test_init_from_takes_the_parameters_and_refuses_another_model(
 ):
     only_projector = {"optim__learning_rate__vision": 0.0, "optim__learning_rate__decoder": 0.0}
     align = start_training(
-        small_config(train__steps=1, train__eval_every=0, **only_projector),
+        small_config(train__eval_every=0, **only_projector),
         tmp_path / "align",
         shapes_folder,
     )
-    config = small_config(train__steps=1, init_from=str(align.path))
+    config = small_config(init_from=str(align.path))
     spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
     params = load_params(align, spec)
-    assert params["decoder"]["embedding"].shape == (512, 32)
+    assert params["decoder/embedding"].shape == (512, 32)
     other = small_config(model__decoder__width=64, init_from=str(align.path))
     spec = StateSpec.make(other, make_mesh(config.mesh, jax.devices()[:1]))
     with pytest.raises(RunError, match=r"model.decoder.width: 32 there, 64 here"):
         load_params(align, spec)
 
 
-def test_imported_weights_are_the_start_of_other_runs(small_config, shapes_folder, tmp_path):
-    run = start_training(small_config(train__steps=1), tmp_path / "run", shapes_folder)
-    params = {path: run.read_param(1, path) for path in run.stored_params(1)}
+def test_imported_weights_are_the_start_of_other_runs(
+    trained_run, small_config, shapes_folder, tmp_path
+):
+    checkpoints = Run(trained_run).checkpoints
+    params = {path: jnp.asarray(checkpoints.read(2, path)) for path in checkpoints.shapes(2)}
     imported = Run(tmp_path / "imported")
     imported.prepare(small_config(), shapes_folder / "tokenizer")
-    imported.save_params(unflatten({k: jnp.asarray(v) for k, v in params.items()}), {})
-    with pytest.raises(RunError, match="holds imported weights"):
+    imported.checkpoints.write_params(params, {})
+    with pytest.raises(RunError, match="contains imported weights"):
         start_training(small_config(), imported.path, shapes_folder)
-    config = small_config(train__steps=1, init_from=str(imported.path))
+    config = small_config(train__steps=2, init_from=str(imported.path))
     start_training(config, tmp_path / "other", shapes_folder)
 
 
-def test_tower_and_decoder_come_with_the_weights(trained_run, small_config):
+def test_tower_and_decoder_are_inherited_with_the_weights(trained_run, small_config):
     other = small_config(model__decoder__mlp_dim=64, model__vision__depth=3)
     inherited, changes = inherit_model(other, Run(trained_run), explicit=["train.steps"])
     assert inherited == small_config()
@@ -230,20 +236,20 @@ def test_tower_and_decoder_come_with_the_weights(trained_run, small_config):
     assert inherit_model(adapted, Run(trained_run), explicit=[])[0] == adapted
 
 
-def test_rows_longer_than_the_decoder_was_trained_for_are_warned_of(
+def test_rows_longer_than_the_decoder_was_trained_for_raise_a_warning(
     small_config, shapes_folder, tmp_path, caplog
 ):
-    config = small_config(model__decoder__max_positions=100, train__steps=1, train__eval_every=0)
+    config = small_config(model__decoder__max_positions=100, train__steps=2, train__eval_every=0)
     start_training(config, tmp_path, shapes_folder)
     assert "longer than the 100 positions" in caplog.text
 
 
-def test_changed_data_is_not_continued(small_config, shapes_folder, tmp_path):
+def test_a_run_may_resume_with_moved_data_but_not_with_changed_data(small_config, shapes_folder, tmp_path):
     records = json.loads((shapes_folder / "train.json").read_text())
     train = tmp_path / "train.json"
     train.write_text(json.dumps(records))
     config = small_config(
-        train__steps=1,
+        train__steps=2,
         train__eval_every=0,
         data__train=[source(train, shapes_folder)],
     )
@@ -259,7 +265,7 @@ def test_changed_data_is_not_continued(small_config, shapes_folder, tmp_path):
         shapes_folder,
     )
     train.write_text(json.dumps(records[1:]))
-    with pytest.raises(DataError, match=r"data source train is not what .* began with"):
+    with pytest.raises(DataError, match=r"data source train is not what .* was trained on"):
         start_training(config, tmp_path / "run", shapes_folder)
 
 
@@ -275,10 +281,8 @@ def test_bad_samples_are_counted_by_cause_and_logged_once(
     train = tmp_path / "train.json"
     train.write_text(json.dumps(records))
     config = small_config(
-        train__steps=20,  # more than one epoch
-        train__batch_size=4,
         train__eval_every=0,
-        train__save_every=20,
+        train__save_every=6,
         data__train=[source(train, shapes_folder)],
     )
     run = start_training(config, tmp_path / "run", shapes_folder)
@@ -287,7 +291,8 @@ def test_bad_samples_are_counted_by_cause_and_logged_once(
         "empty_conversation": (f"{train} line 1, record 1", ""),
         "unreadable": (f"{train} line 1, record 0", str(broken)),
     }
-    assert len(losses(run.path)) == 20
+    assert len(losses(run.path)) == 6
+    assert final_metrics(run.path)["data/train/read"] > len(records)  # more than one epoch
 
 
 def test_too_many_bad_samples_stop_the_run(small_config, shapes_folder, tmp_path):
@@ -308,9 +313,9 @@ def test_too_many_bad_samples_stop_the_run(small_config, shapes_folder, tmp_path
 
 
 def test_validation_without_media_stops_the_run(small_config, shapes_folder, tmp_path):
-    """A loss of zero would make it the best checkpoint for good."""
+    """A loss of zero would make its checkpoint the best one forever."""
     val = tmp_path / "val.json"
-    val.write_text((shapes_folder / "val.json").read_text())  # its media are not beside it
+    val.write_text((shapes_folder / "val.json").read_text())  # but not its media
     config = small_config(data__val=[source(val)])
     run, pool = Run(tmp_path / "run"), WorkerPool(0)
     run.prepare(config, shapes_folder / "tokenizer")
@@ -322,7 +327,7 @@ def test_validation_without_media_stops_the_run(small_config, shapes_folder, tmp
     lines = (run.path / "skipped.jsonl").read_text().splitlines()
     assert len(lines) == len(mixture)
     with (run.path / "skipped.jsonl").open("a") as file:
-        file.write(lines[0][:10])  # as a killed process leaves it
+        file.write(lines[0][:10])  # as if interrupted
     make_validation(run, spec, mixture, pool)
     assert (run.path / "skipped.jsonl").read_text().splitlines() == lines
     (run.path / "skipped.jsonl").write_text(lines[0][:10])
@@ -330,22 +335,22 @@ def test_validation_without_media_stops_the_run(small_config, shapes_folder, tmp
     assert (run.path / "skipped.jsonl").read_text() == ""
 
 
-def test_validation_that_fails_loses_no_training(small_config, shapes_folder, tmp_path):
+def test_a_checkpoint_is_saved_when_validation_fails(small_config, shapes_folder, tmp_path):
     def fail(state):
         raise DataError("the disk is gone")
 
     run = Run(tmp_path)
-    config = small_config(train__steps=4, train__save_every=4, train__eval_every=2)
+    config = small_config(train__save_every=6, train__eval_every=2)
     run.prepare(config, shapes_folder / "tokenizer")
     with pytest.raises(DataError, match="the disk is gone"):
         loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {"val": fail})
-    assert run.checkpoint_step() == 2
+    assert run.checkpoints.resolve(None) == 2
 
 
-def test_a_damaged_checkpoint_is_named(trained_run, tmp_path):
+def test_a_damaged_checkpoint_is_reported_by_step(trained_run, tmp_path):
     run = Run(tmp_path / "run")
     shutil.copytree(trained_run, run.path)
-    for data in (run.checkpoints_path / "2/params").rglob("*"):
+    for data in (run.checkpoints.path / "2/params").rglob("*"):
         if data.is_file():
             data.write_bytes(data.read_bytes()[:20])
     with pytest.raises(RunError, match=r"checkpoint 2 of .* cannot be read"):
