@@ -44,7 +44,9 @@ def test_a_wheel_answers_a_question_in_an_empty_environment(trained_run, shapes_
         return done.stdout
 
     call("git", "clone", "--quiet", ROOT, clone)
-    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, clone)
+    call(
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, clone
+    )
     (wheel,) = tmp_path.glob("storm_jax-*.whl")
     call(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv/bin/python"

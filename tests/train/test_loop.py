@@ -159,7 +159,9 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(
     run.prepare(small_config(train__steps=20), shapes_folder / "tokenizer")
 
 
-def test_a_failed_start_may_be_repeated_with_another_configuration(small_config, shapes_folder, tmp_path):
+def test_a_failed_start_may_be_repeated_with_another_configuration(
+    small_config, shapes_folder, tmp_path
+):
     run = Run(tmp_path)
     run.prepare(
         small_config(data__train=[{"name": "a", "path": "dtaa/train.json"}]),
@@ -173,7 +175,9 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(small_config, shapes_fold
     config = small_config(train__batch_size=12, mesh__data=8)
     run = Run(tmp_path)
     run.prepare(config, shapes_folder / "tokenizer")
-    with pytest.raises(ConfigError, match=r"train.batch_size=12 .* does not divide over .* 8 devices"):
+    with pytest.raises(
+        ConfigError, match=r"train.batch_size=12 .* does not divide over .* 8 devices"
+    ):
         loop.train(run, make_mesh(config.mesh), lambda spec, pool: {})
 
 
@@ -244,7 +248,9 @@ def test_rows_longer_than_the_decoder_was_trained_for_raise_a_warning(
     assert "longer than the 100 positions" in caplog.text
 
 
-def test_a_run_may_resume_with_moved_data_but_not_with_changed_data(small_config, shapes_folder, tmp_path):
+def test_a_run_may_resume_with_moved_data_but_not_with_changed_data(
+    small_config, shapes_folder, tmp_path
+):
     records = json.loads((shapes_folder / "train.json").read_text())
     train = tmp_path / "train.json"
     train.write_text(json.dumps(records))
