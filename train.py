@@ -1,9 +1,9 @@
-"""Trains a STORM, or goes on with the training in --workdir.
+"""Trains a STORM, or resumes the run in --workdir.
 
     python train.py --config=configs/tiny.py:stage=align --workdir=runs/align
     python train.py --config=configs/tiny.py:stage=sft --workdir=runs/sft --config.init_from=runs/align
 
-Every field of the configuration can be set: --config.optim.learning_rate.projector=3e-4
+Every field of the configuration can be overridden: --config.optim.learning_rate.projector=3e-4
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from storm_jax import command_line
 from storm_jax.config import RunConfig, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.skips import DataError
+from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.text.tokenizer import tokenizer_folder
 from storm_jax.train.initialisation import inherit_model
 from storm_jax.train.loop import NonFiniteLossError, train
 from storm_jax.train.metrics import plot_curves
-from storm_jax.train.validation import make_validation
+from storm_jax.train.state import StateSpec
+from storm_jax.train.validation import Evaluator, make_validation
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, with the stage: configs/NAME.py:stage=align|sft|long."
+    "config", None, "Configuration file with its stage, configs/NAME.py:stage=align|sft|long."
 )
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; continued when it has one.", required=True
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; a run in it is resumed.", required=True)
 flags.mark_flag_as_required("config")
 
 
 def with_inherited_model(config: RunConfig, run: Run) -> RunConfig:
-    """The configuration with the tower and decoder that a begun run, or `init_from`, has."""
+    """Returns `config` with the tower and decoder of the run to resume, or of `init_from`."""
     source = run if run.has_begun else Run(config.init_from)
     explicit = config_flags.get_override_values(flags.FLAGS["config"])
     config, changes = inherit_model(config, source, explicit)
-    for name, (before, now) in changes.items():
-        print(f"{name}={now!r} of {source.path} replaces {before!r}")
+    for name, (before, after) in changes.items():
+        print(f"{name}={after!r} of {source.path} replaces {before!r}")
     return config
 
 
@@ -52,15 +52,15 @@ def main(argv: Sequence[str]) -> None:
     if config.init_from:
         config = with_inherited_model(config, run)
     run.prepare(config, run.tokenizer_path if run.has_begun else tokenizer_folder(config))
-    mesh = make_mesh(config.mesh)
 
-    def evaluators(spec, pool):
+    def make_evaluators(spec: StateSpec, pool: WorkerPool) -> dict[str, Evaluator]:
+        config = run.config
         if not config.data.val or not config.train.eval_every:
             return {}
         mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
         return {"validation": make_validation(run, spec, mixture, pool)}
 
-    train(run, mesh, evaluators)
+    train(run, make_mesh(config.mesh), make_evaluators)
     print(f"training curves: {plot_curves(run.path)}")
 
 

@@ -1,4 +1,4 @@
-"""Files: JSON lines, writes that are whole or absent, digests."""
+"""JSON lines, atomic writes, digests."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is either there whole or not at all."""
-    # Processes of several containers may have one number.
+    """Writes a file so that it is complete or absent, never partial."""
+    # Processes in different containers may have the same id.
     partial = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     partial.write_text(text)
     partial.rename(path)
 
 
 def write_lines(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSONL file, whole or not at all."""
+    """Writes a JSONL file atomically."""
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last line cut off by a killed process is left out."""
+    """Reads a JSONL file, without a last line that an interrupted process left incomplete."""
     lines = []
     for line in path.read_text().splitlines():
         try:
@@ -36,11 +36,12 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def digest(text: str | bytes) -> str:
+    """The first 16 hexadecimal digits of a text's SHA-256."""
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
 
 
 def file_stamp(paths: Iterable[pathlib.Path]) -> str:
-    """Changes when a file is added, removed, renamed or written."""
+    """A digest that changes if a file is added, removed, renamed or written."""
     facts = []
     for path in paths:
         stat = path.stat()

@@ -1,4 +1,4 @@
-"""The commands of docs/weights.md as users call them: import, train, ask, export, import again."""
+"""The commands of docs/weights.md as users call them: import, train, predict, export, import again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_help_teaches_both_ways():
+def test_help_shows_both_commands():
     shown = call("-m", "storm_jax.weights", "--help").stdout
     assert "python -m storm_jax.weights import --vision" in shown
     assert "python -m storm_jax.weights export --workdir" in shown
@@ -39,15 +39,15 @@ def test_help_teaches_both_ways():
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--out=o"], "say `import` or `export`"),
-        (["import", "export", "--out=o"], "say `import` or `export`"),
+        (["--out=o"], "the command must be `import` or `export`"),
+        (["import", "export", "--out=o"], "the command must be `import` or `export`"),
         (["import", "--vision=v", "--out=o"], "import needs --config, --decoder"),
         (["export", "--out=o"], "export needs --workdir"),
         (["export", "--workdir=nowhere", "--out=o"], r"export: .*nowhere.* is not a run"),
         (["export", "--workdir=w"], "flag --out"),
     ],
 )
-def test_a_wrong_call_says_what_is_wrong(arguments, problem):
+def test_a_wrong_call_is_explained(arguments, problem):
     refused = call("-m", "storm_jax.weights", *arguments)
     assert refused.returncode != 0
     assert re.search(problem, refused.stdout + refused.stderr)
@@ -55,7 +55,7 @@ def test_a_wrong_call_says_what_is_wrong(arguments, problem):
 
 
 def test_from_public_weights_to_a_shared_model(shapes_folder, tmp_path):
-    """The way through all commands, with a decoder that the configuration does not describe."""
+    """All commands in order, with a decoder that the configuration does not describe."""
     vision = save(make_tower(image_size=32, patch_size=8), tmp_path / "tower")
     decoder = save(make_decoder("llama3"), tmp_path / "llama")
     made = make_tokenizer("llama3")
@@ -106,21 +106,21 @@ def test_from_public_weights_to_a_shared_model(shapes_folder, tmp_path):
     assert call("predict.py", f"--workdir={again}", *question).returncode == 0
 
 
-def test_a_model_that_cannot_be_had_offline_is_one_clear_line(tmp_path):
+def test_a_model_that_cannot_be_downloaded_is_one_clear_line(tmp_path):
     refused = call(
         "-m", "storm_jax.weights", "import", "--vision=google/no-such-tower", "--decoder=a/b",
         "--config=configs/tiny.py:stage=align", f"--out={tmp_path}/run",
     )  # fmt: skip
     assert refused.returncode == 1
     assert refused.stderr.startswith(
-        "storm_jax.weights: google/no-such-tower is no folder here and could not"
+        "storm_jax.weights: google/no-such-tower is not a local folder, and downloading it"
     )
     assert len(refused.stderr.splitlines()) == 1
     assert "copy the model here" in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_hub_ids_and_folders_inside_of_them(tmp_path, monkeypatch):
+def test_hub_ids_and_their_subfolders(tmp_path, monkeypatch):
     asked = {}
 
     def download(repo: str, allow_patterns: list[str]) -> str:
@@ -134,5 +134,5 @@ def test_hub_ids_and_folders_inside_of_them(tmp_path, monkeypatch):
     assert "vision_tower/*.safetensors" in asked["owner/nvila"]
     assert hub.local_folder(str(tmp_path)) == tmp_path
     for neither in ("nothing", "./no/such", "/no/such", "~/models"):
-        with pytest.raises(WeightsError, match="neither a folder here nor a hub id"):
+        with pytest.raises(WeightsError, match="neither a local folder nor a hub id"):
             hub.local_folder(neither)

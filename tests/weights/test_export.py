@@ -1,4 +1,4 @@
-"""An exported run loads in transformers as it is, and comes back unchanged."""
+"""An exported run loads in transformers, and can be imported again unchanged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_all(folder: pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 def random_run(path: pathlib.Path, tokenizer: pathlib.Path, **changes) -> Run:
-    """A run of the tiny preset whose parameters, adapters too, are all random."""
+    """A run of the tiny preset with random parameters, including adapters."""
     config = config_for(model__vision__image_size=32, **changes)
     _, abstract = abstract_model(config.model)
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_every_decoder_loads_in_transformers_with_its_tokenizer(family, tower, t
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_tensors_come_back_byte_for_byte_where_the_dtype_is_kept(dtype, tmp_path):
+def test_export_in_the_imported_dtype_is_exact(dtype, tmp_path):
     vision = save(make_tower().to(getattr(torch, dtype)), tmp_path / "tower")
     decoder = save(make_decoder("qwen2").to(getattr(torch, dtype)), tmp_path / "hub", "qwen2")
     import_run(config_for(), Sources(str(vision), str(decoder)), tmp_path / "run")
@@ -114,7 +114,7 @@ def test_the_tower_loads_in_transformers_with_its_preprocessor(decoder, tmp_path
 @pytest.mark.parametrize(
     "projector", ["storm", "forward", "mamba2", "mlp", "reference_models:Mixer"]
 )
-def test_three_folders_make_the_same_run_again(projector, tokenizer, tmp_path):
+def test_importing_an_export_restores_the_run(projector, tokenizer, tmp_path):
     changes = {"model__projector": projector}
     if projector == "forward":
         changes = {"model__mamba__direction": "forward"}
@@ -176,7 +176,7 @@ def test_adapters_are_merged(tokenizer, tmp_path):
     )
 
 
-def test_large_exports_are_cut_into_shards(decoder, tower, tmp_path, monkeypatch):
+def test_large_exports_are_sharded(decoder, tower, tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "SHARD_BYTES", 50_000)
     import_run(config_for(), Sources(str(tower), str(decoder)), tmp_path / "run")
     export_run(Run(tmp_path / "run"), tmp_path / "out")
@@ -201,12 +201,12 @@ def test_a_trained_run_is_exported_in_its_dtype(trained_run, tmp_path):
 
 @pytest.mark.parametrize("shard", ["5GB", "50KB"])
 def test_a_model_folder_as_tokenizer_leaves_no_trace(shard, small_config, tmp_path, monkeypatch):
-    """Its weights and config.json would be loaded in place of those that were trained."""
+    """Its weights and config.json would be loaded instead of the trained ones."""
     other = save(make_decoder("llama3"), tmp_path / "other", "llama3", shard=shard)
     run = random_run(tmp_path / "run", other)
     names = {path.name for path in run.tokenizer_path.iterdir()}
     assert names == {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    (run.tokenizer_path / "config.json").write_text("{}")  # as older runs may have it
+    (run.tokenizer_path / "config.json").write_text("{}")  # as in older runs
     (run.tokenizer_path / "model.safetensors").write_bytes(b"stale")
     monkeypatch.setattr(tensors, "SHARD_BYTES", 50_000)
     export_run(run, tmp_path / "out")
@@ -243,7 +243,9 @@ def test_values_beyond_float16_are_refused(tokenizer, tmp_path):
     params["decoder/norm/scale"] = params["decoder/norm/scale"].at[0].set(1e5)
     shutil.rmtree(run.checkpoints.path)
     run.checkpoints.write_params(params, {})
-    with pytest.raises(WeightsError, match=r"model.norm.weight has values beyond float16"):
+    with pytest.raises(
+        WeightsError, match=r"model.norm.weight has values beyond the range of float16"
+    ):
         export_run(run, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
     export_run(run, tmp_path / "out", dtype="bfloat16")
@@ -266,14 +268,14 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(trained_run, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_decoder_that_transformers_lacks_is_refused(tokenizer, tmp_path):
+def test_a_decoder_unknown_to_transformers_is_refused(tokenizer, tmp_path):
     run = random_run(tmp_path / "run", tokenizer, model__decoder__qk_norm=True)
     with pytest.raises(WeightsError, match="qkv_bias=True and qk_norm=True"):
         export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_projector_that_is_none_is_refused(tower, decoder, tmp_path):
-    with pytest.raises(WeightsError, match=r"is not the config.json of a projector"):
+def test_a_folder_without_a_projector_is_refused(tower, decoder, tmp_path):
+    with pytest.raises(WeightsError, match=r"is not the config.json of an exported projector"):
         import_run(config_for(), Sources(str(tower), str(decoder), str(tower)), tmp_path / "run")
     assert jax.device_count() == 8 and not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Imported weights give torch's numbers, through every step: files, table, checkpoint, model."""
+"""Imported models compute the same as torch's; weights that do not match are refused."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_logits_of_every_decoder_equal_transformers(family, tower, tmp_path):
     assert np.abs(np.asarray(logits_of(load_model(run.path), TOKENS)) - expected).max() < MAX_ERROR
 
 
-def test_a_config_of_the_old_layout_is_read_alike(tower, tmp_path):
-    """As Qwen2-VL lies on the Hub: flat, rope_scaling with a type, torch_dtype."""
+def test_a_config_in_the_old_layout_is_supported(tower, tmp_path):
+    """As Qwen2-VL on the Hub: flat, rope_scaling with a type, torch_dtype."""
     model = make_decoder("qwen2_vl")
     folder = save(model, tmp_path / "hub", "qwen2_vl")
 
@@ -88,7 +88,7 @@ def test_a_config_of_the_old_layout_is_read_alike(tower, tmp_path):
     assert np.abs(found - torch_logits(model, TOKENS)).max() < MAX_ERROR
 
 
-def test_shards_give_what_one_file_gives(tower, decoder, tmp_path):
+def test_shards_equal_one_file(tower, decoder, tmp_path):
     shards = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2", shard="100KB")
     assert len(list(shards.glob("*.safetensors"))) > 3
     one, many = import_of(tmp_path / "1", tower, decoder), import_of(tmp_path / "n", tower, shards)
@@ -97,8 +97,8 @@ def test_shards_give_what_one_file_gives(tower, decoder, tmp_path):
 
 
 @pytest.mark.parametrize("devices", [2, 8])
-def test_devices_hold_what_one_holds(tower, decoder, tmp_path, devices):
-    """7 heads and 307 tokens: some parameters split, others do not."""
+def test_an_import_on_many_devices_equals_one_device(tower, decoder, tmp_path, devices):
+    """With 7 heads and a vocabulary of 307, some parameters are split and others are not."""
     one = import_of(tmp_path / "one", tower, decoder)
     many = import_of(tmp_path / "many", tower, decoder, mesh__fsdp=devices, mesh__data=8 // devices)
     for path in one.checkpoints.shapes(0):
@@ -122,7 +122,7 @@ def test_the_checkpoint_keeps_the_dtype_of_the_files(dtype, tower, tmp_path):
     assert load_model(run.path).decoder.embedding[...].dtype == jnp.float32
 
 
-def test_a_stack_of_two_dtypes_is_kept_in_fp32(tower, tmp_path):
+def test_a_stack_of_two_dtypes_is_stored_in_float32(tower, tmp_path):
     model = make_decoder("qwen2").to(torch.bfloat16)
     model.model.layers[1].mlp.up_proj.float()
     run = import_of(tmp_path / "run", tower, save(model, tmp_path / "hub", "qwen2"))
@@ -180,7 +180,7 @@ WRAPPED = {
 }
 
 
-# The prefix under which a tower is saved today, and those under which older files have it.
+# The prefix of a tower today, and the prefixes in older files.
 SAVED_AS = {
     "alone": ("", ("", "vision_model.", "model.vision_tower.")),
     "SigLIP with its text tower": ("vision_model.", ("vision_model.",)),
@@ -191,10 +191,8 @@ SAVED_AS = {
 @pytest.mark.parametrize(
     ("kind", "prefix"), [(kind, old) for kind, (_, all_) in SAVED_AS.items() for old in all_]
 )
-def test_a_tower_is_found_inside_of_larger_models_and_under_old_names(
-    kind, prefix, decoder, tmp_path
-):
-    """SigLIP2 of fixed size is a SigLIP with another text tower; VILA's export has the old prefix."""
+def test_a_tower_is_found_inside_larger_models_and_under_old_names(kind, prefix, decoder, tmp_path):
+    """Fixed-size SigLIP2 is a SigLIP with another text tower; VILA's export has the old prefix."""
     whole = make_tower() if kind == "alone" else randomised(WRAPPED[kind]())
     folder = save(whole, tmp_path / "hub")
     now = SAVED_AS[kind][0]
@@ -209,7 +207,7 @@ def test_a_tower_is_found_inside_of_larger_models_and_under_old_names(
 
 
 def rename_tensors(folder: pathlib.Path, start: str, rename) -> None:
-    """Renames the tensors that begin with `start`."""
+    """Renames the tensors whose name starts with `start`."""
     path = folder / "model.safetensors"
     tensors = {rename(k) if k.startswith(start) else k: v for k, v in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
@@ -223,14 +221,14 @@ def test_position_embeddings_are_resampled_as_torch_does():
         resized = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic")
         expected = resized.permute(0, 2, 3, 1).reshape(new * new, 3).numpy()
         assert np.abs(resample(embeddings, new) - expected).max() < 1e-5
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="not a square grid"):
         resample(np.zeros((6, 3)), 4)
 
 
 # The run.
 
 
-def test_the_projector_starts_as_in_a_fresh_model(tower, decoder, tmp_path):
+def test_the_projector_is_initialised_as_in_a_new_model(tower, decoder, tmp_path):
     run = import_of(tmp_path / "run", tower, decoder)
     fresh = nnx.split(Storm(run.config.model, rngs=nnx.Rngs(run.config.train.seed)))[1]
     flat = flat_params(fresh)
@@ -238,7 +236,7 @@ def test_the_projector_starts_as_in_a_fresh_model(tower, decoder, tmp_path):
         np.testing.assert_allclose(run.checkpoints.read(0, path), flat[path], rtol=1e-5, atol=1e-6)
 
 
-def test_architecture_comes_from_config_json_and_the_rest_from_ours(
+def test_sizes_come_from_config_json_and_the_rest_from_our_configuration(
     tower, decoder, tmp_path, capsys
 ):
     run = import_of(tmp_path / "run", tower, decoder, model__vision__image_size=42)
@@ -246,10 +244,10 @@ def test_architecture_comes_from_config_json_and_the_rest_from_ours(
     assert (model.decoder.num_heads, model.decoder.num_kv_heads, model.decoder.depth) == (7, 1, 3)
     assert (model.vision.image_size, model.vision.patch_size, model.vision.width) == (42, 14, 24)
     assert model.mamba.depth == 1 and model.decoder.max_positions == 4096
-    said = capsys.readouterr().out
-    assert "model.decoder.width=56 of config.json replaces 96" in said
-    assert "resampled from 4 x 4 to 3 x 3" in said
-    assert "not needed: head.* (11)" in said
+    printed = capsys.readouterr().out
+    assert "model.decoder.width=56 of config.json replaces 96" in printed
+    assert "resampled from 4 x 4 to 3 x 3" in printed
+    assert "not needed: head.* (11)" in printed
 
 
 def test_a_field_set_by_hand_that_the_weights_contradict_is_refused(tower, decoder, tmp_path):
@@ -264,14 +262,14 @@ def test_a_field_set_by_hand_that_the_weights_contradict_is_refused(tower, decod
     assert not (tmp_path / "run").exists()
 
 
-def test_several_end_tokens_and_the_tokenizer_come_along(tower, tmp_path):
+def test_the_tokenizer_and_its_end_tokens_are_copied(tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     original = transformers.AutoTokenizer.from_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
     run = import_of(tmp_path / "run", tower, folder)
-    kept = run.tokenizer()
-    assert kept.get_vocab() == original.get_vocab()
-    assert (kept.chat_template, kept.eos_token) == (original.chat_template, original.eos_token)
+    copied = run.tokenizer()
+    assert copied.get_vocab() == original.get_vocab()
+    assert (copied.chat_template, copied.eos_token) == (original.chat_template, original.eos_token)
     assert json.loads((run.tokenizer_path / "generation_config.json").read_text()) == {
         "eos_token_id": [0, 7]
     }
@@ -291,7 +289,7 @@ def test_a_damaged_generation_config_is_named(content, tower, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_adapters_begin_with_an_import(tower, decoder, tmp_path):
+def test_an_import_initialises_adapters(tower, decoder, tmp_path):
     run = import_of(
         tmp_path / "run",
         tower,
@@ -314,7 +312,7 @@ def test_the_whole_model_runs_on_imported_weights(tower, decoder, tmp_path):
     assert table.shape == (1, 4, 56) and bool(jnp.isfinite(table).all())
 
 
-# What does not fit.
+# Weights that do not match.
 
 
 def delete(name: str):
@@ -332,11 +330,11 @@ def change(name: str, function):
 UP = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
     "deleted": (delete(UP), [f"{UP} is missing"]),
-    "renamed": (rename(UP, "model.layers.1.mlp.upp.weight"), ["upp.weight is not known", f"{UP} is missing"]),
+    "renamed": (rename(UP, "model.layers.1.mlp.upp.weight"), ["upp.weight is unknown", f"{UP} is missing"]),
     "transposed": (change(UP, torch.t), [f"{UP} is (56, 48), not (48, 56)"]),
-    "cut": (change(UP, lambda t: t[:40]), [f"{UP} is (40, 56), not (48, 56)"]),
+    "truncated": (change(UP, lambda t: t[:40]), [f"{UP} is (40, 56), not (48, 56)"]),
     "quantised": (change(UP, lambda t: t.to(torch.int8)), [f"{UP} is I8, not one of F32"]),
-    "another layer": (lambda t: t.update({UP.replace("1", "3"): t[UP].clone()}), ["layers.3.mlp.up_proj.weight is not known"]),
+    "another layer": (lambda t: t.update({UP.replace("1", "3"): t[UP].clone()}), ["layers.3.mlp.up_proj.weight is unknown"]),
     "several": (
         lambda t: (t.pop(UP), t.pop("lm_head.weight"), t.pop("model.norm.weight")),
         [UP, "lm_head.weight", "model.norm.weight"],
@@ -346,7 +344,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_written(damage, tower, tmp_path):
+def test_tensors_that_do_not_match_are_all_listed_and_nothing_is_written(damage, tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     tensors = load_file(folder / "model.safetensors")
     apply, expected = DAMAGES[damage]
@@ -364,7 +362,7 @@ def refuse(vision, decoder, out, *expected: str, **changes) -> None:
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
-def test_problems_of_both_parts_come_at_once(tmp_path):
+def test_problems_of_both_components_are_listed_together(tmp_path):
     vision = save(make_tower(), tmp_path / "vision")
     decoder = save(make_decoder("qwen2"), tmp_path / "decoder", "qwen2")
     for folder, name in ((vision, "post_layernorm.bias"), (decoder, "model.norm.weight")):
@@ -380,22 +378,22 @@ FILES = {
     "missing shard": (lambda f: sorted(f.glob("model-*"))[1].unlink(), "00002-of-"),
     "truncated shard": (
         lambda f: (p := sorted(f.glob("model-*"))[1]).write_bytes(p.read_bytes()[:-100]),
-        "is damaged or cut off",
+        "is damaged or truncated",
     ),
     "empty shard": (
         lambda f: sorted(f.glob("model-*"))[1].write_bytes(b""),
-        "is damaged or cut off",
+        "is damaged or truncated",
     ),
     "broken index": (
         lambda f: (f / "model.safetensors.index.json").write_text("[]"),
         "index.json is damaged",
     ),
-    "lying index": (
+    "contradicting index": (
         lambda f: edit_json(
             f / "model.safetensors.index.json",
             lambda c: c["weight_map"].update({"a": next(iter(c["weight_map"].values()))}),
         ),
-        "a is not in",
+        "a is listed in model.safetensors.index.json but is not in",
     ),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "no safetensors file"),
     "no index": (
@@ -406,7 +404,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("damage", FILES)
-def test_damaged_files_are_named_and_nothing_is_written(damage, tower, tmp_path):
+def test_damaged_files_are_reported_and_nothing_is_written(damage, tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2", shard="150KB")
     FILES[damage][0](folder)
     refuse(tower, folder, tmp_path / "out" / "run", str(folder), FILES[damage][1])
@@ -423,7 +421,7 @@ FIELDS = {
         {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
         "rope_type='yarn' is not supported",
     ),
-    "model_type": ("mistral", "is not supported; known are qwen2"),
+    "model_type": ("mistral", "is not supported, only qwen2"),
     "num_hidden_layers": (4, "`num_hidden_layers` (4) must be equal"),
     "intermediate_size": (40, "up_proj.weight is (48, 56), not (40, 56)"),
     "hidden_size": (64, "embed_tokens.weight is (307, 56), not (307, 64)"),
@@ -433,7 +431,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_wrong_config_names_the_field_or_the_tensor(field, tower, tmp_path):
+def test_an_unsupported_config_is_reported_by_field_or_tensor(field, tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     value, message = FIELDS[field]
     edit_json(folder / "config.json", lambda content: content.update({field: value}))
@@ -441,8 +439,8 @@ def test_a_wrong_config_names_the_field_or_the_tensor(field, tower, tmp_path):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_head_beside_tied_embeddings_counts_where_it_differs(same, tower, tmp_path, capsys):
-    """As transformers has it: it ties two matrices only when they are equal."""
+def test_a_head_with_tied_embeddings_is_used_if_it_differs(same, tower, tmp_path, capsys):
+    """As in transformers, which ties two matrices only if they are equal."""
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     tensors = load_file(folder / "model.safetensors")
     if same:
@@ -457,7 +455,7 @@ def test_a_head_beside_tied_embeddings_counts_where_it_differs(same, tower, tmp_
     assert np.abs(found - expected).max() < MAX_ERROR
 
 
-def test_no_code_of_a_folder_is_run(tower, decoder, tmp_path):
+def test_no_code_from_a_folder_runs(tower, decoder, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
     entry = {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "foo"}
@@ -473,7 +471,7 @@ def test_no_code_of_a_folder_is_run(tower, decoder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_system_text_that_the_template_refuses_is_found_at_the_start(tower, tmp_path):
+def test_a_system_text_that_the_template_rejects_is_reported(tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text(
@@ -485,12 +483,12 @@ def test_a_system_text_that_the_template_refuses_is_found_at_the_start(tower, tm
     import_of(tmp_path / "run", tower, folder, data__system="")
 
 
-def test_more_entries_than_the_vocabulary_are_found_before_reading(tower, tmp_path):
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tower, tmp_path):
     folder = save(make_decoder("qwen2", vocab_size=200), tmp_path / "hub", "qwen2")
     refuse(tower, folder, tmp_path / "out" / "run", str(folder), "290 entries", "vocab_size=200")
 
 
-def test_out_may_be_a_link_and_must_be_a_folder(tower, decoder, tmp_path):
+def test_out_may_be_a_symlink_and_must_be_a_folder(tower, decoder, tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "big")
     import_of(tmp_path / "link", tower, decoder)
@@ -517,7 +515,7 @@ def test_a_tower_that_is_not_supported_is_refused_by_field(changes, message, dec
     refuse(folder, decoder, tmp_path / "out" / "run", message)
 
 
-def test_a_template_that_cannot_train_turns_becomes_chatml(tower, tmp_path, capsys):
+def test_a_template_that_changes_earlier_answers_is_replaced_by_chatml(tower, tmp_path, capsys):
     """Qwen3's drops the thoughts of earlier answers."""
     folder = save(make_decoder("qwen3"), tmp_path / "hub", "qwen3")
     thinking = (folder / "chat_template.jinja").read_text().replace(
@@ -525,7 +523,7 @@ def test_a_template_that_cannot_train_turns_becomes_chatml(tower, tmp_path, caps
     )  # fmt: skip
     (folder / "chat_template.jinja").write_text(thinking)
     run = import_of(tmp_path / "run", tower, folder)
-    assert "the chat template is ChatML" in capsys.readouterr().out
+    assert "the chat template is replaced by ChatML" in capsys.readouterr().out
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     text = run.tokenizer().apply_chat_template(turns, tokenize=False)
     assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n" * 2
@@ -534,7 +532,7 @@ def test_a_template_that_cannot_train_turns_becomes_chatml(tower, tmp_path, caps
 def test_a_tokenizer_without_template_or_markers_is_refused(tower, tmp_path):
     folder = save(make_decoder("llama3"), tmp_path / "hub", "llama3")
     made = transformers.AutoTokenizer.from_pretrained(folder)
-    assert "<|im_start|>" in made.get_added_vocab()  # of the tokenizer that it was made from
+    assert "<|im_start|>" in made.get_added_vocab()  # from the tokenizer it was built from
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|other|>"))
     edit_json(folder / "tokenizer_config.json", lambda c: c.pop("extra_special_tokens", None))
@@ -542,7 +540,7 @@ def test_a_tokenizer_without_template_or_markers_is_refused(tower, tmp_path):
     refuse(tower, folder, tmp_path / "out" / "run", "chat template cannot be used")
 
 
-def test_a_folder_without_a_tokenizer_is_named(tower, tmp_path):
+def test_a_folder_without_a_tokenizer_is_reported(tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub")
     with pytest.raises(ConfigError, match=f"{folder} holds no tokenizer"):
         import_of(tmp_path / "run", tower, folder)
@@ -550,14 +548,14 @@ def test_a_folder_without_a_tokenizer_is_named(tower, tmp_path):
 
 def test_nothing_is_overwritten(tower, decoder, tmp_path):
     (tmp_path / "run").mkdir()
-    import_of(tmp_path / "run", tower, decoder)  # an empty folder is as good as none
+    import_of(tmp_path / "run", tower, decoder)  # an empty folder is accepted
     before = (tmp_path / "run/config.json").stat().st_mtime_ns
     with pytest.raises(WeightsError, match="exists; nothing is overwritten"):
         import_of(tmp_path / "run", tower, decoder)
     assert (tmp_path / "run/config.json").stat().st_mtime_ns == before
 
 
-def test_a_write_that_fails_leaves_nothing(tower, decoder, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_nothing(tower, decoder, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("No space left on device")
 
@@ -567,9 +565,9 @@ def test_a_write_that_fails_leaves_nothing(tower, decoder, tmp_path, monkeypatch
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_too_small_a_disk_is_said_before_reading(tower, decoder, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_reading(tower, decoder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    refuse(tower, decoder, tmp_path / "out" / "run", "GB free, and the run needs")
+    refuse(tower, decoder, tmp_path / "out" / "run", "GB free, but the run needs")
 
 
 assert jax.device_count() == 8
