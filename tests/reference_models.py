@@ -188,11 +188,15 @@ def edit_json(path: pathlib.Path, change: Callable[[dict], None]) -> None:
 
 
 class Mixer(nnx.Module):
-    """A projector of a user's own, with parameters in several layouts."""
+    """A custom projector with parameters in several layouts, some of them in a list."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.linear = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [nnx.Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(2)]
+        )
         self.scale = nnx.Param(jnp.ones((2, 3, width)))
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
-        return x + self.linear(x) * self.scale[...].sum((0, 1))
+        for layer in self.layers:
+            x = x + layer(x) * self.scale[...].sum((0, 1))
+        return x

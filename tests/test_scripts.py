@@ -45,7 +45,7 @@ def test_help_shows_how_to_call(script):
         ("--config.data.train[0].cap=-1", "data.train[0].cap=-1 must be at least 0"),
     ],
 )
-def test_a_wrong_field_is_named_before_anything_is_written(override, problem, tmp_path):
+def test_a_wrong_field_is_reported_before_anything_is_written(override, problem, tmp_path):
     refused = call(
         "train.py", "--config=configs/tiny.py:stage=sft", f"--workdir={tmp_path}/run", override
     )
@@ -65,7 +65,7 @@ def test_a_question_about_a_file_is_answered(trained_run, shapes_folder):
     assert answered.stdout.endswith("\n")
 
 
-@pytest.mark.parametrize("content", [None, b"this is no video"], ids=["missing", "broken"])
+@pytest.mark.parametrize("content", [None, b"not a video"], ids=["missing", "broken"])
 def test_a_bad_file_is_one_clear_line(content, trained_run, tmp_path):
     video = tmp_path / "bad.mp4"
     if content is not None:
@@ -76,7 +76,7 @@ def test_a_bad_file_is_one_clear_line(content, trained_run, tmp_path):
     assert re.fullmatch(rf"predict.py: video {video} is .*\n", refused.stderr)
 
 
-def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path):
+def test_a_folder_without_a_run_is_one_clear_line(tmp_path):
     refused = call("predict.py", f"--workdir={tmp_path}", "--video=a.mp4", "--question=What?")
     assert refused.returncode == 1
     assert re.fullmatch(rf"predict.py: .*{tmp_path}.* is not a run .*\n", refused.stderr)
@@ -144,17 +144,17 @@ def test_the_projector_of_the_extending_guide_trains_and_answers(shapes_folder, 
     video = next((shapes_folder / "media/test").glob("*.mp4"))
     question = ("predict.py", f"--workdir={workdir}", f"--video={video}", "--question=What?")
     assert call(*question, path=str(tmp_path)).returncode == 0
-    lost = call(*question)
-    assert lost.returncode == 1
-    assert "my_projector" in lost.stderr
-    assert "PYTHONPATH" in lost.stderr
+    without_path = call(*question)
+    assert without_path.returncode == 1
+    assert "my_projector" in without_path.stderr
+    assert "PYTHONPATH" in without_path.stderr
 
 
 def test_neither_torch_nor_tensorflow_is_needed_at_run_time(trained_run, shapes_folder):
     video = next((shapes_folder / "media/test").glob("*.mp4"))
     code = (
         "import sys\n"
-        "sys.modules['torch'] = sys.modules['tensorflow'] = None  # an import of them fails\n"
+        "sys.modules['torch'] = sys.modules['tensorflow'] = None  # importing them fails\n"
         "import storm_jax, storm_jax.evals.runner, storm_jax.train.loop\n"
         f"storm_jax.load({str(trained_run)!r}).answer({str(video)!r}, 'What?')\n"
     )

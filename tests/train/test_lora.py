@@ -1,5 +1,5 @@
-"""Adapters: a fresh one changes nothing, training moves nothing else of the decoder, and merging
-gives the same model."""
+"""LoRA: a new adapter changes nothing, only adapters of the decoder are trained, and merging them gives
+the same model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hidden_of(model: Decoder) -> jax.Array:
 
 
 @pytest.mark.parametrize("targets", ["query|value", "key|out", "gate_up|down", ".*"])
-def test_a_fresh_adapter_changes_nothing_and_a_merged_one_what_it_did(
+def test_a_new_adapter_changes_nothing_and_merging_preserves_the_output(
     targets, small_model, randomise
 ):
     plain = small_model.decoder
@@ -65,7 +65,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_merged_one_what_it_did(
     rng = np.random.default_rng(0)
     moved = fresh | {
         name: jnp.asarray(rng.standard_normal(fresh[name].shape) * 0.15, jnp.float32)
-        for name in sorted(names)  # an update of about the kernel's own size
+        for name in sorted(names)  # an update about as large as the kernel
     }
     after = hidden_of(nnx.merge(graphdef, unflatten_dict(moved, sep="/")))
     assert jnp.abs(after - before).max() > 0.05
@@ -100,14 +100,14 @@ def test_only_adapters_of_the_decoder_are_trained(tuned, trained_run):
     }
 
 
-def test_merging_on_export_equals_the_unmerged_model_after_training(tuned, tmp_path):
+def test_a_merged_export_equals_the_trained_model(tuned, tmp_path):
     ours = np.asarray(logits_of(load_model(tuned.path), TOKENS))
     export_run(tuned, tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/decoder")
     assert np.abs(torch_logits(model, TOKENS) - ours).max() < 1e-5
 
 
-def test_another_run_goes_on_with_equal_adapters_and_merges_others(tuned, small_config):
+def test_equal_adapters_are_loaded_and_others_merged(tuned, small_config):
     def start(**changes) -> dict[str, np.ndarray]:
         config = small_config(**{**LORA, **changes}, init_from=str(tuned.path))
         spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
@@ -135,6 +135,6 @@ def test_another_run_goes_on_with_equal_adapters_and_merges_others(tuned, small_
         ({"model__decoder__lora__rank": -1}, r"rank=-1 must be at least 0"),
     ],
 )
-def test_adapters_that_cannot_be_are_refused(changes, message, small_config):
+def test_impossible_adapters_are_refused(changes, message, small_config):
     with pytest.raises(ConfigError, match=message):
         small_config(**{**LORA, **changes})

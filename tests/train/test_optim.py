@@ -1,4 +1,4 @@
-"""One rate and one decay rule for every parameter."""
+"""Every parameter has one learning rate and one decay rule."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_with_adapters_nothing_else_of_the_decoder_is_trained():
     assert is_trainable("projector/linear/kernel", config)
 
 
-def test_a_parameter_of_no_part_is_an_error():
+def test_a_parameter_of_an_unknown_part_is_an_error():
     with pytest.raises(ValueError, match="adapter/kernel"):
         is_trainable("adapter/kernel", run_config())
 
 
-def test_parts_step_with_their_rates_and_only_kernels_decay():
+def test_parts_use_their_learning_rates_and_only_kernels_decay():
     params = {
         "vision/a/kernel": jnp.ones(3),
         "projector/a/kernel": jnp.ones(3),
@@ -63,7 +63,7 @@ def test_parts_step_with_their_rates_and_only_kernels_decay():
     grads = {name: jnp.full(3, 0.1) for name in params}
     optimizer = make_optimizer(CONFIG, steps=10)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    # Adam's first step is the sign of the gradient.
+    # Adam's first update is the sign of the gradient.
     np.testing.assert_allclose(updates["vision/a/kernel"], -1e-3 * 1.5, rtol=1e-4)
     np.testing.assert_allclose(updates["projector/a/kernel"], -2e-3 * 1.5, rtol=1e-4)
     np.testing.assert_allclose(updates["decoder/a/bias"], -4e-3, rtol=1e-4)

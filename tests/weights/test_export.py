@@ -128,6 +128,10 @@ def test_importing_an_export_restores_the_run(projector, tokenizer, tmp_path):
     config = config_for(model__vision__image_size=32, **named)
     again = import_run(config, Sources(*parts), tmp_path / "2")
     assert again.model == run.config.model
+    if projector == "reference_models:Mixer":
+        kernel = load_model(tmp_path / "2").projector.mixer.layers[1].kernel[...]
+        expected = run.checkpoints.read(0, "projector/mixer/layers/1/kernel")
+        np.testing.assert_array_equal(kernel, expected)
     for path in run.checkpoints.shapes(0):
         np.testing.assert_array_equal(
             Run(tmp_path / "2").checkpoints.read(0, path), run.checkpoints.read(0, path)
