@@ -1,4 +1,4 @@
-"""Evaluates a run on a benchmark; its compression may differ from training, weights stay the same.
+"""Evaluates a run on a benchmark. Compression may differ from training; the weights stay the same.
 
     python eval.py --workdir=runs/sft --benchmark=shapes
     python eval.py --workdir=runs/sft --benchmark=videomme --data_root=data/videomme --settings=storm_t_pool
@@ -6,16 +6,13 @@
     python eval.py check --benchmark=mvbench --data_root=data/mvbench
     python eval.py score --benchmark=mvbench --predictions=FILE --parser=official
 
-The report goes to RUN/evals/BENCHMARK/SETTINGS/: predictions, results, a contact sheet, and what the
-authors' own scorers read. The same command goes on with a run that was killed. `check` looks at the files
-alone, `score` scores replies again without a model. docs/evaluation.md has the layouts.
+The report is written to RUN/evals/BENCHMARK/SETTINGS/: a page, predictions, results, a contact sheet, and
+files for the authors' own scorers. The same command resumes an interrupted evaluation. `check` looks at
+the files only; `score` scores replies again without a model. See docs/evaluation.md.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,290 +21,157 @@ from typing import Any
 from absl import app, flags, logging
 from jax.errors import JaxRuntimeError
 
-from storm_jax.config import CompressionConfig, RunConfig
-from storm_jax.evals import predictions, sweep
-from storm_jax.evals.benchmark import Benchmark, BenchmarkError
+from storm_jax import evals
 from storm_jax.evals.benchmarks import BENCHMARKS
-from storm_jax.evals.check import check
-from storm_jax.evals.judging import score_judgements
-from storm_jax.evals.provenance import about_this_machine, config_hash
-from storm_jax.evals.report import table
-from storm_jax.evals.runner import Report, evaluate, write_report
-from storm_jax.evals.scoring import Scores, parse_rows, score
-from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS, EvalSettings
-from storm_jax.inference.predictor import Predictor
-from storm_jax.run import Run, RunError
+from storm_jax.evals.questions import BenchmarkError
+from storm_jax.evals.report.files import Report
+from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS
+from storm_jax.run import RunError
 
 STYLES = sorted({style for benchmark in BENCHMARKS.values() for style in benchmark.prompts})
 PARSERS = sorted({parser for benchmark in BENCHMARKS.values() for parser in benchmark.parsers})
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py wrote.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run written by train.py.")
 BENCHMARK = flags.DEFINE_enum(
-    "benchmark", None, list(BENCHMARKS), "What to evaluate on.", required=True
+    "benchmark", None, list(BENCHMARKS), "Benchmark to evaluate on.", required=True
 )
 DATA_ROOT = flags.DEFINE_string(
     "data_root",
     None,
-    "Folder of the benchmark's files; for shapes, the folder of the run's training data by default.",
+    "Folder of the benchmark's files; for shapes, defaults to that of the run's training data.",
 )
-SPLIT = flags.DEFINE_string("split", "", "Part of the benchmark, such as full or test.")
-SUBTITLES = flags.DEFINE_bool("subtitles", False, "Subtitles of the frames stand in the prompt.")
+SPLIT = flags.DEFINE_string("split", "", "Split of the benchmark, e.g. full or test.")
+SUBTITLES = flags.DEFINE_bool("subtitles", False, "Include subtitles of the sampled frames.")
 PROMPT_STYLE = flags.DEFINE_enum(
-    "prompt_style", "", ["", *STYLES], "Whose prompt; by default vila, as the paper's."
+    "prompt_style", "", ["", *STYLES], "Prompt style; defaults to vila, as in the paper."
 )
 PARSER = flags.DEFINE_enum(
     "parser",
     "",
     ["", *PARSERS],
-    "Whose way to read replies; by default that of the prompt style, and strict for vila.",
+    "How replies are parsed; defaults to the parser of the prompt style, and to strict for vila.",
 )
 ANSWER = flags.DEFINE_enum(
-    "answers", "generate", ANSWERS, "Replies are generated, or the likeliest letter is taken."
+    "answers", "generate", ANSWERS, "Generate replies, or take the most likely letter."
 )
 SETTINGS = flags.DEFINE_enum(
     "settings", None, list(PAPER_SETTINGS), "Frames, pooling and sampling of the paper's Table 15."
 )
 COMPRESSION = {
-    "num_frames": "Frames taken from a video",
-    "temporal_pool": "Frames whose tokens are averaged",
+    "num_frames": "Frames sampled from a video",
+    "temporal_pool": "Number of frames whose tokens are averaged",
     "spatial_pool": "Edge of the token cells that are averaged",
-    "temporal_sample": "Every which group of frames is kept",
+    "temporal_sample": "Keep every n-th group of frames",
 }
 for _name, _help in COMPRESSION.items():
     flags.DEFINE_integer(
-        _name, None, f"{_help}; by default as --settings, else as in training.", lower_bound=1
+        _name, None, f"{_help}; defaults to --settings, or else to training.", lower_bound=1
     )
 SWEEP = flags.DEFINE_multi_string(
     "sweep",
     [],
-    "FIELD=VALUE,VALUE evaluates with each, and writes a table and a plot; may be given for several "
-    "fields.",
+    "FIELD=VALUE,VALUE evaluates with each value, and writes a table and a plot; repeatable.",
 )
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the last one by default.")
-LIMIT = flags.DEFINE_integer("limit", None, "Ask the first questions only.", lower_bound=1)
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; defaults to the last one.")
+LIMIT = flags.DEFINE_integer("limit", None, "Ask only the first questions.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "Length of a reply; the benchmark's own by default.", lower_bound=1
+    "max_new_tokens", None, "Maximum length of a reply; depends on the benchmark.", lower_bound=1
 )
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
-    "Questions answered together; by default 32, or fewer where they have very many visual tokens.",
+    "Questions answered together; defaults to 32, fewer for many visual tokens.",
     lower_bound=1,
 )
 SHARE = flags.DEFINE_string(
-    "share", "0/1", "I/N: ask every N-th video from the I-th on; N processes make one report."
+    "share", "0/1", "I/N: this is process I of N, which share the videos and write one report."
 )
-ALLOW_MISSING = flags.DEFINE_bool(
-    "allow_missing", False, "Exit with status 0 although videos are missing."
-)
+ALLOW_MISSING = flags.DEFINE_bool("allow_missing", False, "Exit with 0 even if videos are missing.")
 REQUIRE = flags.DEFINE_list(
-    "require",
-    [],
-    "Groups whose 95 % lower bound must be 10 points above chance; else the exit status is 1.",
+    "require", [], "Groups whose 95 % lower bound must be 10 points above chance, or exit with 1."
 )
 PREDICTIONS = flags.DEFINE_string(
-    "predictions", None, "score: a predictions.jsonl; with --data_root, lines of id and reply do."
+    "predictions", None, "score: a predictions.jsonl; with --data_root, lines of id and reply."
 )
 JUDGEMENTS = flags.DEFINE_string(
-    "judgements", None, "score: what a judge said, lines of id and judgement (MLVU generation)."
+    "judgements", None, "score: a judge's output, lines of id and judgement (MLVU generation)."
 )
 OUT = flags.DEFINE_string("out", None, "score: folder for results and submissions.")
-MARGIN = 0.1
-ERRORS = 3  # that are printed
 
 
 def run_command() -> str:
-    """Evaluates; gives what went wrong."""
+    """Evaluates; returns the problem that makes the exit status 1, or ""."""
     if WORKDIR.value is None:
-        raise BenchmarkError("--workdir is missing: the folder of a run that train.py wrote")
-    benchmark, run = BENCHMARKS[BENCHMARK.value], Run(WORKDIR.value)
-    split, style = benchmark.pick_split(SPLIT.value), benchmark.pick_prompt(PROMPT_STYLE.value)
-    benchmark.pick_parser(PARSER.value, style)
-    if SUBTITLES.value and not benchmark.captions:
-        raise BenchmarkError(f"--subtitles: {benchmark.title} has none")
-    questions = benchmark.questions(data_root(benchmark, run), split)
-    if ANSWER.value == "likelihood" and not all(question.options for question in questions):
-        raise BenchmarkError("--answers=likelihood: some questions have no options to choose from")
-    step = run.checkpoints.resolve(STEP.value)
-    base = chosen_compression(run.config.compression, benchmark.name)
-    swept = sweep.parse(SWEEP.value)
-    ask = functools.partial(
-        evaluate,
-        benchmark,
-        questions,
-        load_model=functools.cache(lambda: Predictor(run.path, step)),
-        identity={
-            "step": step,
-            "checkpoint_written": run.checkpoints.written_at(step),
-            **how_media_are_read(run.config),
-        },
-        about={"config": config_hash(run.config), **about_this_machine()},
-        parser=PARSER.value,
-        batch_size=BATCH_SIZE.value,
-        share=parse_share(SHARE.value),
-    )
-    usual = benchmark.pick_prompt("")
-    home = run.path / "evals" / folder_of(benchmark, split)
-    points: list[sweep.Point | None] = []
-    problems = []
-    for compression in sweep.compressions(swept, base):
-        settings = eval_settings(benchmark, split, style, compression)
-        if swept:
-            print(", ".join(f"{name}={getattr(compression, name)}" for name in swept), flush=True)
-        report = ask(settings, home / settings.folder_name(step, usual))
-        points.append(sweep.point(compression, report.scores) if report else None)
-        if report:
-            print_report(benchmark, report)
-            problems.append(problem_of(report.scores))
-    if swept and all(points):
-        name = eval_settings(benchmark, split, style, base).folder_name(step, usual)
-        files = sweep.write(
-            [point for point in points if point],
-            list(swept),
-            benchmark.headline,
-            f"{benchmark.title} {split}, step {step}",
-            home / f"sweep_{'_'.join(swept)}_{name}",
-        )
-        print(files[1].read_text() + "\n" + "\n".join(map(str, files)))
-    elif swept:
-        print("no table of the sweep: replies of other processes, or public answers, are lacking")
-    return next(filter(None, problems), "")
-
-
-def how_media_are_read(config: RunConfig) -> dict[str, Any]:
-    """What replies depend on of a run's configuration beside its weights and compression."""
-    frames = config.data.frames
-    return {
-        "system": config.data.system,
-        "fps": frames.fps,
-        "time_text": frames.time_text,
-        "max_damage": frames.max_damage,
+        raise BenchmarkError("--workdir is missing: the folder of a run written by train.py")
+    options: dict[str, Any] = {
+        "data_root": DATA_ROOT.value,
+        "split": SPLIT.value,
+        "step": STEP.value,
+        "settings": SETTINGS.value or "",
+        **{name: flags.FLAGS[name].value for name in COMPRESSION},
+        "prompt_style": PROMPT_STYLE.value,
+        "parser": PARSER.value,
+        "answers": ANSWER.value,
+        "subtitles": SUBTITLES.value,
+        "max_new_tokens": MAX_NEW_TOKENS.value,
+        "limit": LIMIT.value,
+        "batch_size": BATCH_SIZE.value,
+        "shard": parse_shard(SHARE.value),
     }
+    if not SWEEP.value:
+        report = evals.evaluate(WORKDIR.value, BENCHMARK.value, **options)
+        if report:
+            print(report, *report.files, sep="\n")
+        return problem_of(report)
+    from storm_jax.evals.sweeps import parse_sweep
+
+    swept = evals.sweep(WORKDIR.value, BENCHMARK.value, parse_sweep(SWEEP.value), **options)
+    if swept.files:
+        print(swept.files[1].read_text() + "\n" + "\n".join(map(str, swept.files)))
+    else:
+        print("no table: some replies are left to other shards, or no answer is public")
+    return next(filter(None, map(problem_of, swept.reports)), "")
 
 
 def check_command() -> str:
-    benchmark = BENCHMARKS[BENCHMARK.value]
-    split = benchmark.pick_split(SPLIT.value)
-    root = data_root(benchmark, None)
-    found = check(benchmark, split, benchmark.questions(root, split), root)
-    print("\n".join(found.lines))
-    return "" if found.complete else "not all that was published is here"
+    if DATA_ROOT.value is None:
+        raise BenchmarkError("--data_root is missing: the folder of the benchmark's files")
+    found = evals.check(BENCHMARK.value, DATA_ROOT.value, split=SPLIT.value)
+    print(found)
+    return "" if found.complete else "not everything that was published is here"
 
 
 def score_command() -> str:
-    """Scores a file of predictions; what its run was stands beside it, in results.json."""
     if PREDICTIONS.value is None:
         raise BenchmarkError("--predictions is missing: the predictions.jsonl to score")
-    benchmark, path = BENCHMARKS[BENCHMARK.value], pathlib.Path(PREDICTIONS.value)
-    beside = results_beside(path, benchmark)
-    split = benchmark.pick_split(SPLIT.value or beside.get("split", ""))
-    known = benchmark.questions(DATA_ROOT.value, split) if DATA_ROOT.value else None
-    questions, answers = predictions.read(path, known)
+    names: dict[str, Any] = {"data_root": DATA_ROOT.value, "split": SPLIT.value}
     if JUDGEMENTS.value:
-        if not benchmark.splits[split].judged:
-            raise BenchmarkError(f"--judgements: no judge scores {benchmark.title} {split}")
-        tasks = {question.id: question.groups["task"] for question in questions}
-        print(score_judgements(tasks, pathlib.Path(JUDGEMENTS.value)).table())
+        print(evals.judge(BENCHMARK.value, PREDICTIONS.value, JUDGEMENTS.value, **names))
         return ""
-    style = PROMPT_STYLE.value or beside.get("prompt_style", "")
-    parser = benchmark.pick_parser(PARSER.value, benchmark.pick_prompt(style))
-    rows = parse_rows(questions, answers, benchmark.parsers[parser])
-    total = beside["counts"]["rows"] if beside and known is None else len(questions)
-    scores = score(benchmark, split, rows, total)
-    print(table(benchmark, scores))
-    if OUT.value:
-        if pathlib.Path(OUT.value, "settings.json").exists():
-            raise BenchmarkError(f"--out={OUT.value} is the report of a run: name another folder")
-        about = {"benchmark": benchmark.name, "split": split, "parser": parser}
-        about |= {"predictions": str(path), **about_this_machine()}
-        files = write_report(benchmark, split, rows, scores, about, pathlib.Path(OUT.value))
-        print("\n".join(map(str, files)))
-    return problem_of(scores)
-
-
-def results_beside(path: pathlib.Path, benchmark: Benchmark) -> Mapping[str, Any]:
-    """The results of the run that a file of predictions is from; empty where it is from elsewhere."""
-    results = path.with_name("results.json")
-    if path.name != "predictions.jsonl" or not results.exists():
-        return {}
-    beside = json.loads(results.read_text())
-    if beside["benchmark"] != benchmark.name:
-        raise BenchmarkError(
-            f"--benchmark={benchmark.name}: {path} has replies to {beside['benchmark']}"
-        )
-    return beside
-
-
-def data_root(benchmark: Benchmark, run: Run | None) -> pathlib.Path:
-    """The folder of the benchmark's files; the built-in task's may be that of the run's training data."""
-    if DATA_ROOT.value is not None:
-        return pathlib.Path(DATA_ROOT.value)
-    if run is not None and benchmark.name == "shapes":
-        return pathlib.Path(run.config.data.train[0].path).parent
-    raise BenchmarkError(f"--data_root is missing: the folder of {benchmark.title}'s files")
-
-
-def chosen_compression(trained: CompressionConfig, benchmark: str) -> CompressionConfig:
-    """What the flags say, what --settings say where they say nothing, and what training used."""
-    name = SETTINGS.value
-    base = PAPER_SETTINGS[name].compression(name, benchmark) if name else trained
-    values = {field: flags.FLAGS[field].value or getattr(base, field) for field in COMPRESSION}
-    return CompressionConfig(**values)
-
-
-def eval_settings(
-    benchmark: Benchmark, split: str, style: str, compression: CompressionConfig
-) -> EvalSettings:
-    return EvalSettings(
-        split=split,
-        prompt_style=style,
-        compression=compression,
-        max_new_tokens=MAX_NEW_TOKENS.value or benchmark.splits[split].max_new_tokens,
-        subtitles=SUBTITLES.value,
-        answers=ANSWER.value,
-        limit=LIMIT.value,
+    report = evals.score(
+        BENCHMARK.value,
+        PREDICTIONS.value,
+        prompt_style=PROMPT_STYLE.value,
+        parser=PARSER.value,
+        out=OUT.value,
+        **names,
     )
+    print(report, *report.files, sep="\n")
+    return problem_of(report)
 
 
-def folder_of(benchmark: Benchmark, split: str) -> str:
-    """Of its reports: its name, and the split unless it is the default."""
-    return benchmark.name if split == benchmark.pick_split("") else f"{benchmark.name}_{split}"
-
-
-def parse_share(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int]:
     if not re.fullmatch(r"\d+/[1-9]\d*", text):
-        raise BenchmarkError(f"--share={text}: it must be I/N, such as 0/4")
+        raise BenchmarkError(f"--share={text}: must be I/N, e.g. 0/4")
     index, count = map(int, text.split("/"))
     if index >= count:
-        raise BenchmarkError(f"--share={text}: I must be below N")
+        raise BenchmarkError(f"--share={text}: I must be less than N")
     return index, count
 
 
-def print_report(benchmark: Benchmark, report: Report) -> None:
-    print(table(benchmark, report.scores))
-    errors = list(dict.fromkeys(row.answer.error for row in report.rows if row.answer.error))
-    for error in errors[:ERRORS]:
-        print(f"  {error}")
-    if len(errors) > ERRORS:
-        print(f"  ... and {len(errors) - ERRORS:,} more, in predictions.jsonl")
-    print("\n".join(map(str, report.files)))
-
-
-def problem_of(scores: Scores) -> str:
-    """Why the exit status is 1, "" = it is 0."""
-    counts = scores.counts
-    if counts.missing and not ALLOW_MISSING.value:
-        return f"{counts.missing:,} questions have no video; --allow_missing accepts that"
-    if not counts.parsed + counts.unparsed:
-        return "no question could be answered"
-    groups = {group.group: group for group in scores.groups}
-    if unknown := [name for name in REQUIRE.value if name not in groups]:
-        return f"--require={unknown[0]}: the groups are {', '.join(groups)}"
-    missed = [
-        name
-        for name in dict.fromkeys(REQUIRE.value)
-        if groups[name].accuracy.low < groups[name].chance + MARGIN
-    ]
-    return f"not {MARGIN:.0%} above chance: {', '.join(missed)}" if missed else ""
+def problem_of(report: Report | None) -> str:
+    if report is None:
+        return ""
+    return report.scores.problem(REQUIRE.value, allow_missing=ALLOW_MISSING.value)
 
 
 COMMANDS: Mapping[str, Callable[[], str]] = {"check": check_command, "score": score_command}
@@ -326,11 +190,11 @@ def main(argv: Sequence[str]) -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(
-            f"eval.py: the device has too little memory ({str(error).splitlines()[0]}); a smaller "
-            f"--batch_size needs less, and the same command goes on"
+            f"eval.py: out of device memory ({str(error).splitlines()[0]}); rerun with a smaller "
+            f"--batch_size to resume"
         )
     except KeyboardInterrupt:
-        sys.exit("eval.py: stopped; the same command goes on with the rest")
+        sys.exit("eval.py: stopped; rerun the same command to resume")
     if problem:
         sys.exit(f"eval.py: {problem}")
 

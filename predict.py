@@ -15,15 +15,21 @@ from storm_jax.inference.predictor import Predictor
 from storm_jax.run import RunError
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of a run that train.py wrote.", required=True
+    "workdir", None, "Folder of a run written by train.py.", required=True
 )
-VIDEO = flags.DEFINE_string("video", None, "A video file, or an image.", required=True)
+VIDEO = flags.DEFINE_string("video", None, "A video or image file.", required=True)
 QUESTION = flags.DEFINE_string("question", None, "What to ask about it.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the last one by default.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Length limit.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", lower_bound=0)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Probability that the sampled tokens share, above 0.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; defaults to the last one.")
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 64, "Maximum length of the answer.", lower_bound=1
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0 takes the most likely token.", lower_bound=0
+)
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Sample from the most likely tokens whose probabilities add up to this."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed of sampling.")
 
 
 def main(argv: Sequence[str]) -> None:

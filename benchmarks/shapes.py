@@ -26,7 +26,7 @@ from configs import tiny
 from configs.tiny import MODEL as TINY
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig, ModelConfig, from_dict
-from storm_jax.evals.report import markdown
+from storm_jax.evals.report.text import markdown
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.files import write_atomically
 from storm_jax.params import abstract_model, flat_params

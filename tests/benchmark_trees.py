@@ -1,6 +1,6 @@
-"""Small trees of the benchmarks in their documented layouts, and models whose replies are known.
+"""Small benchmark folders in the documented layouts, and models whose replies are known.
 
-Keys follow the row's number, so that expected scores can be counted by hand.
+Right answers follow the row number, so that expected scores can be counted by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from media_files import barcode, write_numbered
 from PIL import Image
 
 from storm_jax.evals.questions import Question
-from storm_jax.inference.predictor import Prediction
+from storm_jax.inference.encoding import EncodedBatch, EncodedScene
+from storm_jax.inference.prediction import Prediction
+from storm_jax.media.frames import Clip
+from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample
 
 OPTIONS = ("red car", "blue boat", "green tree", "white house", "black dog", "grey cat")
@@ -35,7 +38,7 @@ def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 class Videos:
-    """Puts copies of one small video where a tree needs them."""
+    """Copies one small video to where it is needed."""
 
     def __init__(self, folder: pathlib.Path):
         self._video = write_numbered(folder / "one.mp4", 8, rate=4)
@@ -50,7 +53,7 @@ def lettered(options: Sequence[str]) -> list[str]:
 
 
 def videomme_rows() -> list[dict[str, Any]]:
-    """24 questions about 8 videos: 9 short, 9 medium and 6 long; the keys are A, B, C, D in turn."""
+    """24 questions about 8 videos: 9 short, 9 medium and 6 long; the answers are A, B, C, D in turn."""
     rows = []
     for i in range(24):
         video = i // 3
@@ -86,7 +89,7 @@ def videomme_hub(root: pathlib.Path, videos: Videos) -> None:
 
 
 def videomme_flat(root: pathlib.Path, videos: Videos) -> None:
-    """As others unpack it: the annotations beside videos/ and subtitles/."""
+    """As others unpack it: the annotations next to videos/ and subtitles/."""
     rows = videomme_rows()
     write_rows(root / "test-00000-of-00001.parquet", rows)
     for row in rows:
@@ -95,7 +98,7 @@ def videomme_flat(root: pathlib.Path, videos: Videos) -> None:
 
 
 def egoschema_authors(root: pathlib.Path, videos: Videos) -> None:
-    """24 questions, 20 of them in the subset; the keys are A to E in turn."""
+    """24 questions, 20 of them in the subset; the answers are A to E in turn."""
     records = [
         {
             "q_uid": f"uid-{i}",
@@ -159,7 +162,7 @@ def _mvbench(root: pathlib.Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 def mvbench_main(root: pathlib.Path, videos: Videos) -> None:
-    """4 tasks of 6 questions with 4, 3, 4 and 5 options; the keys are A, B, ... in turn."""
+    """4 tasks of 6 questions with 4, 3, 4 and 5 options; the answers are A, B, ... in turn."""
     for task, i, row in _mvbench(root):
         path = root / "video" / MVBENCH[task][0] / row["video"]
         if task == "episodic_reasoning":
@@ -199,7 +202,7 @@ def _mlvu_rows(task: str, count: int, options: Sequence[str]) -> list[dict[str, 
 
 
 def mlvu_dev_authors(root: pathlib.Path, videos: Videos) -> None:
-    """22 questions in tasks of unequal size; the keys are A, B, C, D in turn, but the third of needle
+    """22 questions in tasks of unequal size; the answers are A, B, C, D in turn, but the third of needle
     has none, and the fourth of plotQA's four candidates is a second copy of the first."""
     for number, (task, count) in enumerate(MLVU_DEV.items(), start=1):
         rows = _mlvu_rows(task, count, OPTIONS[:4])
@@ -240,7 +243,7 @@ MLVU_TEST = {
 
 
 def mlvu_test(root: pathlib.Path, videos: Videos) -> None:
-    """22 questions of six options; the keys are A to F in turn, given as texts."""
+    """22 questions of six options; the answers are A to F in turn, given as texts."""
     rows = []
     for task, count in MLVU_TEST.items():
         for i, row in enumerate(_mlvu_rows(task, count, OPTIONS)):
@@ -315,22 +318,46 @@ def longvideobench_hub(root: pathlib.Path, videos: Videos) -> None:
 
 
 class FakeModel:
-    """Replies by question; counts what it is asked, and fails where `reply` gives None."""
+    """Replies by question; counts what it is asked, and fails if `reply` returns None.
 
-    def __init__(self, questions: Sequence[Question], reply: Callable[[int, Question], str | None]):
+    Args:
+      previews: the frames that it pretends to have read, uint8 [8, H, W, 3].
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        reply: Callable[[int, Question], str | None],
+        previews: np.ndarray | None = None,
+    ):
         self._questions = {q.id: (i, q) for i, q in enumerate(questions)}
-        self._reply = reply
+        self._reply, self._previews = reply, previews
         self.asked: list[str] = []
         self.prompts: dict[str, Sample] = {}
 
-    def predict(
-        self, samples: Sequence[Sample], *, ask: Callable, choices: Any = None, **_: Any
+    def encode(self, media: Sequence[Sequence[Media]], **_: Any) -> Iterator[EncodedBatch]:
+        """Two scenes at a time."""
+        times = np.linspace(0, 1.75, 8)
+        previews = () if self._previews is None else (Clip(self._previews, times),)
+        scenes = [EncodedScene(media=tuple(m), times=(times,), previews=previews) for m in media]
+        for number in range(0, len(scenes), 2):
+            yield EncodedBatch(
+                number=number // 2,
+                scenes=tuple(scenes[number : number + 2]),
+                rows=2,
+                tables=(),
+                encoder=None,
+                seconds=0.0,
+            )
+
+    def ask(
+        self, batch: EncodedBatch, samples: Sequence[Sample], **_: Any
     ) -> Iterator[tuple[int, Prediction]]:
         for index, sample in enumerate(samples):
             self.asked.append(sample.id)
             number, question = self._questions[sample.id]
-            self.prompts[sample.id] = ask(index, [np.linspace(0, 1.75, 8)])
-            assert self.prompts[sample.id].media == sample.media
+            self.prompts[sample.id] = sample
+            assert sample.media in {scene.media for scene in batch.scenes}
             reply = self._reply(number, question)
             if reply is None:
                 broken = f"video {sample.media[0].name} is corrupt: made to fail"
@@ -348,10 +375,10 @@ def always_a(_: int, question: Question) -> str:
 
 
 def rambler(_: int, question: Question) -> str:
-    """Right, in a sentence that begins with another letter."""
+    """Right, in a sentence that starts with another letter."""
     return f"A man and a dog. The answer is ({question.answer or 'C'})."
 
 
 def failing(number: int, question: Question) -> str | None:
-    """Right, but for every third row."""
+    """Right, except that every third row fails."""
     return None if number % 3 == 0 else oracle(number, question)

@@ -191,9 +191,7 @@ class Mixer(nnx.Module):
     """A custom projector with parameters in several layouts, some of them in a list."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.layers = nnx.List(
-            [nnx.Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(2)]
-        )
+        self.layers = nnx.List([nnx.Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(2)])
         self.scale = nnx.Param(jnp.ones((2, 3, width)))
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:

@@ -51,7 +51,9 @@ def test_the_same_command_resumes_from_the_same_folder_only(
     run.prepare(small_config(**RELATIVE), run.tokenizer_path)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    with pytest.raises(RunError, match=r"init_from: '\S+/runs/align' there, '\S+/other/runs/align'"):
+    with pytest.raises(
+        RunError, match=r"init_from: '\S+/runs/align' there, '\S+/other/runs/align'"
+    ):
         run.prepare(small_config(**RELATIVE), run.tokenizer_path)
 
 

@@ -27,10 +27,10 @@ class SampleEncoder:
     compression: CompressionConfig
     frames: FramesConfig
 
-    def frame_counts(self, sample: Sample) -> list[int]:
+    def frame_counts(self, media: Sequence[Media]) -> list[int]:
         """Frames of each medium. Where that depends on a header that cannot be read, it is the most that
         it can be: reading the medium will tell what is wrong."""
-        return [self._frame_count(medium) for medium in sample.media]
+        return [self._frame_count(medium) for medium in media]
 
     def _frame_count(self, medium: Media) -> int:
         limit = self.compression.num_frames

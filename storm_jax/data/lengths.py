@@ -175,7 +175,7 @@ def _measure(source: Source, encoder: SampleEncoder, start: int) -> _Chunk:
         try:
             sample = source.sample(index)
             told.update(repr((sample.id, sample.turns)).encode())
-            of_media = encoder.frame_counts(sample)
+            of_media = encoder.frame_counts(sample.media)
             encoded = encoder.plan(sample, of_media)
         except SampleError as error:
             skips.append((index, error.sample_id, source.where(index), error.cause, str(error)))

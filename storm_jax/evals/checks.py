@@ -1,4 +1,4 @@
-"""Looks at the files of a benchmark before any model is loaded."""
+"""Checks the files of a benchmark without loading a model."""
 
 from __future__ import annotations
 
@@ -8,76 +8,99 @@ from collections import Counter
 from collections.abc import Sequence
 
 from storm_jax.evals.benchmark import Benchmark
+from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.files import archives, is_there
 from storm_jax.evals.questions import Question
 
-EXAMPLES = 3
+_EXAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What was found: the lines to print, and whether all that was published is here."""
+    """The lines of a check, and whether everything that was published is present."""
 
     lines: Sequence[str]
     complete: bool
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
-def check(
+
+def check(benchmark: str, data_root: str | pathlib.Path, *, split: str = "") -> Checked:
+    """Compares the files of a benchmark with the published counts, and lists missing videos.
+
+        print(storm_jax.evals.check("videomme", "data/videomme"))
+
+    Args:
+      benchmark: its name.
+      data_root: folder of its files.
+      split: defaults to the benchmark's first.
+
+    Raises:
+      BenchmarkError: if there are no questions, or they are malformed.
+    """
+    found = BENCHMARKS[benchmark]
+    split = found.pick_split(split)
+    root = pathlib.Path(data_root)
+    return check_questions(found, split, found.questions(root, split), root)
+
+
+def check_questions(
     benchmark: Benchmark, split: str, questions: Sequence[Question], root: pathlib.Path
 ) -> Checked:
-    """Counts questions against what was published, group by group, and what they lack."""
+    """Compares the number of questions with the published one, per group, and counts missing videos."""
     published = benchmark.splits[split]
-    absent = [q for q in questions if q.media.path is not None and not is_there(q.media.path)]
+    missing = [q for q in questions if q.media.path is not None and not is_there(q.media.path)]
     lines = [
-        f"{benchmark.title} {split}: {_compared(len(questions), published.rows)} questions about "
+        f"{benchmark.title} {split}: {_compare(len(questions), published.rows)} questions about "
         f"{len({q.video for q in questions}):,} videos"
     ]
-    complete = not absent and len(questions) == (published.rows or len(questions))
+    complete = not missing and len(questions) == (published.rows or len(questions))
     for dimension in dict.fromkeys(name for q in questions for name in q.groups):
         expected = dict(published.groups.get(dimension, {}))
-        here = Counter(q.groups[dimension] for q in questions)
-        lacking = Counter(q.groups[dimension] for q in absent)
+        counts = Counter(q.groups[dimension] for q in questions)
+        missing_counts = Counter(q.groups[dimension] for q in missing)
         lines.append(f"  {dimension}")
-        for name in published.sorted_groups(dimension, {*here, *expected}):
-            count = _compared(here[name], expected.get(name, 0))
-            without = f", {lacking[name]:,} without a video" if lacking[name] else ""
+        for name in published.sorted_groups(dimension, {*counts, *expected}):
+            count = _compare(counts[name], expected.get(name, 0))
+            without = f", {missing_counts[name]:,} without a video" if missing_counts[name] else ""
             lines.append(f"    {name}: {count}{without}")
-            complete &= here[name] == (expected.get(name) or here[name])
-    lines += _keys(questions, published.judged)
+            complete &= counts[name] == (expected.get(name) or counts[name])
+    lines += _describe_answers(questions, published.judged)
     if benchmark.captions:
-        with_some = len({q.video for q in questions if q.subtitles})
-        lines.append(f"  videos with subtitles: {with_some:,}")
-    lines += _absent(absent, root)
+        subtitled = len({q.video for q in questions if q.subtitles})
+        lines.append(f"  videos with subtitles: {subtitled:,}")
+    lines += _describe_missing(missing, root)
     if not complete:
-        lines.append("the files are not what was published")
+        lines.append("the files differ from what was published")
     return Checked(lines, complete)
 
 
-def _compared(count: int, published: int) -> str:
+def _compare(count: int, published: int) -> str:
     if not published or count == published:
         return f"{count:,}"
     return f"{count:,} (PUBLISHED: {published:,})"
 
 
-def _keys(questions: Sequence[Question], judged: bool) -> list[str]:
+def _describe_answers(questions: Sequence[Question], judged: bool) -> list[str]:
     if judged:
-        return ["  a judge scores the replies"]
-    without = sum(q.answer is None for q in questions)
+        return ["  replies are scored by a judge"]
+    private = sum(q.answer is None for q in questions)
     impossible = [q.id for q in questions if q.options and q.answer == ""]
-    lines = [f"  without a public answer: {without:,}"] if without else []
+    lines = [f"  without a public answer: {private:,}"] if private else []
     if impossible:
-        lines.append(f"  with an answer that is none of the options: {', '.join(impossible)}")
+        lines.append(f"  with an answer that is not among the options: {', '.join(impossible)}")
     return lines
 
 
-def _absent(absent: Sequence[Question], root: pathlib.Path) -> list[str]:
-    if not absent:
-        return ["  every video is here"]
-    files = list(dict.fromkeys(str(q.media.path) for q in absent))
-    lines = [f"  missing videos: {len(files):,}, of {len(absent):,} questions"]
-    lines += [f"    {file}" for file in files[:EXAMPLES]]
-    if len(files) > EXAMPLES:
+def _describe_missing(missing: Sequence[Question], root: pathlib.Path) -> list[str]:
+    if not missing:
+        return ["  no video is missing"]
+    files = list(dict.fromkeys(str(q.media.path) for q in missing))
+    lines = [f"  missing videos: {len(files):,} (of {len(missing):,} questions)"]
+    lines += [f"    {file}" for file in files[:_EXAMPLES]]
+    if len(files) > _EXAMPLES:
         lines.append("    ...")
     if packed := archives(root):
-        lines.append(f"  not unpacked? {', '.join(packed[:EXAMPLES])}")
+        lines.append(f"  not unpacked? {', '.join(packed[:_EXAMPLES])}")
     return lines

@@ -1,4 +1,4 @@
-"""Finds the files of a benchmark in whatever layout they were unpacked."""
+"""Finds and reads the files of a benchmark, in any of its layouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from storm_jax.evals.benchmark import BenchmarkError
+from storm_jax.evals.questions import BenchmarkError
 
 VIDEO_SUFFIXES = (
     ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".gif", ".flv", ".mpg", ".ts",
@@ -19,7 +19,7 @@ VIDEO_SUFFIXES = (
 
 
 def first_match(root: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path | None:
-    """The first file that one of the patterns finds in a folder, in the order of the patterns."""
+    """The first file in a folder that matches a pattern; earlier patterns take precedence."""
     for pattern in patterns:
         for path in sorted(root.glob(pattern)):
             return path
@@ -27,25 +27,25 @@ def first_match(root: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path | N
 
 
 def read_rows(root: pathlib.Path, patterns: Sequence[str], title: str) -> list[dict[str, Any]]:
-    """The rows of the first file that one of the patterns finds, or of all its shards; .parquet or .json.
+    """Reads the .parquet or .json file that `first_match` finds, with all its shards.
 
     Raises:
-      BenchmarkError: when there is none, or it is damaged.
+      BenchmarkError: if there is none, or it is damaged.
     """
     path = first_match(root, patterns)
     if path is None:
         raise BenchmarkError(
-            f"--data_root={root} has none of the annotation files of {title}: {', '.join(patterns)}"
+            f"--data_root={root} contains none of {title}'s annotation files: {', '.join(patterns)}"
         )
     shards = re.sub(r"-\d{5}-of-(\d{5})\.parquet$", r"-*-of-\1.parquet", glob.escape(path.name))
     return [row for shard in sorted(path.parent.glob(shards)) for row in read_file(shard)]
 
 
 def read_file(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a .parquet file, or of a .json file that is a list of objects.
+    """Reads the rows of a .parquet file, or of a .json file that is a list of objects.
 
     Raises:
-      BenchmarkError: when it is damaged.
+      BenchmarkError: if it is damaged.
     """
     if path.suffix == ".parquet":
         try:
@@ -59,10 +59,10 @@ def read_file(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The content of a .json file.
+    """Reads a .json file.
 
     Raises:
-      BenchmarkError: when it is damaged.
+      BenchmarkError: if it is damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -71,10 +71,10 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 class FileFinder:
-    """Finds files by name in several folders, each of which is listed once.
+    """Finds files by name in several folders; each folder is listed once.
 
-    A name is looked for as it is, then with another ending of `suffixes`, then whatever its case.
-    `folders` are relative to `root`. A folder of frames is found like a file.
+    An exact match comes first, then one with another suffix of `suffixes`, then one that ignores case.
+    `folders` are relative to `root`. Folders of frames are found like files.
     """
 
     def __init__(
@@ -88,19 +88,19 @@ class FileFinder:
         self._listed: dict[pathlib.Path, tuple[dict[str, str], dict[str, str]]] = {}
 
     def find(self, name: str) -> pathlib.Path | None:
-        """The file of that name, which may lack its ending and be in a folder."""
+        """The file with a name, which may have no suffix and may include a folder; None if there is none."""
         relative = pathlib.PurePosixPath(name)
         for folder in self._folders:
-            place = folder / relative.parent
-            exact, folded = self._list(place)
+            parent = folder / relative.parent
+            exact, folded = self._list(parent)
             stem = self._stem(relative.name)
             found = exact.get(relative.name) or exact.get(stem) or folded.get(stem.casefold())
-            if found and is_there(place / found):  # it may be a link to nothing
-                return place / found
+            if found and is_there(parent / found):  # it may be a dangling link
+                return parent / found
         return None
 
     def path(self, name: str) -> pathlib.Path:
-        """As `find`; where there is none, the first place where it could be."""
+        """Like `find`, but returns the first place where the file could be if there is none."""
         return self.find(name) or self._folders[0] / name
 
     def _stem(self, name: str) -> str:
@@ -108,11 +108,11 @@ class FileFinder:
         return path.stem if path.suffix.lower() in self._suffixes else name
 
     def _list(self, folder: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
-        """Names in a folder, by name and by stem; and by stem whatever its case."""
+        """The names in a folder by name and stem, and by case-folded stem."""
         if folder not in self._listed:
             try:
                 names = sorted(path.name for path in folder.iterdir())
-            except OSError:  # no such folder, or none that may be read
+            except OSError:  # it does not exist, or may not be read
                 names = []
             files = [name for name in names if self._stem(name) != name]
             folders = [name for name in names if self._stem(name) == name]
@@ -126,14 +126,14 @@ class FileFinder:
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether a file or folder can be seen."""
+    """Whether a file or folder exists and is accessible."""
     try:
         return path.exists()
-    except OSError:  # a name that is too long, a folder that may not be entered
+    except OSError:  # the name is too long, or permission is denied
         return False
 
 
 def archives(root: pathlib.Path) -> list[str]:
-    """Archives that lie in a folder or the folders in it, as they come from the hub."""
+    """Names of archives in a folder and its subfolders, as downloaded from the hub."""
     names = (path.name for pattern in ("*", "*/*") for path in root.glob(pattern))
     return sorted(name for name in names if ".tar" in name or name.endswith(".zip"))

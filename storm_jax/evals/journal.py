@@ -1,94 +1,109 @@
-"""Answers as they come, so that a killed evaluation goes on where it stopped.
+"""Predictions and thumbnails, saved as they come, so that an interrupted evaluation resumes.
 
-FOLDER/settings.json       what the answers depend on
-FOLDER/answers.I-of-N.jsonl    those of process I of N, appended and flushed one by one
+FOLDER/settings.json             what the predictions depend on
+FOLDER/answers.I-of-N.jsonl      predictions of shard I of N, appended and flushed one by one
+FOLDER/thumbnails.I-of-N.jsonl   a few small frames of each video (see `report.thumbnails`)
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
-from storm_jax.evals.predictions import answer_of
-from storm_jax.evals.questions import Answer
+from storm_jax.evals.predictions import from_fields, to_fields
+from storm_jax.evals.report.thumbnails import Thumbnails
 from storm_jax.files import read_lines, write_atomically
+from storm_jax.inference.prediction import Prediction
 from storm_jax.run import RunError
 
 
 class Journal:
-    """The answers of a folder; this process writes those of its share."""
+    """The predictions of a folder. This process writes those of its shard (index, count)."""
 
-    def __init__(self, folder: pathlib.Path, share: tuple[int, int] = (0, 1)):
+    def __init__(self, folder: pathlib.Path, shard: tuple[int, int] = (0, 1)):
         self.folder = folder
-        self._path = folder / f"answers.{share[0]}-of-{share[1]}.jsonl"
+        suffix = f"{shard[0]}-of-{shard[1]}.jsonl"
+        self._path = folder / f"answers.{suffix}"
+        self._thumbnails = folder / f"thumbnails.{suffix}"
 
     def prepare(self, settings: Mapping[str, Any]) -> None:
-        """Makes the folder, or checks that the answers in it are of the same settings.
+        """Creates the folder, or checks that its predictions were made with the same settings.
 
         Raises:
-          RunError: naming what differs; nothing is overwritten.
+          RunError: if they were not; the message lists the differences, and nothing is overwritten.
         """
         path = self.folder / "settings.json"
         settings = json.loads(json.dumps(settings))
         self.folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            there = json.loads(path.read_text())
-            names = sorted({*there, *settings})
-            changed = [
-                f"{name}: {there.get(name)!r} there, {settings.get(name)!r} now"
-                for name in names
-                if there.get(name) != settings.get(name)
-            ]
-            if changed:
-                listed = "\n  ".join(changed)
-                raise RunError(
-                    f"{self.folder} holds answers of other settings:\n  {listed}\n"
-                    f"Remove the folder to ask again"
-                )
-        else:
+        if not path.exists():
             write_atomically(path, json.dumps(settings, indent=2) + "\n")
+            return
+        saved = json.loads(path.read_text())
+        changed = [
+            f"{name}: {saved.get(name)!r} there, {settings.get(name)!r} now"
+            for name in sorted({*saved, *settings})
+            if saved.get(name) != settings.get(name)
+        ]
+        if changed:
+            listed = "\n  ".join(changed)
+            raise RunError(
+                f"{self.folder} contains answers made with other settings:\n  {listed}\n"
+                f"Remove the folder to ask again"
+            )
 
-    def answers(self) -> dict[str, Answer]:
-        """All answers by question, of every process; of one that failed and was asked again, the reply."""
-        found: dict[str, Answer] = {}
+    def predictions(self) -> dict[str, Prediction]:
+        """Predictions of all shards by question id. If a failure was retried, the reply is returned."""
+        found: dict[str, Prediction] = {}
         for path in sorted(self.folder.glob("answers.*.jsonl")):
             for line in read_lines(path):
-                answer = answer_of(line)
                 if line["id"] not in found or found[line["id"]].error:
-                    found[line["id"]] = answer
+                    found[line["id"]] = from_fields(line)
         return found
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[_Writer]:
-        """Appends answers; a line that a killed process left unfinished is taken away first.
+    def writing(self) -> Iterator[JournalWriter]:
+        """Opens the files of this shard for appending; an unfinished last line is removed first.
 
         Raises:
-          RunError: when another process is writing them.
+          RunError: if another process is writing them.
         """
-        with self._path.open("a+b") as file:
+        with self._path.open("a+b") as answers, self._thumbnails.open("a+b") as thumbnails:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RunError(
-                    f"another process is answering {self._path}: wait for it, or give each its --share"
+                    f"another process is writing {self._path}: wait for it, or use --share"
                 ) from error
             except OSError:  # a file system without locks
                 pass
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            yield _Writer(file)
+            for file in (answers, thumbnails):
+                _remove_unfinished_line(file)
+            yield JournalWriter(answers, thumbnails)
 
 
-class _Writer:
-    def __init__(self, file: Any):
-        self._file = file
+class JournalWriter:
+    """Appends to the files of one shard."""
 
-    def add(self, identity: str, answer: Answer) -> None:
-        line = {"id": identity, **dataclasses.asdict(answer)}
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+    def __init__(self, answers: BinaryIO, thumbnails: BinaryIO):
+        self._answers, self._thumbnails = answers, thumbnails
+
+    def add(self, question_id: str, prediction: Prediction) -> None:
+        _append(self._answers, {"id": question_id, **to_fields(prediction)})
+
+    def add_thumbnails(self, question_ids: Sequence[str], thumbnails: Thumbnails) -> None:
+        """Saves the thumbnails of a video for all questions about it."""
+        _append(self._thumbnails, {"ids": list(question_ids), **thumbnails.to_fields()})
+
+
+def _append(file: BinaryIO, line: Mapping[str, Any]) -> None:
+    file.write(json.dumps(line).encode() + b"\n")
+    file.flush()
+
+
+def _remove_unfinished_line(file: BinaryIO) -> None:
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)

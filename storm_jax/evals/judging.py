@@ -1,9 +1,9 @@
-"""MLVU's generation tasks: what a judge is asked, and the scores that it gave. No judge is called.
+"""MLVU's generation tasks: the input for a judge model, and scores from its output. No model is called.
 
-    judge_input.jsonl   {"id", "task", "messages": [system, user]}, as a chat API takes them
-    judgements          {"id", "judgement": the judge's text}, a line each
+    judge_input.jsonl   {"id", "task", "messages": [system, user]}, as chat APIs expect
+    judgements          {"id", "judgement": the judge's text}, one per line
 
-A judge gives two scores of 1 to 5 for a reply. G-Avg is the mean of the two tasks' means of their sums.
+A judge rates a reply with two scores of 1 to 5, which are added. G-Avg is the mean of the two tasks' means.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.predictions import read_objects
-from storm_jax.evals.questions import Row
+from storm_jax.evals.questions import BenchmarkError
+from storm_jax.evals.replies import ScoredReply
 from storm_jax.files import write_lines
 
 SCORES = {
@@ -82,63 +82,65 @@ _SCORE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Mean score of each task and their mean, from 2 to 10; how many replies have no judgement and count
-    as the lowest."""
+    """Mean score of each task and the mean of both, from 2 to 10.
+
+    Attributes:
+      unjudged: replies without a judgement, which count as 2.
+    """
 
     tasks: Mapping[str, float]
     average: float
     total: int
     unjudged: int
 
-    def table(self) -> str:
+    def __str__(self) -> str:
         lines = [f"{task:<12}{value:>8.2f}" for task, value in self.tasks.items()]
         lines.append(f"{'G-Avg':<12}{self.average:>8.2f}   of 2 to 10")
         lines.append(f"{self.total} replies, {self.unjudged} without a judgement (counted as 2)")
         return "\n".join(lines)
 
 
-def write_judge_input(rows: Sequence[Row], folder: pathlib.Path) -> pathlib.Path:
-    """The messages for a judge, of all questions that have a reply."""
+def write_judge_input(replies: Sequence[ScoredReply], folder: pathlib.Path) -> pathlib.Path:
+    """Writes the messages for a judge, for all questions with a reply."""
     path = folder / "judge_input.jsonl"
     lines = [
         {
-            "id": row.question.id,
-            "task": row.question.groups["task"],
+            "id": reply.question.id,
+            "task": reply.question.groups["task"],
             "messages": [
-                {"role": "system", "content": SYSTEM[row.question.groups["task"]]},
-                {"role": "user", "content": _asked(row)},
+                {"role": "system", "content": SYSTEM[reply.question.groups["task"]]},
+                {"role": "user", "content": _user_message(reply)},
             ],
         }
-        for row in rows
-        if row.answer.reply
+        for reply in replies
+        if reply.prediction.text
     ]
     write_lines(path, lines)
     return path
 
 
-def _asked(row: Row) -> str:
-    question, said = row.question, f"Respondent's Answer: {row.answer.reply}\n"
+def _user_message(reply: ScoredReply) -> str:
+    question, text = reply.question, f"Respondent's Answer: {reply.prediction.text}\n"
     if question.groups["task"] == "summary":
-        return f"{_SCORE}Standard Answer: {question.answer}\n{said}"
+        return f"{_SCORE}Standard Answer: {question.answer}\n{text}"
     points = question.extra.get("scoring_points", "")
-    return f"{_SCORE}Question: {question.text}\nScoring Points: {points}\n{said}"
+    return f"{_SCORE}Question: {question.text}\nScoring Points: {points}\n{text}"
 
 
 def score_judgements(tasks: Mapping[str, str], path: pathlib.Path) -> Judged:
-    """Scores the judgements of a file.
+    """Reads the scores in a file of judgements.
 
     Args:
       tasks: the task of each question, by id.
 
     Raises:
-      BenchmarkError: when a line has no id or judgement, or judges what was not asked.
+      BenchmarkError: if a line has no judgement, or no id of a question.
     """
     given: dict[str, float | None] = {}
     for number, line in enumerate(read_objects(path), start=1):
         if line.get("id") not in tasks or not isinstance(line.get("judgement"), str):
             raise BenchmarkError(
-                f"{path}: judgement {number} must have the id of a question and a judgement, which is "
-                f"text"
+                f"{path}: judgement {number} must have the id of a question and a judgement (text)"
             )
         given[line["id"]] = read_scores(line["judgement"], tasks[line["id"]])
     scores: dict[str, list[float]] = defaultdict(list)
@@ -153,7 +155,7 @@ def score_judgements(tasks: Mapping[str, str], path: pathlib.Path) -> Judged:
 
 
 def read_scores(judgement: str, task: str) -> float | None:
-    """The sum of the task's two scores, the last of each that is given; None without both of 1 to 5."""
+    """The sum of the task's two scores, each the last one stated; None unless both are from 1 to 5."""
     total = 0.0
     for name in SCORES[task]:
         found = re.findall(rf"{name}['\"]?\s*[:=]\s*([0-9]+(?:\.[0-9]+)?)", judgement)

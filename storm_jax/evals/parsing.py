@@ -1,7 +1,7 @@
-"""Replies to letters.
+"""Parses replies into letters.
 
-`strict` is ours. The others do what other scorers do, for figures that can be compared with theirs; they
-have no random guess and ask no judge: where those would, a reply is unparsed and counts as wrong.
+`strict` is ours. The others reproduce other scorers, so that scores can be compared with theirs, except
+that none guesses at random or calls a judge: such replies are unparsed and count as wrong.
 
     extract_mcq, mmmu, letter_in_text, first_letter     lmms-eval 0.7.3
     first_letter_vlm, before_bracket_vlm, check_answer_vlm   VLMEvalKit, "exact_matching"
@@ -16,12 +16,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
-from storm_jax.evals.benchmark import Parser
-from storm_jax.evals.questions import Question
+from storm_jax.evals.questions import Parser, Question
 
 _THINKING = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 _MARKERS = re.compile(r"<\|[^|>]*\|>|</s>")
-_WRAP = r"[(\[{*_\"'`]*"  # before a letter
+_WRAP = r"[(\[{*_\"'`]*"  # may precede a letter
 _ALONE = re.compile(
     r"(?:(?:option|choice|answer)\b\s*:?)?[\s(\[{*_\"'`]*([A-Z])[\s)\]}*_\"'`.:]*", re.IGNORECASE
 )
@@ -34,21 +33,21 @@ _STATED = re.compile(
 _LEADING = re.compile(
     rf"{_WRAP}([A-Za-z])[*_\"'`]*(?:[.):\]}}](?!\w)|[ \t]*\n|,(?!\s*(?:and\s+|or\s+)?\w\b))"
 )
-# "A" as a word: what follows is a noun and no reason.
+# "A" as an article: a word follows that does not start a reason.
 _ARTICLE = re.compile(r"\s+(?!(?:because|since|as|and|or|is|for|due)\b)[a-z]")
 
 
 def strict(reply: str, question: Question) -> str | None:
-    """The letter that a reply gives, by the first rule that applies:
+    """The letter that a reply chooses, by the first rule that applies:
 
-    1. thoughts and chat markers are cut out;
-    2. the reply is one letter, which may stand in brackets, before a dot or colon, or behind "Option";
-    3. the last letter that is said to be the answer, option or choice ("the answer is (C)");
-    4. a letter at the start with a dot, bracket, colon, comma or the end of the line behind it;
-    5. the text of exactly one option is the reply, or occurs in it;
-    6. else it gives none, and so it does when the letter is none of the question's.
+    1. reasoning (`<think>`) and chat markers are removed;
+    2. the reply is one letter, possibly in brackets, followed by a dot or colon, or preceded by "Option";
+    3. the last letter stated to be the answer, option or choice ("the answer is (C)");
+    4. a letter at the start, followed by a dot, bracket, colon, comma or line end;
+    5. the text of exactly one option equals the reply, or occurs in it;
+    6. otherwise None, as for letters that the question does not have.
 
-    "I", where it is none of the letters, and "A" before a noun are words.
+    "A" before a noun is an article, and "I" a pronoun unless it is one of the question's letters.
     """
     text = _MARKERS.sub("", _THINKING.sub("", reply)).strip()
     found = ""
@@ -60,11 +59,11 @@ def strict(reply: str, question: Question) -> str | None:
         found = leading[1]
     if found:
         return found.upper() if found.upper() in question.letters else None
-    said = f" {normalise(text)} "
+    words = f" {normalise(text)} "
     options = {letter: f" {normalise(o)} " for letter, o in question.lettered.items()}
     for fits in (
-        [letter for letter, option in options.items() if option == said],
-        [letter for letter, option in options.items() if option.strip() and option in said],
+        [letter for letter, option in options.items() if option == words],
+        [letter for letter, option in options.items() if option.strip() and option in words],
     ):
         if len(fits) == 1:
             return fits[0]
@@ -78,28 +77,28 @@ def _is_word(match: re.Match[str], question: Question) -> bool:
 
 
 def exact(reply: str, question: Question) -> str | None:
-    """The reply but for case and punctuation; for a multiple choice the letter, its option or both."""
-    said = normalise(reply)
+    """The reply, ignoring case and punctuation; for multiple choice, its letter if it is a letter, an option or both."""
+    text = normalise(reply)
     for letter, option in question.lettered.items():
-        if said in (letter.lower(), normalise(option), f"{letter.lower()} {normalise(option)}"):
+        if text in (letter.lower(), normalise(option), f"{letter.lower()} {normalise(option)}"):
             return letter
-    if not question.options and question.answer and said == normalise(question.answer):
+    if not question.options and question.answer and text == normalise(question.answer):
         return question.answer
-    return said or None
+    return text or None
 
 
-_SAID = (
+_STATEMENTS = (
     "answer is", "correct answer is", "best answer is", "correct option is", "best option is",
     "choice is", "correct choice is",
 )  # fmt: skip
 _PHRASES = (
-    *_SAID, *(f"the {phrase}" for phrase in _SAID), "i choose", "i select", "i pick", "my answer is",
+    *_STATEMENTS, *(f"the {phrase}" for phrase in _STATEMENTS), "i choose", "i select", "i pick", "my answer is",
     "my choice is", "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは",
 )  # fmt: skip
 
 
 def extract_mcq(letters: str) -> Parser:
-    """A letter in the likeliest of several forms; the later of two alike."""
+    """The letter in the highest-ranked of several forms; the last one of equal rank."""
 
     def parse(reply: str, question: Question) -> str | None:
         text = reply.strip()
@@ -115,7 +114,7 @@ def extract_mcq(letters: str) -> Parser:
 
 
 def _places(text: str, letter: str) -> Iterator[tuple[int, int]]:
-    """Where a letter stands in `text`, which has a space at either end: (rank of its form, position)."""
+    """Occurrences of a letter in `text`, which is padded with spaces: (rank of the form, position)."""
     forms = {f"({letter})": 6, f"{letter}.": 5, f"{letter}:": 4, f"{letter})": 3, f"{letter} ": 2}
     for form, rank in forms.items():
         if form in text:
@@ -133,7 +132,7 @@ def _places(text: str, letter: str) -> Iterator[tuple[int, int]]:
 
 
 def mmmu(reply: str, question: Question) -> str | None:
-    """The first of the letters' last places; else, in more than five words, the option that occurs."""
+    """The letter whose last occurrence comes first; for more than five words, otherwise the option that occurs."""
     text = reply
     for mark in ",.!?;:'":
         text = text.strip(mark)
@@ -156,7 +155,7 @@ def mmmu(reply: str, question: Question) -> str | None:
 
 
 def letter_in_text(reply: str, question: Question) -> str | None:
-    """The first letter from A to E, of either case, that stands alone; else what is left of the reply."""
+    """The first A to E, in either case, that is a word; otherwise the cleaned reply."""
     if option := re.match(r"([A-E])\.\s*(.+)$", reply.strip(), re.IGNORECASE):
         return option[1].upper()
     text = reply.replace("\n", " ").replace("\t", " ").strip()
@@ -177,7 +176,7 @@ _PREFIXES = (
 _LMMS_PREFIXES = (
     *_PREFIXES, "The best option is", "The correct option is", "Best answer:", "Best option:",
 )  # fmt: skip
-# Two commas are missing in these lists.
+# The authors' lists lack two commas.
 _VIDEOMME_PREFIXES = (
     *_PREFIXES, "The best option isThe correct option is", "Best answer:Best option:",
 )  # fmt: skip
@@ -195,25 +194,23 @@ def _first_letter(letters: str, prefixes: tuple[str, ...]) -> Parser:
     return parse
 
 
-# The first of the letters, in whatever word it stands.
+# The first of the letters, even inside a word.
 first_letter: Parser = _first_letter("ABCDE", _LMMS_PREFIXES)
-
-
 first_letter_videomme: Parser = _first_letter("ABCD", _VIDEOMME_PREFIXES)
 
 
 def first_letter_vlm(letters: str) -> Parser:
-    """The first of the letters, in whatever word it stands, behind fewer prefixes."""
+    """Like `first_letter`, with other prefixes removed first."""
     return _first_letter(letters, _VLM_PREFIXES)
 
 
 def before_bracket(reply: str, question: Question) -> str | None:
-    """What stands before the first closing bracket, one character; without one, the whole reply."""
+    """The character before the first closing bracket; without one, the whole reply."""
     return _before_bracket(reply) or None
 
 
 def before_bracket_vlm(reply: str, question: Question) -> str | None:
-    """As `before_bracket`, or what `_infer` makes of the reply, whichever is right."""
+    """The right one of `before_bracket` and `_infer`, or else the first that is one of the letters."""
     found = _before_bracket(reply), _infer(reply, question)
     if question.answer and question.answer in found:
         return question.answer
@@ -221,13 +218,13 @@ def before_bracket_vlm(reply: str, question: Question) -> str | None:
 
 
 def check_answer(reply: str, question: Question) -> str | None:
-    """The key where the first word of the reply is part of "(a)", or that of it: so an empty reply, "("
-    and "." count as right. Else a letter that it would be right for."""
+    """The right letter if the first word of the reply contains "(a)" or is contained in it, so that an empty
+    reply, "(" and "." count as right. Otherwise a letter for which that is so."""
     return _checked(reply, question, lambda letter: _contains(reply, letter))
 
 
 def check_answer_vlm(reply: str, question: Question) -> str | None:
-    """As `check_answer`, else what `_infer` makes of the reply."""
+    """Like `check_answer`; also accepts the letter that `_infer` returns."""
     inferred = _infer(reply, question)
     return _checked(reply, question, lambda x: _contains(reply, x) or inferred == x)
 
@@ -251,12 +248,12 @@ def _before_bracket(reply: str) -> str:
 
 
 def _infer(reply: str, question: Question) -> str | None:
-    """VLMEvalKit's guess without a judge: the one letter among the words, unless it is among the last
-    five; else the one option that occurs in a reply that is not long."""
+    """VLMEvalKit's inference without a judge: the only letter among the words, unless it is one of the last
+    five words; otherwise the only option that occurs in the reply, if the reply is short."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", reply).split()
-    here = [letter for letter in question.letters if letter in words]
-    if len(here) == 1 and words.index(here[0]) < len(words) - 5:
-        return here[0]
+    letters = [letter for letter in question.letters if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) < len(words) - 5:
+        return letters[0]
     text = reply.lower()
     if len(text) > 2 * sum(map(len, question.options)):
         return None
@@ -265,6 +262,6 @@ def _infer(reply: str, question: Question) -> str | None:
 
 
 def normalise(text: str) -> str:
-    """Compatible characters folded, lower case, no punctuation, single spaces."""
+    """NFKC, lower case, no punctuation, single spaces."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.sub(r"[^\w\s]", " ", text).split())

@@ -1,24 +1,42 @@
-"""predictions.jsonl: a line a question, from which replies can be scored again without a model."""
+"""predictions.jsonl: one line per question, from which replies can be scored again without a model."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storm_jax.evals.benchmark import BenchmarkError
-from storm_jax.evals.questions import Answer, Question, Row
+from storm_jax.evals.questions import BenchmarkError, Question
+from storm_jax.evals.replies import ScoredReply
+from storm_jax.inference.prediction import Prediction
 from storm_jax.media.media import Media
 
 _PLAIN = (str, int, float, list, tuple)
 
 
-def to_line(row: Row) -> dict[str, Any]:
-    """A row as plain JSON."""
-    question, answer = row.question, row.answer
+def to_fields(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as plain JSON."""
+    return {
+        "reply": prediction.text,
+        "error": prediction.error,
+        "cause": prediction.cause,
+        "visual_tokens": prediction.visual_tokens,
+        "seconds": round(prediction.seconds, 6),
+    }
+
+
+def from_fields(line: Mapping[str, Any]) -> Prediction:
+    """The prediction of a line. Only `reply` is required; if it is not text, it counts as empty."""
+    names = {"error", "cause", "visual_tokens", "seconds"} & line.keys()
+    text = line["reply"] if isinstance(line["reply"], str) else ""
+    return Prediction(text=text, **{name: line[name] for name in names})
+
+
+def to_line(reply: ScoredReply) -> dict[str, Any]:
+    """A line of predictions.jsonl."""
+    question, prediction = reply.question, to_fields(reply.prediction)
     return {
         "id": question.id,
         "video": question.video,
@@ -29,55 +47,45 @@ def to_line(row: Row) -> dict[str, Any]:
         "answer": question.answer,
         "guess": question.guess,
         "extra": {k: v for k, v in question.extra.items() if isinstance(v, _PLAIN)},
-        "reply": answer.reply,
-        "parsed": row.parsed,
-        "right": row.right,
-        "status": row.status,
-        "error": answer.error,
-        "cause": answer.cause,
-        "visual_tokens": answer.visual_tokens,
-        "seconds": round(answer.seconds, 6),
+        "reply": prediction.pop("reply"),
+        "parsed": reply.parsed,
+        "right": reply.right,
+        "status": reply.status,
+        **prediction,
     }
 
 
 def read(
     path: pathlib.Path, questions: Sequence[Question] | None
-) -> tuple[Sequence[Question], dict[str, Answer]]:
-    """The questions and answers of a file.
+) -> tuple[Sequence[Question], dict[str, Prediction]]:
+    """Reads the questions and predictions of a file.
 
     Args:
-      questions: those of the benchmark, if its files are at hand: then lines of id and reply are enough, and
-        a question without a line failed.
+      questions: those of the benchmark, if its files are available. Lines then need only `id` and `reply`,
+        and questions without a line count as failed.
 
     Raises:
-      BenchmarkError: for a line that is damaged, lacks a field, or answers what was not asked.
+      BenchmarkError: if a line is malformed, lacks a field, or has an unknown id.
     """
     lines = read_objects(path)
     try:
         if repeated := [i for i, n in Counter(str(x["id"]) for x in lines).items() if n > 1]:
             raise BenchmarkError(f"{path}: the id {repeated[0]!r} occurs more than once")
-        answers = {str(line["id"]): answer_of(line) for line in lines}
+        predictions = {str(line["id"]): from_fields(line) for line in lines}
         if questions is None:
-            return [_question(line) for line in lines], answers
+            return [_question(line) for line in lines], predictions
     except KeyError as error:
         raise BenchmarkError(
             f"{path}: a line has no {error}; with --data_root, id and reply are enough"
         ) from error
-    unknown = sorted(answers.keys() - {question.id for question in questions})
+    unknown = sorted(predictions.keys() - {question.id for question in questions})
     if unknown:
         raise BenchmarkError(
-            f"{path}: {len(unknown)} ids are none of the benchmark's, such as {unknown[0]!r}; its own "
-            f"look like {questions[0].id!r}"
+            f"{path}: {len(unknown)} ids are not in the benchmark, e.g. {unknown[0]!r}; its ids look "
+            f"like {questions[0].id!r}"
         )
-    nothing = Answer(error=f"{path} has no reply", cause="no_reply")
-    return questions, {question.id: nothing for question in questions} | answers
-
-
-def answer_of(line: Mapping[str, Any]) -> Answer:
-    """The answer of a line; no text as the reply is an empty one."""
-    fields = {field.name for field in dataclasses.fields(Answer)} & line.keys()
-    reply = line["reply"] if isinstance(line["reply"], str) else ""
-    return Answer(**{**{name: line[name] for name in fields}, "reply": reply})
+    nothing = Prediction(error=f"{path} has no reply", cause="no_reply")
+    return questions, {question.id: nothing for question in questions} | predictions
 
 
 def _question(line: Mapping[str, Any]) -> Question:
@@ -96,10 +104,10 @@ def _question(line: Mapping[str, Any]) -> Question:
 
 
 def read_objects(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file that is somebody's, of which none may be lost.
+    """The lines of a user's JSONL file; unlike `storm_jax.files.read_lines`, a bad line is an error.
 
     Raises:
-      BenchmarkError: naming a line that is no object, or an empty file.
+      BenchmarkError: if a line is not an object, or the file is empty.
     """
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -108,7 +116,7 @@ def read_objects(path: pathlib.Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
         except ValueError as error:
-            raise BenchmarkError(f"{path}:{number} is no JSON: {error}") from error
+            raise BenchmarkError(f"{path}:{number} is not valid JSON: {error}") from error
         if not isinstance(line, dict):
             raise BenchmarkError(f"{path}:{number} must be an object with id and reply")
         lines.append(line)

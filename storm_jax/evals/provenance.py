@@ -1,4 +1,4 @@
-"""What a result was made by: code, libraries, devices, configuration."""
+"""What a result depends on: code, libraries, devices, configuration."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from storm_jax import config as config_lib
 from storm_jax.config import RunConfig
 from storm_jax.files import digest
 
-LIBRARIES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "av", "pillow", "numpy")
+_LIBRARIES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "av", "pillow", "numpy")
 
 
 def config_hash(config: RunConfig) -> str:
-    """Changes with the model, its training and how frames are read, not with the machine."""
+    """A digest of everything but the mesh and the number of workers, which depend on the machine."""
     fields = config_lib.to_dict(config)
     fields.pop("mesh")
     fields["data"].pop("num_workers")
@@ -33,14 +33,14 @@ def about_this_machine() -> Mapping[str, Any]:
         "commit": _commit(),
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 
 
 def _commit() -> str:
-    """The commit of this code, "-dirty" with changes; "unknown" outside a repository."""
+    """The commit of this code, "-dirty" if there are changes; "unknown" outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A row of a benchmark on its way: question, prompt, answer, and what was made of it."""
+"""Questions of a benchmark, and how they become samples for a model."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ import dataclasses
 import pathlib
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from storm_jax.media.media import Media
 from storm_jax.text.sample import PLACEHOLDER, Caption, Sample, Turn
 
-MISSING = "missing"
+
+class BenchmarkError(ValueError):
+    """Files of a benchmark that cannot be used, or an option that it does not support."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """A row of a benchmark.
+    """One row of a benchmark.
 
     Attributes:
-      id: unique in its split; predictions are kept by it.
-      video: the video it is about; questions about one video are not independent of each other.
-      media: where that is, or should be, on disk.
+      id: unique within its split; predictions refer to it.
+      video: the video it is about. Questions about one video are not statistically independent.
+      media: the file, which need not exist.
       text: the question without its options.
-      options: the options without letters; () = the answer is free text.
-      answer: a letter, or the text of a free answer; None where the key is not public, and "" where no
-        option is right, which no reply can match.
-      groups: the group of each dimension that is reported, such as {"duration": "short"}.
-      lines: the options with their letters, where the files have them so.
-      subtitles: the file of the video's subtitles, None where there is none.
-      captions: the subtitles that are shown with the frames; None where they are not asked for.
-      guess: accuracy of guessing, where that is not one in as many as there are options.
-      extra: fields that only this benchmark uses.
+      options: without letters; () if the answer is free text.
+      answer: the letter of the right option, or the text of a free answer. None if the answer is not
+        public; "" if no option is right, so that no reply counts as right.
+      groups: the reported group of each dimension, e.g. {"duration": "short"}.
+      lines: the options with their letters, if the benchmark's files list them so.
+      subtitles: the video's subtitle file, or None.
+      captions: subtitles to show with the sampled frames; None if subtitles are not requested.
+      guess: accuracy of guessing, if it is not 1 / number of options.
+      extra: fields used by this benchmark only.
     """
 
     id: str
@@ -55,7 +57,7 @@ class Question:
 
     @property
     def lettered(self) -> dict[str, str]:
-        """The options by their letters."""
+        """The options by letter."""
         return dict(zip(self.letters, self.options, strict=True))
 
     @property
@@ -65,81 +67,55 @@ class Question:
             return self.guess
         return 1 / len(self.options) if self.options else 0.0
 
-    def listed(self, form: str) -> str:
-        """The options, a line each, such as "({letter}) {option}"."""
-        return "\n".join(form.format(letter=x, option=text) for x, text in self.lettered.items())
+    def list_options(self, template: str) -> str:
+        """The options, one per line, each formatted by a template like "({letter}) {option}"."""
+        lines = (template.format(letter=x, option=text) for x, text in self.lettered.items())
+        return "\n".join(lines)
 
+    def sample(
+        self,
+        user: str,
+        *,
+        system: str = "",
+        opening: str = "",
+        captions: Sequence[Caption] = (),
+    ) -> Sample:
+        """The question as a sample for a model.
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is said to the model: a system turn ("" = the run's own), the user's turn, which holds
-    `<video>` where the video stands, and the beginning of the answer."""
-
-    user: str
-    system: str = ""
-    opening: str = ""
-
-    def sample(self, question: Question) -> Sample:
-        """The question as it is put to the model."""
-        turns = [Turn("user", self.user)]
-        if self.system:
-            turns.insert(0, Turn("system", self.system))
+        Args:
+          user: the user's turn, with `<video>` where the video goes.
+          system: the system turn; "" uses that of the run.
+          opening: the beginning of the answer.
+          captions: text to insert among the video's tokens.
+        """
+        turns = [Turn("user", user)]
+        if system:
+            turns.insert(0, Turn("system", system))
         return Sample(
-            id=question.id,
+            id=self.id,
             turns=tuple(turns),
-            media=(question.media,),
+            media=(self.media,),
             extra={},
-            opening=self.opening,
+            opening=opening,
+            captions=tuple(captions),
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a model replied to a question, or why it could not.
-
-    Attributes:
-      error, cause: as in `Prediction`; the cause "missing" is a video that is not there.
-      visual_tokens, seconds: what the reply cost.
-    """
-
-    reply: str = ""
-    error: str = ""
-    cause: str = ""
-    visual_tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A question, its answer, and what the parser made of it."""
-
-    question: Question
-    answer: Answer
-    parsed: str | None
-
-    @property
-    def right(self) -> bool:
-        return self.parsed is not None and self.parsed == self.question.answer
-
-    @property
-    def status(self) -> str:
-        """One of "parsed", "unparsed", "missing" and "failed"."""
-        if self.answer.error:
-            return MISSING if self.answer.cause == MISSING else "failed"
-        return "unparsed" if self.parsed is None else "parsed"
+# `(reply, question) ->` the letter that a reply chooses, or the text of a free answer; None if unparseable.
+Parser = Callable[[str, Question], str | None]
 
 
 def letter_of(answer: str, options: Sequence[str]) -> str:
-    """The letter of the first option that is `answer`, "" where none is."""
+    """The letter of the first option equal to `answer`, or ""."""
     options = list(options)
     return string.ascii_uppercase[options.index(answer)] if answer in options else ""
 
 
 def without_letter(line: str) -> str:
-    """An option without the letter that the files have before it."""
+    """An option without its leading letter."""
     return re.sub(r"^\s*\(?[A-Z][.):]\s*", "", line)
 
 
 def without_placeholders(text: str) -> str:
-    """A text of a benchmark without what would be taken for a medium."""
+    """A text without `<image>` and `<video>`, which would be taken for media."""
     return PLACEHOLDER.sub("", text)

@@ -1,5 +1,5 @@
-"""Replies to figures. Every question counts: one without a video, with a broken one, or with a reply that
-gives no letter counts as wrong, and how many there are of each is always said."""
+"""Scores. The denominator is all questions: missing videos, failures and unparseable replies count as
+wrong, and each count is reported."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals.benchmark import Benchmark, Parser, Split
-from storm_jax.evals.questions import MISSING, Answer, Question, Row
+from storm_jax.evals.benchmark import Benchmark, Split
+from storm_jax.evals.replies import MISSING, ScoredReply
+
+_MARGIN = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A share and its 95 % interval."""
+    """A proportion and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -26,7 +28,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupResult:
-    """Accuracy of a group of questions; `unanswered` of `total` have no video or a broken one."""
+    """Accuracy of a group of questions; `unanswered` of `total` have a missing or unreadable video."""
 
     dimension: str
     group: str
@@ -40,13 +42,17 @@ class GroupResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many questions were published and are in the files; how many were asked; what became of those.
+    """Numbers of questions.
 
     Attributes:
-      missing, failed: without a video, and whose video or subtitles could not be used.
-      causes: of `failed`, by the word each is counted under.
-      without_key: without a public answer; those are not scored.
-      empty_but_right: empty replies that the parser takes for right ones.
+      published: in the published benchmark; 0 if that varies.
+      rows: in the files.
+      asked: of `rows`, those that were asked; split into the next four.
+      parsed, unparsed: whose reply could be parsed, or not.
+      missing, failed: whose video does not exist, and whose video or subtitles could not be used.
+      causes: `failed` by cause.
+      without_key: without a public answer; these are not scored.
+      empty_but_right: whose reply is empty but counts as right with this parser.
     """
 
     published: int
@@ -63,13 +69,13 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What one evaluation found.
+    """Scores of one evaluation.
 
     Attributes:
-      headline: the authors' main figure, None where no answer is public.
+      headline: the authors' main metric; None if no answer is public.
       micro: mean over questions.
       macro: mean over the groups of each dimension.
-      visual_tokens, seconds: mean, and median, of the questions that were answered.
+      visual_tokens, seconds: mean number per answered question, and median model time.
     """
 
     headline_name: str
@@ -81,41 +87,39 @@ class Scores:
     visual_tokens: float
     seconds: float
 
-
-def parse_rows(
-    questions: Sequence[Question], answers: Mapping[str, Answer], parse: Parser
-) -> list[Row]:
-    """Rows in the order of the questions; a question without an answer was not asked, and has none."""
-    return [
-        parse_row(question, answer, parse)
-        for question in questions
-        if (answer := answers.get(question.id)) is not None
-    ]
-
-
-def parse_row(question: Question, answer: Answer, parse: Parser) -> Row:
-    """The row whose reply gives a letter of the question's, or the text of a free answer, or neither."""
-    found = None if answer.error else parse(answer.reply, question)
-    return Row(
-        question,
-        answer,
-        None if question.options and found not in question.lettered else found,
-    )
+    def problem(self, required: Sequence[str] = (), *, allow_missing: bool = False) -> str:
+        """The reason not to trust these scores, "" if there is none: videos are missing, nothing was
+        answered, or a required group's 95 % lower bound is not 10 points above chance."""
+        counts = self.counts
+        if counts.missing and not allow_missing:
+            return f"{counts.missing:,} questions have no video; use --allow_missing to accept that"
+        if not counts.parsed + counts.unparsed:
+            return "no question could be answered"
+        groups = {group.group: group for group in self.groups}
+        if unknown := [name for name in required if name not in groups]:
+            return f"--require={unknown[0]}: the groups are {', '.join(groups)}"
+        low = [
+            name
+            for name in dict.fromkeys(required)
+            if groups[name].accuracy.low < groups[name].chance + _MARGIN
+        ]
+        return f"not {_MARGIN:.0%} above chance: {', '.join(low)}" if low else ""
 
 
 def score(
     benchmark: Benchmark,
     split: str,
-    rows: Sequence[Row],
+    replies: Sequence[ScoredReply],
     total: int,
     compression: CompressionConfig | None = None,
 ) -> Scores:
-    """Scores the rows that were asked of a split that has `total` in its files; what a judge scores
-    counts as without a public answer."""
+    """Scores the replies of a split whose files have `total` questions. Questions that a judge scores
+    count as without a public answer."""
     published = benchmark.splits[split]
-    keyed = [row for row in rows if row.question.answer is not None and not published.judged]
-    dimensions = list(dict.fromkeys(name for row in rows for name in row.question.groups))
-    answered = [row.answer for row in rows if not row.answer.error]
+    keyed = [reply for reply in replies if reply.question.answer is not None]
+    keyed = [] if published.judged else keyed
+    dimensions = list(dict.fromkeys(name for reply in replies for name in reply.question.groups))
+    answered = [reply.prediction for reply in replies if not reply.prediction.error]
     groups = _groups(benchmark, published, keyed, dimensions, compression)
     return Scores(
         headline_name=benchmark.headline,
@@ -129,90 +133,91 @@ def score(
             if keyed
         },
         groups=groups,
-        counts=_counts(published.rows, total, rows, len(rows) - len(keyed)),
-        visual_tokens=float(np.mean([a.visual_tokens for a in answered])) if answered else 0.0,
-        seconds=float(np.median([a.seconds for a in answered])) if answered else 0.0,
+        counts=_counts(published.rows, total, replies, len(replies) - len(keyed)),
+        visual_tokens=float(np.mean([p.visual_tokens for p in answered])) if answered else 0.0,
+        seconds=float(np.median([p.seconds for p in answered])) if answered else 0.0,
     )
 
 
-def estimate(rows: Sequence[Row], over: str) -> Estimate:
-    """The mean over rows, or over the groups of the dimension `over`, with its 95 % interval.
+def estimate(replies: Sequence[ScoredReply], over: str) -> Estimate:
+    """The mean over replies, or over the groups of dimension `over`, with its 95 % interval.
 
-    The variance is that of a weighted mean whose deviations are summed within a video before they are
-    squared (Miller, arXiv 2411.00640, eq. 4). The interval is Wilson's (1927) for as many independent
-    questions as would have that variance, and no more than there are.
+    The variance is that of a weighted mean with questions clustered by video (Miller, arXiv 2411.00640,
+    eq. 4). The interval is Wilson's (1927) for the number of independent questions with that variance,
+    which is at most the number of replies.
     """
-    sizes = Counter(row.question.groups[over] if over else "" for row in rows)
-    rights = Counter(row.question.groups[over] if over else "" for row in rows if row.right)
-    value = sum(rights[group] / size for group, size in sizes.items()) / len(sizes)
+    sizes = Counter(reply.question.groups[over] if over else "" for reply in replies)
+    right = Counter(reply.question.groups[over] if over else "" for reply in replies if reply.right)
+    value = sum(right[group] / size for group, size in sizes.items()) / len(sizes)
     by_video: dict[str, float] = defaultdict(float)
-    for row in rows:
-        group = row.question.groups[over] if over else ""
-        mean = rights[group] / sizes[group]
-        by_video[row.question.video] += (row.right - mean) / (sizes[group] * len(sizes))
+    for reply in replies:
+        group = reply.question.groups[over] if over else ""
+        mean = right[group] / sizes[group]
+        by_video[reply.question.video] += (reply.right - mean) / (sizes[group] * len(sizes))
     variance = sum(deviation**2 for deviation in by_video.values())
-    independent: float = len(by_video)  # where all are right, or none
+    independent: float = len(by_video)  # if all or none are right
     if 0 < value < 1:
         independent = value * (1 - value) / variance if variance > 0 else math.inf
-    low, high = wilson_interval(value, min(independent, len(rows)))
+    low, high = wilson_interval(value, min(independent, len(replies)))
     return Estimate(value, low, high)
 
 
-def wilson_interval(share: float, total: float, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(proportion: float, total: float, z: float = 1.96) -> tuple[float, float]:
     """The 95 % confidence interval of a proportion of `total` (Wilson, 1927)."""
     if total == 0:
         return 0.0, 1.0
-    centre = share + z**2 / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    centre = proportion + z**2 / (2 * total)
+    spread = z * math.sqrt(proportion * (1 - proportion) / total + z**2 / (4 * total**2))
     scale = 1 + z**2 / total
-    # Rounding must not leave the share itself out.
+    # Rounding must not exclude the proportion itself.
     low, high = (centre - spread) / scale, (centre + spread) / scale
-    return max(0.0, min(share, low)), min(1.0, max(share, high))
+    return max(0.0, min(proportion, low)), min(1.0, max(proportion, high))
 
 
 def _groups(
     benchmark: Benchmark,
     published: Split,
-    rows: Sequence[Row],
+    replies: Sequence[ScoredReply],
     dimensions: Sequence[str],
     compression: CompressionConfig | None,
 ) -> list[GroupResult]:
     results = []
     for dimension in dimensions:
-        members: dict[str, list[Row]] = defaultdict(list)
-        for row in rows:
-            members[row.question.groups[dimension]].append(row)
-        for group in published.sorted_groups(dimension, members):
-            inside = members[group]
+        by_group: dict[str, list[ScoredReply]] = defaultdict(list)
+        for reply in replies:
+            by_group[reply.question.groups[dimension]].append(reply)
+        for group in published.sorted_groups(dimension, by_group):
+            members = by_group[group]
             ceiling = None
             if benchmark.ceiling and compression:
-                ceiling = benchmark.ceiling(inside[0].question, compression)
+                ceiling = benchmark.ceiling(members[0].question, compression)
             results.append(
                 GroupResult(
                     dimension=dimension,
                     group=group,
-                    right=sum(row.right for row in inside),
-                    total=len(inside),
-                    unanswered=sum(bool(row.answer.error) for row in inside),
-                    accuracy=estimate(inside, ""),
-                    chance=float(np.mean([row.question.chance for row in inside])),
+                    right=sum(reply.right for reply in members),
+                    total=len(members),
+                    unanswered=sum(bool(reply.prediction.error) for reply in members),
+                    accuracy=estimate(members, ""),
+                    chance=float(np.mean([reply.question.chance for reply in members])),
                     ceiling=ceiling,
                 )
             )
     return results
 
 
-def _counts(published: int, total: int, rows: Sequence[Row], without_key: int) -> Counts:
-    statuses = Counter(row.status for row in rows)
+def _counts(published: int, total: int, replies: Sequence[ScoredReply], without_key: int) -> Counts:
+    statuses = Counter(reply.status for reply in replies)
+    failed = [reply.prediction.cause for reply in replies if reply.status == "failed"]
     return Counts(
         published=published,
         rows=total,
-        asked=len(rows),
+        asked=len(replies),
         parsed=statuses["parsed"],
         unparsed=statuses["unparsed"],
         missing=statuses[MISSING],
         failed=statuses["failed"],
-        causes=dict(Counter(row.answer.cause for row in rows if row.status == "failed")),
+        causes=dict(Counter(failed)),
         without_key=without_key,
-        empty_but_right=sum(row.right and not row.answer.reply.strip() for row in rows),
+        empty_but_right=sum(r.right and not r.prediction.text.strip() for r in replies),
     )

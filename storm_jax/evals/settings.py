@@ -1,4 +1,4 @@
-"""How a model is asked: what an evaluation is a function of, and the paper's own settings."""
+"""Settings of an evaluation, and those used in the paper."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import types
 from collections.abc import Mapping
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals.benchmark import BenchmarkError
+from storm_jax.evals.questions import BenchmarkError
 
 ANSWERS = ("generate", "likelihood")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """What the replies of an evaluation depend on beside weights and files.
+    """What replies depend on, besides the weights and the benchmark's files.
 
     Attributes:
       split: of the benchmark.
-      prompt_style: of the benchmark's.
-      subtitles: whether they are part of the prompt.
+      prompt_style: one of the benchmark's.
+      subtitles: whether the prompt contains subtitles.
       answers: "generate", or "likelihood" of each option's letter.
       compression: frames, pooling and sampling.
-      max_new_tokens: of a reply.
-      limit: how many questions are asked, None = all.
+      max_new_tokens: maximum length of a reply.
+      limit: ask only so many questions; None = all.
     """
 
     split: str
@@ -35,7 +35,7 @@ class EvalSettings:
     limit: int | None = None
 
     def folder_name(self, step: int, default_style: str) -> str:
-        """Such as "step600_frames16_k4_p1_s1", with what is not as usual behind it."""
+        """E.g. "step600_frames16_k4_p1_s1", followed by whatever is not a default."""
         c = self.compression
         parts = [
             f"step{step}_frames{c.num_frames}_k{c.temporal_pool}_p{c.spatial_pool}"
@@ -54,22 +54,22 @@ class EvalSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PaperSettings:
-    """A row of Table 15 (arXiv 2503.04130): pooling, sampling, and the frames of each benchmark."""
+    """A row of Table 15 (arXiv 2503.04130): pooling, sampling, and the frames per benchmark."""
 
     temporal_pool: int
     temporal_sample: int
     frames: Mapping[str, int]
 
     def compression(self, name: str, benchmark: str) -> CompressionConfig:
-        """As the model `name` is tested on a benchmark.
+        """The compression of row `name` on a benchmark.
 
         Raises:
-          BenchmarkError: when the paper does not test it there.
+          BenchmarkError: if the row has no value for the benchmark.
         """
         if benchmark not in self.frames:
             raise BenchmarkError(
                 f"--settings={name}: the paper has no frames for {benchmark}, only for "
-                f"{', '.join(self.frames)}; give --num_frames and the rest yourself"
+                f"{', '.join(self.frames)}; set --num_frames and the other flags instead"
             )
         return CompressionConfig(
             num_frames=self.frames[benchmark],
@@ -83,8 +83,8 @@ def _row(pool: int, sample: int, *frames: int) -> PaperSettings:
     return PaperSettings(pool, sample, dict(zip(names, frames, strict=True)))
 
 
-# The number of frames that was best on the benchmark itself, of 8 to 512. The paper has no row for the
-# models that were trained on 128 frames.
+# The best number of frames on each benchmark, out of 8 to 512. The table has no row for the models
+# trained on 128 frames.
 PAPER_SETTINGS = types.MappingProxyType(
     {
         "storm_8f": _row(1, 1, 8, 64, 32, 64),

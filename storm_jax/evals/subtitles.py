@@ -1,4 +1,4 @@
-"""Files of subtitles, and which of their lines are shown at given times."""
+"""Reads subtitle files, and selects the lines shown at given times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A subtitle, shown from `start` to before `end`, in seconds."""
+    """A subtitle, shown from `start` until just before `end`, in seconds."""
 
     start: float
     end: float
@@ -27,8 +27,8 @@ class Line:
 
 
 def read_srt(path: pathlib.Path) -> list[Line]:
-    """The subtitles of a file in their order, without formatting. A line of times begins one; the number
-    before it is not part of the one before."""
+    """Reads the subtitles of an .srt file, without formatting. Each starts at a line of times; the number
+    above that line is dropped."""
     data = path.read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
@@ -36,17 +36,17 @@ def read_srt(path: pathlib.Path) -> list[Line]:
     spans = {number: span for number, row in enumerate(rows) if (span := _SPAN.match(row))}
     lines = []
     for start, end in itertools.pairwise([*spans, len(rows) + 1]):
-        said = rows[start + 1 : end - 1]
+        text_rows = rows[start + 1 : end - 1]
         if end <= len(rows) and not rows[end - 1].strip().isdigit():
-            said.append(rows[end - 1])
+            text_rows.append(rows[end - 1])
         first, last = (_seconds(time.replace(",", ".")) for time in spans[start].groups())
-        lines.append(Line(first, last, " ".join(_TAG.sub("", " ".join(said)).split())))
+        lines.append(Line(first, last, " ".join(_TAG.sub("", " ".join(text_rows)).split())))
     return lines
 
 
 def read_json(path: pathlib.Path, duration: float) -> list[Line]:
-    """LongVideoBench's subtitles, whose lines are {"timestamp": [start, end], "text"} or {"start": "H:M:S",
-    "end": "H:M:S", "line"}; one without an end lasts until `duration`."""
+    """Reads subtitles of LongVideoBench: {"timestamp": [start, end], "text"} or {"start": "H:M:S",
+    "end": "H:M:S", "line"}. Those without an end last until `duration`."""
     lines = []
     for row in json.loads(path.read_text(encoding="utf-8")):
         if "timestamp" in row:
@@ -58,7 +58,7 @@ def read_json(path: pathlib.Path, duration: float) -> list[Line]:
 
 
 def shown_at(lines: Sequence[Line], times: np.ndarray) -> list[Line]:
-    """The lines with text that are shown at one of the times, in the order of the file."""
+    """The non-empty lines shown at any of the times, in file order."""
     return [
         line for line in lines if line.text and ((line.start <= times) & (times < line.end)).any()
     ]

@@ -1,5 +1,4 @@
-"""Accuracy against visual tokens and latency, over several compressions (in the manner of the paper's
-Figure 4)."""
+"""Accuracy against visual tokens and time for several compressions, like the paper's Figure 4."""
 
 from __future__ import annotations
 
@@ -7,83 +6,129 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals.benchmark import BenchmarkError
-from storm_jax.evals.report import markdown
-from storm_jax.evals.scoring import Estimate, Scores
+from storm_jax.evals.evaluation import (
+    COMPRESSION_FIELDS,
+    LazyPredictor,
+    evaluate,
+    report_folder,
+    resolve_compression,
+)
+from storm_jax.evals.questions import BenchmarkError
+from storm_jax.evals.report.files import Report
+from storm_jax.evals.report.sweep_plot import Point, draw_sweep
+from storm_jax.evals.report.text import markdown
 from storm_jax.files import write_atomically
-
-FIELDS = tuple(field.name for field in dataclasses.fields(CompressionConfig))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Point:
-    """One evaluation of a sweep: mean visual tokens and median seconds of a question."""
-
-    compression: CompressionConfig
-    accuracy: Estimate
-    visual_tokens: float
-    seconds: float
+from storm_jax.inference.predictor import Predictor
 
 
-def point(compression: CompressionConfig, scores: Scores) -> Point | None:
-    """What a sweep keeps of an evaluation, None where no answer is public."""
-    if scores.headline is None:
-        return None
-    return Point(
-        compression=compression,
-        accuracy=scores.headline,
-        visual_tokens=scores.visual_tokens,
-        seconds=scores.seconds,
-    )
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The reports of a sweep, None where other shards still have questions to ask; and the files written,
+    none if a report or its score is missing."""
+
+    reports: Sequence[Report | None]
+    files: Sequence[pathlib.Path]
 
 
-def parse(texts: Sequence[str]) -> dict[str, list[int]]:
-    """`num_frames=8,16` to values by field.
+def sweep(
+    run: str | pathlib.Path | Predictor,
+    benchmark: str,
+    values: Mapping[str, Sequence[int]],
+    *,
+    step: int | None = None,
+    **options: Any,
+) -> Sweep:
+    """Evaluates with every combination of `values`, the first field changing fastest.
+
+        storm_jax.evals.sweep("runs/sft", "mlvu", {"num_frames": [8, 16, 32]}, data_root="data/mlvu")
+
+    Writes sweep.json, a table and a plot next to the reports.
+
+    Args:
+      values: by field of the compression.
+      step, options: as in `evaluate`.
+    """
+    model = LazyPredictor(run, step)
+    overrides = {name: options.pop(name, None) for name in COMPRESSION_FIELDS}
+    reports: list[Report | None] = []
+    for combination in _combinations(values):
+        print(", ".join(f"{name}={combination[name]}" for name in values), flush=True)
+        report = evaluate(model, benchmark, **options, **overrides | combination)
+        if report:
+            print(report, *report.files, sep="\n", flush=True)
+        reports.append(report)
+    points = [
+        Point(
+            compression=report.settings.compression,
+            accuracy=report.scores.headline,
+            visual_tokens=report.scores.visual_tokens,
+            seconds=report.scores.seconds,
+        )
+        for report in reports
+        if report and report.settings and report.scores.headline
+    ]
+    last = reports[-1]
+    if len(points) < len(reports) or last is None or last.settings is None:
+        return Sweep(reports, ())
+    trained = model.run.config.compression
+    base = resolve_compression(trained, benchmark, options.get("settings", ""), overrides)
+    unswept = dataclasses.replace(last.settings, compression=base)
+    sibling = report_folder(model, last.benchmark, unswept)
+    folder = sibling.with_name(f"sweep_{'_'.join(values)}_{sibling.name}")
+    title = f"{last.benchmark.title} {last.split}, step {model.step}"
+    files = _write(points, list(values), last.scores.headline_name, title, trained, folder)
+    return Sweep(reports, files)
+
+
+def parse_sweep(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Reads values like `num_frames=8,16`, by field.
 
     Raises:
-      BenchmarkError: for anything else.
+      BenchmarkError: for anything else, and if a field is repeated.
     """
-    swept: dict[str, list[int]] = {}
+    values: dict[str, list[int]] = {}
     for text in texts:
-        name, _, values = text.partition("=")
-        if name not in FIELDS or name in swept:
+        name, _, listed = text.partition("=")
+        if name not in COMPRESSION_FIELDS or name in values:
             raise BenchmarkError(
-                f"--sweep={text}: it must be FIELD=VALUE,VALUE with each FIELD of {', '.join(FIELDS)} once"
+                f"--sweep={text}: must be FIELD=VALUE,VALUE; the fields are "
+                f"{', '.join(COMPRESSION_FIELDS)}, each at most once"
             )
         try:
-            swept[name] = [int(value) for value in values.split(",")]
+            values[name] = [int(value) for value in listed.split(",")]
         except ValueError:
-            swept[name] = []
-        if not swept[name] or min(swept[name]) < 1:
-            raise BenchmarkError(f"--sweep={text}: the values must be whole numbers from 1")
-    return swept
+            values[name] = []
+        if not values[name] or min(values[name]) < 1:
+            raise BenchmarkError(f"--sweep={text}: values must be positive integers")
+    return values
 
 
-def compressions(
-    swept: dict[str, list[int]], base: CompressionConfig
-) -> Iterator[CompressionConfig]:
-    """`base` with every combination of the values, the first field changing fastest."""
-    names = list(swept)[::-1]
-    for values in itertools.product(*(swept[name] for name in names)):
-        yield dataclasses.replace(base, **dict(zip(names, values, strict=True)))
+def _combinations(values: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    names = list(values)[::-1]
+    for combination in itertools.product(*(values[name] for name in names)):
+        yield dict(zip(names, combination, strict=True))
 
 
-def write(
-    points: Sequence[Point], swept: Sequence[str], headline: str, title: str, folder: pathlib.Path
+def _write(
+    points: Sequence[Point],
+    fields: Sequence[str],
+    headline: str,
+    title: str,
+    trained: CompressionConfig,
+    folder: pathlib.Path,
 ) -> list[pathlib.Path]:
-    """Writes sweep.json, sweep.md and sweep.png; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"sweep.{ending}" for ending in ("json", "md", "png")]
     records = [dataclasses.asdict(point) for point in points]
     write_atomically(paths[0], json.dumps(records, indent=2) + "\n")
-    head = (*swept, headline, "95 % interval", "visual tokens", "seconds a question")
+    head = (*fields, headline, "95 % interval", "visual tokens", "seconds per question")
     rows = [
         (
-            *(str(getattr(point.compression, name)) for name in swept),
+            *(str(getattr(point.compression, name)) for name in fields),
             f"{point.accuracy.value:.1%}",
             f"{point.accuracy.low:.1%} - {point.accuracy.high:.1%}",
             f"{point.visual_tokens:,.0f}",
@@ -92,48 +137,5 @@ def write(
         for point in points
     ]
     write_atomically(paths[1], f"{title}\n\n{markdown([head, *rows])}\n")
-    _draw(points, swept, headline, title, paths[2])
+    draw_sweep(paths[2], points, fields, headline, title, trained)
     return paths
-
-
-def _draw(
-    points: Sequence[Point], swept: Sequence[str], headline: str, title: str, path: pathlib.Path
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    along, *others = swept
-    lines: dict[str, list[Point]] = defaultdict(list)
-    for point in points:
-        label = ", ".join(f"{name}={getattr(point.compression, name)}" for name in others)
-        lines[label].append(point)
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, name, unit in zip(
-        axes, ("visual_tokens", "seconds"), ("visual tokens", "seconds a question"), strict=True
-    ):
-        for label, members in lines.items():
-            x = [getattr(point, name) for point in members]
-            y = [point.accuracy.value * 100 for point in members]
-            low = [value - p.accuracy.low * 100 for value, p in zip(y, members, strict=True)]
-            high = [p.accuracy.high * 100 - value for value, p in zip(y, members, strict=True)]
-            axis.errorbar(x, y, (low, high), marker="o", capsize=2, label=label)
-            for point, at, value in zip(members, x, y, strict=True):
-                axis.annotate(
-                    str(getattr(point.compression, along)),
-                    (at, value),
-                    textcoords="offset points",
-                    xytext=(4, 4),
-                    fontsize=8,
-                )
-        axis.set_xlabel(unit)
-        if name == "visual_tokens":
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter("{x:,.0f}")
-    axes[0].set_ylabel(f"{headline} in %, with its 95 % interval")
-    if others:
-        axes[0].legend(fontsize=8)
-    figure.suptitle(f"{title}; the numbers are {along}", fontsize=10)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

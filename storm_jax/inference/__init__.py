@@ -1,1 +1,1 @@
-"""Answers from a trained run: generation with a key-value cache, and batching over samples."""
+"""Answers from a trained run: generation with a key-value cache, batched over samples."""

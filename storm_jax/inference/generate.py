@@ -1,8 +1,8 @@
-"""Autoregressive generation: one prefill of whole prompts, then a token per row at a time.
+"""Autoregressive generation: one prefill of whole prompts, then one token per row and step.
 
-Prompts of unequal length are padded on the right. A cache slot is a position, so a row's first new
-token overwrites the first padding slot, and padding is never seen: it lies at later positions than
-every token that could look at it.
+Prompts are padded on the right. Cache slots are indexed by position, so a row's first new token
+overwrites its first padding slot. Padding is never attended to, since it has later positions than any
+query.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from storm_jax.models.storm import Storm
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedily at temperature 0, else from the smallest set of tokens whose
-    probabilities reach `top_p` (Holtzman et al., arXiv 1904.09751)."""
+    """How tokens are chosen: greedily at temperature 0, otherwise sampled from the smallest set of tokens
+    whose probabilities add up to `top_p` (Holtzman et al., arXiv 1904.09751)."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -44,14 +44,14 @@ def generate(
     sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> jax.Array:
-    """Continues each prompt until it ends.
+    """Continues each prompt until a stop token or `max_new_tokens`.
 
     Args:
-      batch: `tokens` and `visual_index`, int [B, S], of rows of one sample each (see
-        `storm_jax.data.rows`), and `lengths`, int [B], 0 for an empty row, which is not continued.
+      batch: `tokens` and `visual_index`, int [B, S], one sample per row (see `storm_jax.data.rows`), and
+        `lengths`, int [B]; rows of length 0 are empty and are not continued.
       visual: [B, V, D], the rows' visual tables (see `Storm.encode`).
-      key: of the random draws; unused at temperature 0.
-      stop_ids: each ends an answer; the first fills what follows.
+      key: random key; unused at temperature 0.
+      stop_ids: tokens that end an answer; the rest of the row is padded with the first of them.
 
     Returns:
       int32 [B, max_new_tokens].
@@ -79,18 +79,18 @@ def generate(
 
 
 def score_first(
-    model: Storm, batch: dict[str, jax.Array], visual: jax.Array, candidates: tuple[int, ...]
+    model: Storm, batch: dict[str, jax.Array], visual: jax.Array, candidates: jax.Array
 ) -> jax.Array:
-    """Log-probabilities of the `candidates` (token ids) as the first token of each answer, fp32
-    [B, len(candidates)]; `batch` and `visual` as in `generate`."""
+    """Log-probabilities of `candidates`, int [B, K], as the first token of each answer, fp32 [B, K];
+    `batch` and `visual` as in `generate`."""
     logits, _ = prefill(model, batch, visual, batch["tokens"].shape[1])
-    return jax.nn.log_softmax(logits, axis=-1)[:, jnp.array(candidates)]
+    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), candidates, axis=-1)
 
 
 def prefill(
     model: Storm, batch: dict[str, jax.Array], visual: jax.Array, cache_length: int
 ) -> tuple[jax.Array, Cache]:
-    """Reads whole prompts; `batch` and `visual` as in `generate`.
+    """Runs whole prompts through the decoder; `batch` and `visual` as in `generate`.
 
     Returns:
       fp32 logits [B, V] of the token after each prompt, and a cache of `cache_length` slots.
@@ -107,20 +107,20 @@ def prefill(
 def decode_step(
     model: Storm, tokens: jax.Array, positions: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Reads one token per row, int [B], at its position, int [B]; logits of the next [B, V]."""
+    """Runs one token per row, int [B], at its position, int [B]; returns logits [B, V] of the next."""
     x = model.decoder.embed(tokens[:, None])  # [B, 1, D]
     hidden, extended = model.decode(x, positions[:, None], cache=cache)
     return _logits(model, hidden), cast(Cache, extended)
 
 
 def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token of each row, int [B], from fp32 logits [B, V]."""
+    """Chooses the next token of each row, int [B], from fp32 logits [B, V]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     order = jnp.argsort(logits, axis=-1, descending=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the tokens ranked higher
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # total probability of higher ranks
     rank = jax.random.categorical(key, jnp.where(before < sampling.top_p, ranked, -jnp.inf))
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
 

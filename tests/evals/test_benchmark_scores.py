@@ -14,10 +14,10 @@ import pytest
 from benchmark_trees import FakeModel, Videos, always_a, failing, oracle, rambler
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
-from storm_jax.evals.check import check
-from storm_jax.evals.runner import evaluate
+from storm_jax.evals.checks import check_questions
+from storm_jax.evals.questions import BenchmarkError
+from storm_jax.evals.runner import run_benchmark
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.media.frames import frame_files
 from storm_jax.media.media import Media, MediaError
@@ -101,7 +101,7 @@ def ask(tree: Tree, root, folder, reply, **options):
     benchmark = BENCHMARKS[tree.benchmark]
     questions = benchmark.questions(root, tree.split)
     model = FakeModel(questions, reply)
-    report = evaluate(
+    report = run_benchmark(
         benchmark,
         questions,
         settings_of(benchmark, tree.split),
@@ -158,8 +158,8 @@ def published_order(tree: Tree) -> list[str]:
 def test_every_clip_is_found_and_can_be_read(tree, roots):
     benchmark = BENCHMARKS[tree.benchmark]
     questions = benchmark.questions(roots[tree.write], tree.split)
-    found = check(benchmark, tree.split, questions, roots[tree.write])
-    assert "  every video is here" in found.lines
+    found = check_questions(benchmark, tree.split, questions, roots[tree.write])
+    assert "  no video is missing" in found.lines
     assert not found.complete  # 20 rows are not what was published
     kinds = {(q.media.path.suffix, q.media.end): q for q in questions}
     for question in kinds.values():
@@ -192,8 +192,8 @@ def test_videos_that_are_absent_count_as_wrong_and_no_model_is_asked(roots, tmp_
     assert report.scores.headline.value == 18 / 24
     (root / "videos.tar.part.aa").write_bytes(b"")
     questions = BENCHMARKS["longvideobench"].questions(root, "val")
-    told = check(BENCHMARKS["longvideobench"], "val", questions, root).lines
-    assert "  missing videos: 3, of 6 questions" in told
+    told = check_questions(BENCHMARKS["longvideobench"], "val", questions, root).lines
+    assert "  missing videos: 3 (of 6 questions)" in told
     assert "    15: 6 (PUBLISHED: 189), 4 without a video" not in told
     assert "    15: 6 (PUBLISHED: 189), 2 without a video" in told
     assert "  not unpacked? videos.tar.part.aa" in told
@@ -227,12 +227,12 @@ def test_keys_that_are_not_public_are_not_scored(roots, tmp_path):
 def test_a_key_without_an_option_is_said_and_never_right(roots, tmp_path):
     benchmark, root = BENCHMARKS["mlvu"], roots["mlvu_dev_authors"]
     questions = benchmark.questions(root, "dev")
-    told = check(benchmark, "dev", questions, root).lines
-    assert "  with an answer that is none of the options: needle/2" in told
+    told = check_questions(benchmark, "dev", questions, root).lines
+    assert "  with an answer that is not among the options: needle/2" in told
     for letter in "ABCD":
         model = FakeModel(questions, lambda i, q, letter=letter: letter)
         settings = settings_of(benchmark, "dev")
-        report = evaluate(
+        report = run_benchmark(
             benchmark,
             questions,
             settings,
@@ -241,7 +241,7 @@ def test_a_key_without_an_option_is_said_and_never_right(roots, tmp_path):
             identity={},
             about={},
         )
-        assert not next(row for row in report.rows if row.question.id == "needle/2").right
+        assert not next(row for row in report.replies if row.question.id == "needle/2").right
 
 
 def test_a_folder_of_frames_that_may_not_be_read_is_one_failure(tmp_path):
@@ -268,7 +268,7 @@ def test_another_styles_parser_gives_its_own_figures(roots, tmp_path):
 @pytest.mark.parametrize(
     ("benchmark", "split", "files", "problem"),
     [
-        ("videomme", "test", {}, "has none of the annotation files of Video-MME"),
+        ("videomme", "test", {}, "contains none of Video-MME's annotation files"),
         ("egoschema", "subset", {"questions.json": "[]"}, "has no subset_answers.json"),
         ("mvbench", "test", {}, "has no folder json/"),
         ("mlvu", "generation", {}, "has no MLVU/json/"),
@@ -278,9 +278,9 @@ def test_another_styles_parser_gives_its_own_figures(roots, tmp_path):
             "longvideobench",
             "val",
             {"lvb_val.json": '[{"id": 1}]'},
-            "a row is not as LongVideoBench",
+            "a row does not have the fields of LongVideoBench",
         ),
-        ("longvideobench", "val", {"lvb_val.json": "[]"}, "holds no question"),
+        ("longvideobench", "val", {"lvb_val.json": "[]"}, "contains no questions"),
         ("videomme", "test", {"test-0.parquet": "nothing"}, "test-0.parquet cannot be read"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-
 from storm_jax.evals.contact_sheet import Panel, draw_contact_sheet
 
 

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import NamedTuple
 
 import benchmark_trees as trees
 import numpy as np
 import pytest
 from benchmark_trees import Videos
 
-from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
-from storm_jax.evals.questions import Prompt
-from storm_jax.text.sample import Caption
+from storm_jax.evals.questions import BenchmarkError
+from storm_jax.text.sample import Caption, Sample
+
+
+class Prompt(NamedTuple):
+    """The text of a sample."""
+
+    user: str
+    system: str = ""
+    opening: str = ""
+
+    @classmethod
+    def of(cls, sample: Sample) -> Prompt:
+        turns = {turn.role: turn.text for turn in sample.turns}
+        assert [turn.role for turn in sample.turns] == ["system", "user"][-len(turns) :]
+        return cls(turns["user"], turns.get("system", ""), sample.opening)
+
 
 SELECT = "Select the best answer to the following multiple-choice question based on the video"
 LETTER = "Respond with only the letter (A, B, C, or D) of the correct option.\n"
@@ -129,7 +144,9 @@ def test_prompts_are_those_of_the_style(key, roots):
     layout, split, row, style = key
     benchmark = BENCHMARKS[layout.partition("_")[0]]
     question = benchmark.questions(roots[layout], split)[row]
-    assert benchmark.prompts[style](question) == GOLDEN[key]
+    sample = benchmark.prompts[style](question)
+    assert Prompt.of(sample) == GOLDEN[key]
+    assert (sample.id, sample.media, sample.captions) == (question.id, (question.media,), ())
 
 
 def test_every_style_has_a_golden_prompt():
@@ -166,8 +183,10 @@ def test_subtitles_stand_where_the_style_has_them(style, roots):
     prompt = benchmark.prompts[style]
     end = ENDS.get(style, f"What is 1?\n{FOUR}The best answer is:")
     said = dataclasses.replace(question, captions=(Caption(0, "Hi"), Caption(1, "you")))
-    assert prompt(said) == Prompt(SUBTITLED[style] + end)
-    assert prompt(dataclasses.replace(question, captions=())) == Prompt(WITHOUT[style] + end)
+    assert Prompt.of(prompt(said)) == Prompt(SUBTITLED[style] + end)
+    without = prompt(dataclasses.replace(question, captions=()))
+    assert Prompt.of(without) == Prompt(WITHOUT[style] + end)
+    assert prompt(said).captions == ()
 
 
 def test_only_subtitles_of_the_frames_that_are_seen_are_given(roots):
@@ -202,9 +221,10 @@ def test_subtitles_of_longvideobench_stand_where_they_are_said(roots):
     assert [caption.text for caption in found] == ["short, at 2.1", "at 4", "to the end"]
     np.testing.assert_allclose([caption.time for caption in found], [2.1, 4.0, 8.75])
     assert benchmark.captions(second, times) == []
-    assert benchmark.captions_among_frames
     for prompt in benchmark.prompts.values():
-        assert prompt(dataclasses.replace(first, captions=tuple(found))) == prompt(first)
+        captioned = prompt(dataclasses.replace(first, captions=tuple(found)))
+        assert captioned.captions == tuple(found)
+        assert dataclasses.replace(captioned, captions=()) == prompt(first)
 
 
 def test_words_that_stand_for_media_are_not_taken_for_them(tmp_path):
@@ -216,7 +236,7 @@ def test_words_that_stand_for_media_are_not_taken_for_them(tmp_path):
     trees.write_json(tmp_path / "lvb_val.json", rows)
     (question,) = BENCHMARKS["longvideobench"].questions(tmp_path, "val")
     prompt = BENCHMARKS["longvideobench"].prompts["vila"](question)
-    assert prompt.user.startswith("<video>\nWhat  is ?\nA. x\nB. y")
+    assert Prompt.of(prompt).user.startswith("<video>\nWhat  is ?\nA. x\nB. y")
 
 
 def test_a_style_or_split_that_a_benchmark_lacks_is_named():

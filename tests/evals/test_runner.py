@@ -18,10 +18,10 @@ from benchmark_trees import FakeModel, Videos, failing, oracle
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.journal import Journal
-from storm_jax.evals.questions import Answer
-from storm_jax.evals.runner import evaluate
+from storm_jax.evals.runner import run_benchmark
 from storm_jax.evals.settings import PAPER_SETTINGS, EvalSettings
 from storm_jax.inference.generate import Sampling
+from storm_jax.inference.prediction import Prediction
 from storm_jax.run import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def ask(root, folder, reply=oracle, settings=SETTINGS, model=None, **options):
     questions = benchmark.questions(root, settings.split)
     model = model or FakeModel(questions, reply)
     options = {"identity": {"step": 3}, "about": {}} | options
-    report = evaluate(benchmark, questions, settings, folder, lambda: model, **options)
+    report = run_benchmark(benchmark, questions, settings, folder, lambda: model, **options)
     return report, model
 
 
@@ -57,8 +57,8 @@ class DyingModel(FakeModel):
 
     left = 7
 
-    def predict(self, samples, **how):
-        for item in super().predict(samples, **how):
+    def ask(self, batch, samples, **how):
+        for item in super().ask(batch, samples, **how):
             if self.left == 0:
                 raise KilledError
             self.left -= 1
@@ -84,9 +84,9 @@ def test_only_the_rest_is_asked_and_failures_are_asked_again(root, tmp_path):
 
 def test_shares_make_one_report_whoever_ends_last(root, tmp_path):
     whole, _ = ask(root, tmp_path / "whole", failing)
-    first, one = ask(root, tmp_path / "shared", failing, share=(0, 2))
+    first, one = ask(root, tmp_path / "shared", failing, shard=(0, 2))
     assert first is None and not (tmp_path / "shared/results.json").exists()
-    last, two = ask(root, tmp_path / "shared", failing, share=(1, 2))
+    last, two = ask(root, tmp_path / "shared", failing, shard=(1, 2))
     assert len(one.asked) == len(two.asked) == 12
     assert {i.split("_")[0] for i in one.asked}.isdisjoint(i.split("_")[0] for i in two.asked)
     assert last.scores == whole.scores
@@ -128,12 +128,12 @@ def test_answers_to_other_questions_are_not_taken_for_these(root, tmp_path):
 def test_two_processes_do_not_write_one_journal(root, tmp_path):
     journal = Journal(tmp_path, (0, 1))
     with journal.writing() as writer:
-        writer.add("a", Answer(reply="x"))
+        writer.add("a", Prediction(text="x"))
         other = Journal(tmp_path, (0, 1)).writing()
-        with pytest.raises(RunError, match=r"another process is answering .*answers.0-of-1.jsonl"):
+        with pytest.raises(RunError, match=r"another process is writing .*answers.0-of-1.jsonl"):
             other.__enter__()
-        writer.add("b", Answer(reply="y"))
-    assert journal.answers() == {"a": Answer(reply="x"), "b": Answer(reply="y")}
+        writer.add("b", Prediction(text="y"))
+    assert journal.predictions() == {"a": Prediction(text="x"), "b": Prediction(text="y")}
 
 
 def test_limit_asks_the_first_and_says_so(root, tmp_path):
@@ -163,9 +163,14 @@ def test_the_model_is_asked_as_the_settings_say(root, tmp_path):
     seen = {}
 
     class Model(FakeModel):
-        def predict(self, samples, **how):
+        def encode(self, media, **how):
             seen.update(how)
-            yield from super().predict(samples, **how)
+            yield from super().encode(media, **how)
+
+        def ask(self, batch, samples, **how):
+            seen.setdefault("sampling", how["sampling"])
+            seen.setdefault("choices", []).extend(how["choices"])
+            yield from super().ask(batch, samples, **how)
 
     questions = BENCHMARKS["longvideobench"].questions(root, "val")
     settings = EvalSettings(
@@ -184,19 +189,21 @@ def test_the_model_is_asked_as_the_settings_say(root, tmp_path):
     )
     assert (seen["sampling"], seen["batch_size"]) == (Sampling(32), 3)
     assert seen["choices"][:3] == ["ABCDE", "ABCD", "ABC"]
-    assert len(seen["with_clips"]) == 8  # two of each duration
+    assert seen["preview_frames"] == 8
 
 
 def test_journals_of_several_processes_are_one(tmp_path):
-    for share in ((0, 2), (1, 2)):
-        journal = Journal(tmp_path, share)
+    for shard in ((0, 2), (1, 2)):
+        journal = Journal(tmp_path, shard)
         with journal.writing() as writer:
-            writer.add("a", Answer(reply="x") if share[0] else Answer(error="e", cause="missing"))
-            writer.add(f"b{share[0]}", Answer(reply="y"))
-    assert Journal(tmp_path).answers() == {
-        "a": Answer(reply="x"),
-        "b0": Answer(reply="y"),
-        "b1": Answer(reply="y"),
+            writer.add(
+                "a", Prediction(text="x") if shard[0] else Prediction(error="e", cause="missing")
+            )
+            writer.add(f"b{shard[0]}", Prediction(text="y"))
+    assert Journal(tmp_path).predictions() == {
+        "a": Prediction(text="x"),
+        "b0": Prediction(text="y"),
+        "b1": Prediction(text="y"),
     }
 
 

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 from storm_jax.evals import predictions
-from storm_jax.evals.benchmark import BenchmarkError
-from storm_jax.evals.questions import Answer, Question, Row
-from storm_jax.evals.scoring import estimate, parse_rows, wilson_interval
+from storm_jax.evals.questions import BenchmarkError, Question
+from storm_jax.evals.replies import ScoredReply, parse_replies
+from storm_jax.evals.scoring import estimate, wilson_interval
+from storm_jax.inference.prediction import Prediction
 from storm_jax.media.media import Media
 
 
-def rows(right: list[bool], videos: list[str], groups: list[str] | None = None) -> list[Row]:
+def replies(
+    right: list[bool], videos: list[str], groups: list[str] | None = None
+) -> list[ScoredReply]:
     groups = groups or [""] * len(right)
     return [
-        Row(
+        ScoredReply(
             Question(
                 id=str(i),
                 video=video,
@@ -28,7 +31,7 @@ def rows(right: list[bool], videos: list[str], groups: list[str] | None = None) 
                 answer="A",
                 groups={"g": group},
             ),
-            Answer(reply="A" if is_right else "B"),
+            Prediction(text="A" if is_right else "B"),
             "A" if is_right else "B",
         )
         for i, (is_right, video, group) in enumerate(zip(right, videos, groups, strict=True))
@@ -44,22 +47,22 @@ def test_wilson_interval_is_the_published_one():
 
 
 def test_independent_questions_have_wilsons_interval():
-    found = estimate(rows([True] * 8 + [False] * 2, [str(i) for i in range(10)]), "")
+    found = estimate(replies([True] * 8 + [False] * 2, [str(i) for i in range(10)]), "")
     assert found.value == 0.8
     assert (found.low, found.high) == pytest.approx(wilson_interval(0.8, 10))
 
 
 def test_a_video_that_is_asked_about_three_times_counts_once_where_its_answers_agree():
     right = [True] * 8 + [False] * 2
-    once = estimate(rows(right, [str(i) for i in range(10)]), "")
-    thrice = estimate(rows(right * 3, [str(i) for i in range(10)] * 3), "")
+    once = estimate(replies(right, [str(i) for i in range(10)]), "")
+    thrice = estimate(replies(right * 3, [str(i) for i in range(10)] * 3), "")
     assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
-    all_right = estimate(rows([True] * 30, [str(i) for i in range(10)] * 3), "")
+    all_right = estimate(replies([True] * 30, [str(i) for i in range(10)] * 3), "")
     assert (all_right.low, all_right.high) == pytest.approx(wilson_interval(1, 10))
 
 
 def test_questions_that_disagree_within_a_video_are_no_surer_than_independent_ones():
-    mixed = estimate(rows([True, False] * 10, [str(i // 2) for i in range(20)]), "")
+    mixed = estimate(replies([True, False] * 10, [str(i // 2) for i in range(20)]), "")
     assert (mixed.low, mixed.high) == pytest.approx(wilson_interval(0.5, 20))
 
 
@@ -70,7 +73,7 @@ def test_the_mean_of_groups_and_its_interval_are_those_of_a_simulation(rng):
     for _ in range(400):
         groups = [name for name, size in sizes.items() for _ in range(size)]
         right = [bool(rng.random() < true[name]) for name in groups]
-        found = estimate(rows(right, [str(i) for i in range(220)], groups), "g")
+        found = estimate(replies(right, [str(i) for i in range(220)], groups), "g")
         by_hand = np.mean([np.mean(right[:20]), np.mean(right[20:])])
         assert found.value == pytest.approx(by_hand)
         covered += found.low <= 0.55 <= found.high
@@ -87,12 +90,12 @@ def test_failures_and_what_cannot_be_parsed_are_wrong():
         answer="A",
         groups={},
     )
-    answers = {"1": Answer(error="it is gone", cause="missing")}
-    (row,) = parse_rows([question], answers, lambda reply, q: "A")
-    assert (row.right, row.status, row.parsed) == (False, "missing", None)
-    (row,) = parse_rows([question], {"1": Answer(reply="?")}, lambda reply, q: None)
-    assert (row.right, row.status) == (False, "unparsed")
-    assert parse_rows([question], {}, lambda reply, q: "A") == []
+    answers = {"1": Prediction(error="it is gone", cause="missing")}
+    (reply,) = parse_replies([question], answers, lambda reply, q: "A")
+    assert (reply.right, reply.status, reply.parsed) == (False, "missing", None)
+    (reply,) = parse_replies([question], {"1": Prediction(text="?")}, lambda reply, q: None)
+    assert (reply.right, reply.status) == (False, "unparsed")
+    assert parse_replies([question], {}, lambda reply, q: "A") == []
     unkeyed = Question(
         id="1",
         video="v",
@@ -102,8 +105,8 @@ def test_failures_and_what_cannot_be_parsed_are_wrong():
         answer=None,
         groups={},
     )
-    (row,) = parse_rows([unkeyed], {"1": Answer(reply="A")}, lambda reply, q: "A")
-    assert not row.right
+    (reply,) = parse_replies([unkeyed], {"1": Prediction(text="A")}, lambda reply, q: "A")
+    assert not reply.right
 
 
 def test_a_line_of_predictions_is_the_row_again(tmp_path):
@@ -111,11 +114,11 @@ def test_a_line_of_predictions_is_the_row_again(tmp_path):
         id="1", video="v", media=Media(kind="video", name="v"), text="?", options=("x", "y"), answer="A", groups={"g": "1"}, lines=("A. x", "B. y"),
         guess=0.25, extra={"scoring_points": "p\u2028q", "settings": object()},
     )  # fmt: skip
-    row = Row(question, Answer(reply="A", visual_tokens=3, seconds=0.25), "A")
+    reply = ScoredReply(question, Prediction(text="A", visual_tokens=3, seconds=0.25), "A")
     path = tmp_path / "predictions.jsonl"
-    path.write_text(json.dumps(predictions.to_line(row), ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(predictions.to_line(reply), ensure_ascii=False) + "\n")
     (again,), answers = predictions.read(path, None)
-    assert answers == {"1": row.answer}
+    assert answers == {"1": reply.prediction}
     plain = {"scoring_points": "p\u2028q"}
     assert again == dataclasses.replace(question, extra=plain)
 
@@ -123,7 +126,10 @@ def test_a_line_of_predictions_is_the_row_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"id": "1", "reply": "A"}\n{"id": "1", "re\n{"id": "2", "reply": "B"}', ":2 is no JSON"),
+        (
+            '{"id": "1", "reply": "A"}\n{"id": "1", "re\n{"id": "2", "reply": "B"}',
+            ":2 is not valid JSON",
+        ),
         (
             '{"id": "1", "reply": "A"}\n\n{"id": "1", "reply": "B"}',
             "the id '1' occurs more than once",
@@ -131,7 +137,7 @@ def test_a_line_of_predictions_is_the_row_again(tmp_path):
         ('{"id": "1"}', "a line has no 'reply'"),
         (
             '{"id": "9", "reply": "A"}',
-            "1 ids are none of the benchmark's, such as '9'; .* like '0'",
+            "1 ids are not in the benchmark, e.g. '9'; .* like '0'",
         ),
         ("[1]", ":1 must be an object"),
         ("", "is empty"),
@@ -140,10 +146,10 @@ def test_a_line_of_predictions_is_the_row_again(tmp_path):
 def test_files_of_predictions_that_cannot_be_scored_are_refused(text, problem, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(text)
-    questions = [row.question for row in rows([True, True], ["a", "b"])]
+    questions = [reply.question for reply in replies([True, True], ["a", "b"])]
     with pytest.raises(BenchmarkError, match=problem):
         predictions.read(path, questions)
-    if "none of the" not in problem:
+    if "not in the benchmark" not in problem:
         with pytest.raises(BenchmarkError):
             predictions.read(path, None)
 
@@ -151,9 +157,9 @@ def test_files_of_predictions_that_cannot_be_scored_are_refused(text, problem, t
 def test_a_null_reply_is_an_empty_one_and_a_blank_line_is_none(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"id": "0", "reply": null}\n\n{"id": 1, "reply": "B"}\n')
-    questions = [row.question for row in rows([True] * 3, ["a", "b", "c"])]
+    questions = [reply.question for reply in replies([True] * 3, ["a", "b", "c"])]
     _, answers = predictions.read(path, questions)
-    assert answers["0"] == Answer(reply="") and answers["1"] == Answer(reply="B")
+    assert answers["0"] == Prediction(text="") and answers["1"] == Prediction(text="B")
     assert answers["2"].cause == "no_reply"
 
 
@@ -168,7 +174,7 @@ def test_what_a_parser_takes_for_no_letter_of_the_row_is_unparsed():
         groups={},
     )
     for found in ("C", "I cannot tell", ""):
-        (row,) = parse_rows(
-            [question], {"1": Answer(reply="?")}, lambda reply, q, found=found: found
+        (reply,) = parse_replies(
+            [question], {"1": Prediction(text="?")}, lambda reply, q, found=found: found
         )
-        assert (row.parsed, row.status) == (None, "unparsed")
+        assert (reply.parsed, reply.status) == (None, "unparsed")

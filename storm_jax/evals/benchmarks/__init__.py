@@ -1,4 +1,4 @@
-"""The benchmarks, a module each: where their files are, their prompts to the letter, their groups."""
+"""The benchmarks, one module each: file layouts, prompts (verbatim) and groups."""
 
 from storm_jax.evals.benchmarks import egoschema, longvideobench, mlvu, mvbench, shapes, videomme
 

@@ -1,8 +1,8 @@
-"""EgoSchema (arXiv 2308.09126): 5,031 questions about egocentric clips of three minutes; the answers of
-500 are public.
+"""EgoSchema (arXiv 2308.09126): 5,031 questions about egocentric clips of three minutes; 500 answers are
+public.
 
     DIR/questions.json, DIR/subset_answers.json, DIR/good_clips_git/UID.mp4       the authors' layout
-    DIR/MC/test-*.parquet or DIR/Subset/test-*.parquet, DIR/videos/UID.mp4        the hub's
+    DIR/MC/test-*.parquet or DIR/Subset/test-*.parquet, DIR/videos/UID.mp4        the hub's layout
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
+from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.files import FileFinder, first_match, read_json, read_rows
-from storm_jax.evals.questions import Prompt, Question, Row, without_letter, without_placeholders
+from storm_jax.evals.questions import (
+    BenchmarkError,
+    Question,
+    without_letter,
+    without_placeholders,
+)
+from storm_jax.evals.replies import ScoredReply
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
+from storm_jax.text.sample import Sample
 
 LETTERS = "ABCDE"
 _DIRECTLY = "answer with the option's letter from the given choices directly."
@@ -45,7 +52,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
 
 
 def _rows(root: pathlib.Path, split: str) -> list[tuple[str, str, tuple[str, ...], str | None]]:
-    """Id, question, options with letters, and the letter of the answer where it is public."""
+    """Ids, questions, options with letters, and letters of the answers, None if not public."""
     patterns = {"subset": ("Subset/*.parquet",), "full": ("MC/*.parquet",)}[split]
     if first_match(root, patterns) is None:
         return _authors_rows(root, split, patterns)
@@ -67,7 +74,7 @@ def _authors_rows(
         key = read_json(root / "subset_answers.json")
     elif split == "subset":
         raise BenchmarkError(
-            f"{root} has no subset_answers.json, which says what is in the subset; --split=full needs none"
+            f"{root} has no subset_answers.json, which defines the subset; --split=full does not need it"
         )
     rows = []
     for record in records:
@@ -83,22 +90,22 @@ def _authors_rows(
     return rows
 
 
-def vila(question: Question) -> Prompt:
+def vila(question: Question) -> Sample:
     lines = "".join(f"{line}\n" for line in question.lines)
-    return Prompt(f"<video>\nWatching the video and {_DIRECTLY}{question.text}\n{lines}")
+    return question.sample(f"<video>\nWatching the video and {_DIRECTLY}{question.text}\n{lines}")
 
 
-def lmms(question: Question) -> Prompt:
+def lmms(question: Question) -> Sample:
     lines = "\n".join(question.lines)
-    return Prompt(f"<video>\n{question.text}\n{lines}\n{_DIRECTLY.capitalize()}")
+    return question.sample(f"<video>\n{question.text}\n{lines}\n{_DIRECTLY.capitalize()}")
 
 
-def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
-    """submission.csv for Kaggle and submission.json for the authors' server; -1 = no answer, which both
-    count as wrong."""
+def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes submission.csv for Kaggle and submission.json for the authors' server; both count -1 (no
+    answer) as wrong."""
     if split != "full":
         return []
-    answers = {row.question.id: LETTERS.find(row.parsed or "?") for row in rows}
+    answers = {reply.question.id: LETTERS.find(reply.parsed or "?") for reply in replies}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("q_uid", "answer"), *answers.items()])

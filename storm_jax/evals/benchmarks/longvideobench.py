@@ -1,10 +1,10 @@
-"""LongVideoBench (arXiv 2407.15754): questions that refer to moments of videos of 8 seconds to an hour.
+"""LongVideoBench (arXiv 2407.15754): questions about moments of videos of 8 seconds to an hour.
 
     DIR/lvb_val.json, DIR/lvb_test_wo_gt.json       the authors' annotations, or the hub's parquet files
     DIR/videos/VIDEO.mp4
     DIR/subtitles/VIDEO_en.json
 
-Subtitles, where they are asked for, stand among the frames.
+If subtitles are requested, they are inserted among the frames.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import numpy as np
 from storm_jax.evals import parsing, subtitles
 from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.files import FileFinder, read_rows
-from storm_jax.evals.questions import Prompt, Question, Row, without_placeholders
+from storm_jax.evals.questions import Question, without_placeholders
+from storm_jax.evals.replies import ScoredReply
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
-from storm_jax.text.sample import Caption
+from storm_jax.text.sample import Caption, Sample
 
 ANNOTATIONS = {
     "val": ("lvb_val.json", "validation-*.parquet", "data/validation-*.parquet"),
@@ -36,7 +37,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     questions = []
     for row in read_rows(root, ANNOTATIONS[split], "LongVideoBench"):
         options = list(row.get("candidates") or [row.get(f"option{i}") for i in range(5)])
-        while options and options[-1] in (None, "N/A"):  # what fills a row up
+        while options and options[-1] in (None, "N/A"):  # padding
             options.pop()
         choice = row.get("correct_choice")
         questions.append(
@@ -65,7 +66,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
 
 
 def captions(question: Question, times: np.ndarray) -> list[Caption]:
-    """Lines with a frame inside their time, which is at least a second long, each in its middle."""
+    """Lines with a frame in their interval, widened to at least a second; each is placed at its middle."""
     path, extra = question.subtitles, question.extra
     shown = []
     for line in subtitles.read_json(path, extra["duration"]) if path else []:
@@ -77,30 +78,34 @@ def captions(question: Question, times: np.ndarray) -> list[Caption]:
     return sorted(shown, key=lambda caption: caption.time)
 
 
-def lmms(question: Question) -> Prompt:
-    return Prompt(f"<video>\n{_asked(question)}\n{_DIRECTLY}\n")
+def lmms(question: Question) -> Sample:
+    return _sample(question, f"<video>\n{_ask(question)}\n{_DIRECTLY}\n")
 
 
-def vlmevalkit(question: Question) -> Prompt:
-    return Prompt(f"<video>{_asked(question)}\n{_DIRECTLY}")
+def vlmevalkit(question: Question) -> Sample:
+    return _sample(question, f"<video>{_ask(question)}\n{_DIRECTLY}")
 
 
-def official(question: Question) -> Prompt:
-    return Prompt(f"<video>\nQuestion: {_asked(question)}\n{_DIRECTLY}")
+def official(question: Question) -> Sample:
+    return _sample(question, f"<video>\nQuestion: {_ask(question)}\n{_DIRECTLY}")
 
 
-def _asked(question: Question) -> str:
-    options = question.listed("{letter}. {option}")
+def _ask(question: Question) -> str:
+    options = question.list_options("{letter}. {option}")
     return f"{question.text}\n{options}"
 
 
-def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
-    """The replies of the test set, for the authors' server."""
+def _sample(question: Question, user: str) -> Sample:
+    return question.sample(user, captions=question.captions or ())
+
+
+def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the replies of the test split for the authors' server."""
     if split != "test":
         return []
     path = folder / "longvideobench_test_for_submission.json"
-    replies = {row.question.id: row.answer.reply for row in rows}
-    write_atomically(path, json.dumps(replies, indent=1, ensure_ascii=False) + "\n")
+    texts = {reply.question.id: reply.prediction.text for reply in replies}
+    write_atomically(path, json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
     return [path]
 
 
@@ -129,6 +134,5 @@ BENCHMARK = Benchmark(
         "official": parsing.first_letter,
     },
     captions=captions,
-    captions_among_frames=True,
     submit=submit,
 )

@@ -4,8 +4,8 @@
     DIR/data/test-*.parquet, DIR/*.mp4                          dev or test, lmms-eval's layout
     DIR/test-ground-truth/test_mcq_gt.json, DIR/video/          test, the authors' layout; or in DIR/MLVU_Test
 
-The two generation tasks are scored by a judge: their replies are written as its input, and what it said
-is read (`eval.py score --judgements`); none is called.
+The two generation tasks are scored by a judge model, which is not called: its input is written, and its
+output is read (`eval.py score --judgements`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
-from storm_jax.evals.benchmarks.mvbench import asked
+from storm_jax.evals.benchmark import Benchmark, Split
+from storm_jax.evals.benchmarks.mvbench import question_and_options
 from storm_jax.evals.files import FileFinder, read_file, read_rows
 from storm_jax.evals.judging import write_judge_input
-from storm_jax.evals.questions import Prompt, Question, Row, letter_of, without_placeholders
+from storm_jax.evals.questions import (
+    BenchmarkError,
+    Question,
+    letter_of,
+    without_placeholders,
+)
+from storm_jax.evals.replies import ScoredReply
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
+from storm_jax.text.sample import Sample
 
 DEV = {
     "plotQA": 539, "needle": 355, "ego": 352, "count": 206, "order": 259, "anomaly_reco": 200,
@@ -35,7 +42,7 @@ TEST = {
     "plotQA": 50, "needleQA": 60, "ego": 53, "count": 60, "order": 70, "anomaly_reco": 39,
     "topic_reasoning": 91, "tutorialQA": 43, "sportsQA": 36,
 }  # fmt: skip
-# The first has the answers, too.
+# Files with the answers come first.
 TEST_FILES = (
     "test-ground-truth/test_mcq_gt.json", "test_mcq_gt.json", "leaderboard/test_question.json",
     "test_question.json", "data/*.parquet", "*.parquet",
@@ -60,7 +67,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
         return [question for task in tasks for question in _load_task(base, task)]
     if split == "generation":
         raise BenchmarkError(
-            f"--data_root={root} has no MLVU/json/: the generation tasks are in the authors' layout only"
+            f"--data_root={root} has no MLVU/json/: only the authors' layout has the generation tasks"
         )
     return _load_flat(root, ("data/*.parquet", "*.parquet"))
 
@@ -78,7 +85,7 @@ def _load_task(base: pathlib.Path, task: str) -> list[Question]:
 
 
 def _load_flat(root: pathlib.Path, patterns: Sequence[str]) -> list[Question]:
-    """One file of all tasks; where it has no ids, a row's is its number within its task."""
+    """Loads one file of all tasks. Without ids, a row is numbered within its task."""
     videos = FileFinder(root, _VIDEOS)
     numbers: Counter[str] = Counter()
     questions = []
@@ -111,7 +118,7 @@ def _question(
 
 
 def _letter(answer: Any, options: Sequence[str]) -> str | None:
-    """The key as a letter: it is one already, or the text of an option; None = not public."""
+    """The letter of an answer, which is a letter or the text of an option; None if it is not public."""
     if answer in (None, ""):
         return None
     text = str(answer)
@@ -120,46 +127,50 @@ def _letter(answer: Any, options: Sequence[str]) -> str | None:
     return text if len(text) == 1 and text.isupper() else ""
 
 
-def _or_open(prompt: Callable[[Question], Prompt]) -> Callable[[Question], Prompt]:
-    """The prompt of a multiple choice, and that of the generation tasks."""
+def _or_open(prompt: Callable[[Question], Sample]) -> Callable[[Question], Sample]:
+    """Extends a multiple-choice prompt to the generation tasks."""
 
-    def ask(question: Question) -> Prompt:
+    def ask(question: Question) -> Sample:
         if question.options:
             return prompt(question)
-        return Prompt(f"<video>\n{question.text}", _ANSWER)
+        return question.sample(f"<video>\n{question.text}", system=_ANSWER)
 
     return ask
 
 
-def lmms(question: Question) -> Prompt:
-    """The dev set asks for the best option and begins the answer in the user's turn; six options, in
-    the test set, are asked for with no word more."""
-    text = f"<video>\n{question.text}\n{question.listed('({letter}) {option}')}"
-    return Prompt(text if len(question.options) > 4 else f"{text}{_BEST}\nBest option: (")
+def lmms(question: Question) -> Sample:
+    """The dev split asks for the best option and starts the answer in the user's turn; the test split (six
+    options) adds nothing."""
+    text = f"<video>\n{question.text}\n{question.list_options('({letter}) {option}')}"
+    return question.sample(text if len(question.options) > 4 else f"{text}{_BEST}\nBest option: (")
 
 
-def official(question: Question) -> Prompt:
-    return Prompt(f"<video>\n{asked(question)}{_BEST}", _SELECT, "Best Option: (")
+def official(question: Question) -> Sample:
+    return question.sample(
+        f"<video>\n{question_and_options(question)}{_BEST}",
+        system=_SELECT,
+        opening="Best Option: (",
+    )
 
 
-def vlmevalkit(question: Question) -> Prompt:
-    return Prompt(f"{asked(question)}<video>{_BEST}", _SELECT)
+def vlmevalkit(question: Question) -> Sample:
+    return question.sample(f"{question_and_options(question)}<video>{_BEST}", system=_SELECT)
 
 
-def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
-    """The test set's list of options for the authors' server; the judge's input of the generation
-    tasks."""
+def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the chosen options of the test split for the authors' server, and the judge's input of the
+    generation tasks."""
     if split == "generation":
-        return [write_judge_input(rows, folder)]
+        return [write_judge_input(replies, folder)]
     if split != "test":
         return []
     options = [
         {
-            "question_id": row.question.id,
-            "question_type": row.question.groups["task"],
-            "option": row.parsed or "",
+            "question_id": reply.question.id,
+            "question_type": reply.question.groups["task"],
+            "option": reply.parsed or "",
         }
-        for row in rows
+        for reply in replies
     ]
     path = folder / "test_res.json"
     write_atomically(path, json.dumps(options, indent=1) + "\n")

@@ -2,9 +2,9 @@
 
     DIR/json/TASK.json                 the annotations of either branch of the hub
     DIR/video/star/Charades_v1_480/    branch "main": whole videos, with start and end; frames of TVQA
-    DIR/star/Charades_segment/         branch "video": clips that are cut already, everything as files
+    DIR/star/Charades_segment/         branch "video": clips that are already cut, all as files
 
-Folders may stand in DIR or DIR/video, and those of data0613.zip in DIR/video/data0613 or DIR/data0613.
+Folders may be in DIR or DIR/video, and those of data0613.zip in DIR/video/data0613 or DIR/data0613.
 """
 
 from __future__ import annotations
@@ -14,18 +14,27 @@ import pathlib
 from typing import Any
 
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Split
+from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.files import FileFinder, read_file
-from storm_jax.evals.questions import Prompt, Question, letter_of, without_placeholders
+from storm_jax.evals.questions import (
+    BenchmarkError,
+    Question,
+    letter_of,
+    without_placeholders,
+)
 from storm_jax.media.media import Media
+from storm_jax.text.sample import Sample
 
 TVQA_FPS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Where the videos of a task are: whole, which are bounded where the rows have start and end, and
-    cut."""
+    """Folders of a task's videos: whole ones, and clips cut from them.
+
+    Attributes:
+      bounded: whether rows have the start and end of the clip in the whole video.
+    """
 
     whole: str
     cut: str
@@ -99,7 +108,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
 
 
 def _medium(row: dict[str, Any], task: Task, whole: FileFinder, cut: FileFinder) -> Media:
-    """The clip of a row: cut already, or a part of a video or of a folder of frames."""
+    """The clip of a row: a file, or a part of a video or of a folder of frames."""
     found = whole.find(row["video"])
     if task.whole != task.cut and found is None and (clip := cut.find(row["video"])):
         return Media.file("video", clip)
@@ -111,22 +120,26 @@ def _medium(row: dict[str, Any], task: Task, whole: FileFinder, cut: FileFinder)
     return dataclasses.replace(medium, fps=TVQA_FPS)
 
 
-def lmms(question: Question) -> Prompt:
-    options = question.listed("({letter}) {option}")
-    return Prompt(f"<video>\nQuestion:{question.text}\nOption:\n{options}\n{_BEST}\n")
+def lmms(question: Question) -> Sample:
+    options = question.list_options("({letter}) {option}")
+    return question.sample(f"<video>\nQuestion:{question.text}\nOption:\n{options}\n{_BEST}\n")
 
 
-def official(question: Question) -> Prompt:
-    return Prompt(f"<video>\n{asked(question)}\n{_BEST}", _SYSTEM, "Best option:(")
+def official(question: Question) -> Sample:
+    return question.sample(
+        f"<video>\n{question_and_options(question)}\n{_BEST}",
+        system=_SYSTEM,
+        opening="Best option:(",
+    )
 
 
-def vlmevalkit(question: Question) -> Prompt:
-    return Prompt(f"{asked(question)}<video>\n{_BEST}", _SYSTEM)
+def vlmevalkit(question: Question) -> Sample:
+    return question.sample(f"{question_and_options(question)}<video>\n{_BEST}", system=_SYSTEM)
 
 
-def asked(question: Question) -> str:
-    """As VideoChat2's evaluation asks, which MLVU's authors took over."""
-    options = question.listed("({letter}) {option}")
+def question_and_options(question: Question) -> str:
+    """As in VideoChat2's evaluation, from which MLVU's authors took it."""
+    options = question.list_options("({letter}) {option}")
     return f"Question: {question.text}\nOptions:\n{options}".rstrip()
 
 

@@ -1,4 +1,4 @@
-"""The built-in task as a benchmark: a family a group, exact match, beside chance and ceiling."""
+"""The built-in task as a benchmark: one group per family, exact match, with chance and ceiling."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from storm_jax.config import CompressionConfig, SourceConfig
 from storm_jax.data.sources import open_source
 from storm_jax.evals import parsing
 from storm_jax.evals.benchmark import Benchmark, Split
-from storm_jax.evals.questions import Prompt, Question
+from storm_jax.evals.questions import Question
 from storm_jax.tasks import shapes
+from storm_jax.text.sample import Sample
 
 
 def load(root: pathlib.Path, split: str) -> list[Question]:
@@ -36,12 +37,12 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     return questions
 
 
-def as_trained(question: Question) -> Prompt:
-    return Prompt(question.text)
+def as_trained(question: Question) -> Sample:
+    return question.sample(question.text)
 
 
 def ceiling(question: Question, compression: CompressionConfig) -> float | None:
-    """What is known for as many frames as the clips have."""
+    """The ceiling of the question's family; known only if all frames of the clips are used."""
     settings, family = question.extra["settings"], question.groups["family"]
     if not shapes.FAMILIES[family].is_image and compression.num_frames != settings.frames:
         return None

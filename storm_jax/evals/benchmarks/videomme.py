@@ -1,8 +1,8 @@
 """Video-MME (arXiv 2405.21075): 2,700 questions about 900 videos of 11 seconds to an hour.
 
-DIR/videomme/test-00000-of-00001.parquet      the annotations; or in DIR itself
+DIR/videomme/test-00000-of-00001.parquet      the annotations; or in DIR
 DIR/data/VIDEO.mp4                            or video/, videos/; .MP4, .mkv and others too
-DIR/subtitle/VIDEO.srt                        or subtitles/; 744 of the videos have some
+DIR/subtitle/VIDEO.srt                        or subtitles/; 744 videos have some
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 from storm_jax.evals import parsing, subtitles
 from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.files import FileFinder, read_rows
-from storm_jax.evals.questions import Prompt, Question, Row, without_letter, without_placeholders
+from storm_jax.evals.questions import Question, without_letter, without_placeholders
+from storm_jax.evals.replies import ScoredReply
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
-from storm_jax.text.sample import Caption
+from storm_jax.text.sample import Caption, Sample
 
 ANNOTATIONS = ("videomme/*.parquet", "test-*.parquet", "data/test-*.parquet")
 TASKS = {
@@ -72,35 +73,35 @@ def captions(question: Question, times: np.ndarray) -> list[Caption]:
     return [Caption(line.start, without_placeholders(line.text)) for line in lines]
 
 
-def vila(question: Question) -> Prompt:
-    """The authors' own prompt, also when subtitles were asked for and the video has none."""
+def vila(question: Question) -> Sample:
+    """The authors' prompt; without subtitles if the video has none."""
     asked = f"{question.text}\n{_options(question)}\nThe best answer is:"
     if not question.captions:
-        return Prompt(f"<video>\n{_BASED_ON_VIDEO}{asked}")
-    head = f"This video's subtitles are listed below:\n{_said(question)}\n"
-    return Prompt(f"<video>\n{head}{_BASED_ON_BOTH}{asked}")
+        return question.sample(f"<video>\n{_BASED_ON_VIDEO}{asked}")
+    head = f"This video's subtitles are listed below:\n{_subtitle_text(question)}\n"
+    return question.sample(f"<video>\n{head}{_BASED_ON_BOTH}{asked}")
 
 
-def lmms(question: Question) -> Prompt:
-    """It speaks of subtitles where none are given, too."""
+def lmms(question: Question) -> Sample:
+    """Mentions subtitles even if there are none."""
     asked = f"{_BASED_ON_BOTH}{question.text}\n{_options(question)}\n"
     if question.captions is None:
         end = "\nAnswer with the option's letter from the given choices directly."
-        return Prompt(f"<video>\n{asked}{end}")
-    said = _said(question) or "No subtitles available"
-    head = f"This video's subtitles are listed below: \n{said}\n"
-    return Prompt(f"<video>\n{head}{asked}The best answer is:")
+        return question.sample(f"<video>\n{asked}{end}")
+    shown = _subtitle_text(question) or "No subtitles available"
+    head = f"This video's subtitles are listed below: \n{shown}\n"
+    return question.sample(f"<video>\n{head}{asked}The best answer is:")
 
 
-def vlmevalkit(question: Question) -> Prompt:
-    told = f"This video's subtitles are listed below:\n{_said(question)}\n"
-    shown = "" if question.captions is None else told
+def vlmevalkit(question: Question) -> Sample:
+    listed = f"This video's subtitles are listed below:\n{_subtitle_text(question)}\n"
+    shown = "" if question.captions is None else listed
     head = f"\nThese are the frames of a video. {shown}{_BASED_ON_VIDEO}"
     asked = f"Question: {question.text}\n{_options(question)}\nAnswer: "
-    return Prompt(f"<video>{head}{asked}")
+    return question.sample(f"<video>{head}{asked}")
 
 
-def _said(question: Question) -> str:
+def _subtitle_text(question: Question) -> str:
     return "\n".join(caption.text for caption in question.captions or ())
 
 
@@ -108,11 +109,11 @@ def _options(question: Question) -> str:
     return "\n".join(question.lines)
 
 
-def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
-    """The input of the authors' eval_your_results.py: videos with their questions and responses."""
+def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the input of the authors' eval_your_results.py: videos with their questions and responses."""
     videos: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        question = row.question
+    for reply in replies:
+        question = reply.question
         about = {
             "video_id": question.video,
             "duration": question.groups["duration"],
@@ -127,7 +128,7 @@ def submit(split: str, rows: Sequence[Row], folder: pathlib.Path) -> list[pathli
                 "question": question.text,
                 "options": list(question.lines),
                 "answer": question.answer,
-                "response": row.answer.reply,
+                "response": reply.prediction.text,
             }
         )
     path = folder / "videomme_results.json"

@@ -1,0 +1,161 @@
+"""Reads media ahead in worker processes and encodes them, a batch of scenes at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.rows import Taken, empty_frames, place_clips
+from storm_jax.inference.programs import Programs
+from storm_jax.inference.scenes import Scene, SceneShape, batch_scenes
+from storm_jax.media.frames import Clip
+from storm_jax.media.media import Media, MediaError
+from storm_jax.media.reader import MediaReader
+from storm_jax.models.storm import VisualShape
+
+# Small scenes are encoded together, up to this many frames per device.
+_FRAMES_AT_ONCE = 64
+# Limit for frames decoded ahead.
+_BYTES_AHEAD = 2**31
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedScene:
+    """Media that were read and encoded, or the error that prevented it.
+
+    Attributes:
+      times: per medium, when its frames are shown, float64 [T] in seconds.
+      previews: per medium, some of its frames, evenly spaced, for display.
+      visual_tokens: number of visual tokens in a prompt about the scene.
+      entries: per medium, the positions of its tokens in the scene's visual table.
+      error: None if the media could be read; otherwise times, previews and entries are empty.
+    """
+
+    media: tuple[Media, ...]
+    times: tuple[np.ndarray, ...] = ()
+    previews: tuple[Clip, ...] = ()
+    visual_tokens: int = 0
+    entries: tuple[np.ndarray, ...] = ()
+    error: MediaError | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedBatch:
+    """Scenes whose visual tokens are on the devices.
+
+    Attributes:
+      number: counts batches from 0.
+      rows: how many prompts are answered together, B.
+      tables: visual tables [C, V, D]; concatenated, row n belongs to scene n. All batches have as many,
+        so that programs fit all of them.
+      encoder: turns samples about the scenes into tokens.
+      seconds: model time of encoding.
+    """
+
+    number: int
+    scenes: tuple[EncodedScene, ...]
+    rows: int
+    tables: tuple[jax.Array, ...]
+    encoder: SampleEncoder
+    seconds: float
+
+
+class SceneEncoder:
+    """Encodes scenes batch by batch, while the media of later batches are being decoded."""
+
+    def __init__(self, programs: Programs, encoder: SampleEncoder, image_size: int):
+        self._programs, self._encoder, self._image_size = programs, encoder, image_size
+
+    def batches(
+        self, scenes: Sequence[Scene], reader: MediaReader, rows: int, preview_frames: int
+    ) -> Iterator[EncodedBatch]:
+        """Encodes all scenes, at most `rows` in a batch.
+
+        Args:
+          preview_frames: kept per medium in `EncodedScene.previews`.
+        """
+        planned = batch_scenes(scenes, rows)
+        clips = self._read_ahead([scene for batch in planned for scene in batch], reader, rows)
+        for number, batch in enumerate(planned):
+            shape = batch[0].shape
+            per_call = self._scenes_per_call(shape, rows)
+            encoded: list[EncodedScene] = []
+            tables: list[jax.Array] = []
+            seconds = 0.0
+            for start in range(0, len(batch), per_call):
+                arrays = empty_frames(per_call, shape.frames, self._image_size)
+                for slot, scene in enumerate(batch[start : start + per_call]):
+                    row = {name: array[slot] for name, array in arrays.items()}
+                    encoded.append(self._place(scene, next(clips), row, preview_frames))
+                visual = VisualShape(shape.groups, self._encoder.compression.spatial_pool)
+                table, took = self._programs.encode(arrays, visual)
+                tables.append(table)
+                seconds += took
+            tables += tables[:1] * (-(-rows // per_call) - len(tables))
+            yield EncodedBatch(
+                number=number,
+                scenes=tuple(encoded),
+                rows=rows,
+                tables=tuple(tables),
+                encoder=self._encoder,
+                seconds=seconds,
+            )
+
+    def _place(
+        self,
+        scene: Scene,
+        clips: list[Clip] | MediaError,
+        row: dict[str, np.ndarray],
+        preview_frames: int,
+    ) -> EncodedScene:
+        """Copies the frames of a scene into a row of the arrays that are encoded."""
+        if isinstance(clips, MediaError):
+            return EncodedScene(media=scene.media, error=clips)
+        entries = place_clips(
+            row,
+            [clip.frames for clip in clips],
+            scene.shape.groups,
+            self._encoder.side,
+            self._encoder.compression,
+            Taken(),
+        )
+        return EncodedScene(
+            media=scene.media,
+            times=tuple(clip.times for clip in clips),
+            previews=tuple(_thin_out(clip, preview_frames) for clip in clips),
+            visual_tokens=scene.visual_tokens,
+            entries=tuple(entries),
+        )
+
+    def _scenes_per_call(self, shape: SceneShape, rows: int) -> int:
+        """How many scenes all devices encode together."""
+        return min(rows, self._programs.mesh.size * max(1, _FRAMES_AT_ONCE // shape.frames))
+
+    def _read_ahead(
+        self, scenes: Sequence[Scene], reader: MediaReader, rows: int
+    ) -> Iterator[list[Clip] | MediaError]:
+        """The clips of each scene, or the error of the first medium that cannot be read."""
+        if not scenes:
+            return iter(())
+
+        def read(scene: Scene) -> list[Clip] | MediaError:
+            try:
+                return reader.read_all(scene.media, scene.counts)
+            except MediaError as error:
+                return error
+
+        largest = max(sum(scene.counts) for scene in scenes) * self._image_size**2 * 3
+        ahead = min(2 * rows, _BYTES_AHEAD // max(1, largest))
+        options = reader.read_options(ahead)
+        return iter(grain.MapDataset.source(scenes).map(read).to_iter_dataset(options))
+
+
+def _thin_out(clip: Clip, count: int) -> Clip:
+    """At most `count` evenly spaced frames of a clip, copied, so that the clip can be freed."""
+    picks = np.linspace(0, len(clip.frames) - 1, min(count, len(clip.frames))).round().astype(int)
+    return Clip(clip.frames[picks], clip.times[picks])
