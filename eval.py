@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
-from jax.errors import JaxRuntimeError
 
 from storm_jax import evals
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.questions import BenchmarkError
-from storm_jax.evals.report.files import Report
 from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS
-from storm_jax.run import RunError
+
+if typing.TYPE_CHECKING:
+    from storm_jax.evals.report.files import Report
 
 STYLES = sorted({style for benchmark in BENCHMARKS.values() for style in benchmark.prompts})
 PARSERS = sorted({parser for benchmark in BENCHMARKS.values() for parser in benchmark.parsers})
@@ -184,9 +185,13 @@ def main(argv: Sequence[str]) -> None:
     command = COMMANDS[argv[1]] if len(argv) == 2 else run_command
     try:
         problem = command()
-    except (RunError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
-    except JaxRuntimeError as error:
+    except RuntimeError as error:
+        from storm_jax.run import RunError  # imports JAX, which not all commands need
+
+        if isinstance(error, RunError):
+            sys.exit(f"eval.py: {error}")
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(

@@ -51,7 +51,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomise():
     """Replaces every parameter of a module by random values: zero-initialised ones would hide
     what they multiply."""

@@ -6,17 +6,21 @@ import csv
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import benchmark_trees as trees
 import pytest
 from benchmark_trees import FakeModel, Videos, always_a, failing, oracle, rambler
+from matplotlib import pyplot
 
+from storm_jax import evals
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.judging import read_scores, score_judgements
 from storm_jax.evals.questions import BenchmarkError
+from storm_jax.evals.report.sweep_plot import set_ticks
 from storm_jax.evals.runner import run_benchmark
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.evals.sweeps import parse_sweep
@@ -33,6 +37,14 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
         text=True,
         check=False,
     )
+
+
+def link_run(source: pathlib.Path, run: pathlib.Path) -> pathlib.Path:
+    """A run with the checkpoints of another, whose folder stays as it is."""
+    run.mkdir()
+    for name in ("config.json", "tokenizer", "checkpoints"):
+        (run / name).symlink_to(source / name)
+    return run
 
 
 def make(name: str, tmp_path: pathlib.Path) -> pathlib.Path:
@@ -111,19 +123,24 @@ def test_predictions_are_scored_again_without_a_model(tmp_path):
         "response": "A man and a dog. The answer is (B).",
     }
     (tmp_path / "few.jsonl").write_text('{"id": "001-1", "reply": "A"}\n')
-    few = (f"--predictions={tmp_path}/few.jsonl", "--benchmark=videomme")
-    assert "with --data_root, id and reply are enough" in call("score", *few).stderr
-    joined = call("score", *few, f"--data_root={root}")
+    with pytest.raises(BenchmarkError, match="with --data_root, id and reply are enough"):
+        evals.score("videomme", tmp_path / "few.jsonl")
+    joined = evals.score("videomme", tmp_path / "few.jsonl", data_root=root)
     assert (
         "1 parsed; counted as wrong: 0 unparsed, 0 without a video, 23 failed (no_reply 23)"
-        in joined.stdout
+        in str(joined)
     )
+    assert joined.folder is None and joined.files == ()
+    with pytest.raises(BenchmarkError, match="is the report of an evaluation"):
+        evals.score("videomme", tmp_path / "run/predictions.jsonl", out=tmp_path / "run")
 
 
 def test_the_full_egoschema_is_submitted_with_every_id(tmp_path):
     root = make("egoschema_authors", tmp_path)
     report = ask("egoschema", "full", root, tmp_path / "run", failing_letters)
-    assert str(report).splitlines()[-1] == ("24 not scored: no public answer, or scored by a judge")
+    lines = str(report).splitlines()
+    assert "24 not scored: no public answer, or scored by a judge" in lines
+    assert lines[-1] == "  ... and 5 more, in predictions.jsonl"
     answers = json.loads((tmp_path / "run/submission.json").read_text())
     assert answers == {f"uid-{i}": -1 if i % 3 == 0 else 2 for i in range(24)}
     rows = list(csv.reader((tmp_path / "run/submission.csv").open()))
@@ -216,20 +233,14 @@ def test_judgements_of_what_was_not_asked_are_refused(tmp_path):
         score_judgements({"sub_scene/0": "sub_scene"}, path)
 
 
-def test_a_sweep_writes_a_table_and_a_plot(trained_run, shapes_folder, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    for name in ("config.json", "tokenizer", "checkpoints"):
-        (run / name).symlink_to(trained_run / name)
-    command = (
-        f"--workdir={run}", "--benchmark=shapes", f"--data_root={shapes_folder}",
-        "--sweep=num_frames=2,8", "--sweep=temporal_sample=1,2", "--max_new_tokens=2",
-        "--batch_size=8", "--limit=12",
-    )  # fmt: skip
-    done = call(*command)
-    assert done.returncode == 0, done.stderr
+def test_a_sweep_writes_a_table_and_a_plot(trained_run, shapes_folder, tmp_path, capsys):
+    run = link_run(trained_run, tmp_path / "run")
+    values = parse_sweep(["num_frames=2,8", "temporal_sample=1,2"])
+    options = {"data_root": shapes_folder, "max_new_tokens": 2, "batch_size": 8, "limit": 12}
+    done = evals.sweep(run, "shapes", values, **options)
     name = "sweep_num_frames_temporal_sample_step2_frames8_k2_p1_s1_limit12"
     folder = run / "evals/shapes" / name
+    assert list(done.files) == [folder / f"sweep.{ending}" for ending in ("json", "md", "png")]
     points = json.loads((folder / "sweep.json").read_text())
     swept = [(p["compression"]["num_frames"], p["compression"]["temporal_sample"]) for p in points]
     assert swept == [(2, 1), (8, 1), (2, 2), (8, 2)]
@@ -240,8 +251,76 @@ def test_a_sweep_writes_a_table_and_a_plot(trained_run, shapes_folder, tmp_path)
     assert rows[2].startswith("| num_frames | temporal_sample | accuracy | 95 % interval")
     assert len(rows) == 8
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    again = call(*command)
-    assert "12 of 12 questions are already answered" in again.stdout
+    capsys.readouterr()
+    again = evals.sweep(run, "shapes", values, **options)
+    assert [r.scores for r in again.reports] == [r.scores for r in done.reports]
+    out = capsys.readouterr().out
+    assert out.count("12 of 12 questions are already answered") == 4
+    assert "num_frames=8, temporal_sample=2\n" in out
+
+
+def test_ticks_of_a_sweep_are_its_values():
+    figure, axis = pyplot.subplots()
+    axis.set_xscale("log", base=2)
+    set_ticks(axis, [16, 96, 32, 64.0, 64.5, 16])
+    assert list(axis.get_xticks()) == [16, 32, 64, 96]
+    low, high = axis.get_xlim()
+    assert low < 16 and high > 96
+    pyplot.close(figure)
+
+
+def test_the_python_call_of_the_evaluation_guide_works(
+    trained_run, shapes_folder, tmp_path, monkeypatch, capsys
+):
+    """As printed, on a run and folders of the names that it uses."""
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "runs").mkdir()
+    run = link_run(trained_run, tmp_path / "runs/sft")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/shapes").symlink_to(shapes_folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    report = names["report"]
+    assert report.folder == run / "evals/shapes/step2_frames8_k2_p1_s2_limit8"
+    assert str(report) in capsys.readouterr().out
+    assert {path.name for path in report.files} == {
+        "results.json", "predictions.jsonl", "report.html", "contact_sheet.png",
+    }  # fmt: skip
+    assert all(path.exists() for path in report.files)
+    lines = (report.folder / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == len(report.replies) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"subtitles": True}, "--subtitles: MVBench has no subtitles"),
+        ({"answers": "guess"}, "--answers=guess: must be one of generate, likelihood"),
+        ({"settings": "vila"}, "--settings=vila: must be one of storm_8f"),
+        ({"split": "dev"}, "--split=dev: MVBench has test"),
+        ({"data_root": None}, "--data_root is missing"),
+    ],
+)
+def test_options_that_a_benchmark_does_not_have_are_refused(
+    trained_run, tmp_path, options, problem
+):
+    root = make("mvbench_video", tmp_path)
+    with pytest.raises(BenchmarkError, match=re.escape(problem)):
+        evals.evaluate(trained_run, "mvbench", **{"data_root": root, **options})
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys\nfrom storm_jax import evals\n"
+        "assert not {'jax', 'transformers', 'pyarrow', 'matplotlib'} & sys.modules.keys()\n"
+        "assert evals.check and 'jax' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = evals.nothing
 
 
 @pytest.mark.parametrize(
@@ -282,10 +361,7 @@ def test_the_built_in_task_is_one_more_benchmark(shapes_folder, tmp_path):
 @pytest.mark.timeout(1800)
 def test_every_command_of_the_evaluation_guide_runs(trained_run, tmp_path):
     """On small trees, whose folders and files stand in for those that the guide names."""
-    run = tmp_path / "run"
-    run.mkdir()
-    for name in ("config.json", "tokenizer", "checkpoints"):
-        (run / name).symlink_to(trained_run / name)
+    run = link_run(trained_run, tmp_path / "run")
     roots = {
         "videomme": make("videomme_hub", tmp_path),
         "egoschema": make("egoschema_hub", tmp_path),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 import types
 
 import numpy as np
@@ -16,6 +19,7 @@ import pytest
 from PIL import Image
 
 import storm_jax
+from storm_jax.evals import lmms_eval
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.inference.generate import Sampling
 from storm_jax.media.media import Media
@@ -37,8 +41,8 @@ class Request:
 
 
 @pytest.fixture
-def plugin(monkeypatch):
-    """The plugin on a stub of lmms-eval's interface."""
+def model_module(monkeypatch):
+    """The module of the model class, on a stub of lmms-eval's interface."""
 
     class Lmms:
         is_simple = True
@@ -50,13 +54,6 @@ def plugin(monkeypatch):
                 add_partial=lambda *item: self.cached.append(item)
             )
 
-    registered = {}
-    registry = types.SimpleNamespace(
-        register_manifest=lambda manifest, overwrite: registered.update(
-            {manifest.model_id: manifest}
-        )
-    )
-
     def manifest(model_id, simple_class_path):
         return types.SimpleNamespace(model_id=model_id, simple_class_path=simple_class_path)
 
@@ -65,25 +62,24 @@ def plugin(monkeypatch):
         "lmms_eval.api": {},
         "lmms_eval.api.instance": {"Instance": Request},
         "lmms_eval.api.model": {"lmms": Lmms},
-        "lmms_eval.models": {"MODEL_REGISTRY_V2": registry},
+        "lmms_eval.models": {},
         "lmms_eval.models.registry_v2": {"ModelManifest": manifest},
     }
     for name, members in stubs.items():
         module = types.ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "storm_jax.evals.lmms_eval_plugin", raising=False)
-    module = importlib.import_module("storm_jax.evals.lmms_eval_plugin")
-    module.registered = registered
-    yield module
-    sys.modules.pop("storm_jax.evals.lmms_eval_plugin")
+    path = f"{lmms_eval.__name__}.model"
+    monkeypatch.delitem(sys.modules, path, raising=False)
+    yield importlib.import_module(path)
+    sys.modules.pop(path)
 
 
-def test_requests_are_answered_as_the_predictor_answers(plugin, trained_run, shapes_folder):
+def test_requests_are_answered_as_the_predictor_answers(model_module, trained_run, shapes_folder):
     video = str(next((shapes_folder / "media/test").glob("*.mp4")))
     picture = Image.fromarray(np.full((20, 30, 3), 90, np.uint8))
     docs = [[video], [[picture, picture]], ["nothing.mp4"], None, video]
-    model = plugin.StormForLmmsEval(str(trained_run), temporal_sample=2, batch_size="4")
+    model = model_module.StormForLmmsEval(str(trained_run), temporal_sample=2, batch_size="4")
     model.task_dict = {"task": {"test": docs}}
     short, long = {"max_new_tokens": 3}, {"max_new_tokens": 9, "until": ["e", "\n\n"]}
     requests = [
@@ -94,9 +90,7 @@ def test_requests_are_answered_as_the_predictor_answers(plugin, trained_run, sha
     assert replies[2] == ""
     assert sorted(item[1][0] for item in model.cached) == [f"What <video>{i}?" for i in range(5)]
     storm = storm_jax.load(trained_run)
-    compression = storm.compression.__class__(
-        storm.compression.num_frames, storm.compression.temporal_pool, temporal_sample=2
-    )
+    compression = dataclasses.replace(storm.compression, temporal_sample=2)
     for i in (0, 3, 4):
         media = (Media.file("video", video),) if i != 3 else ()
         text = f"<video>\nWhat {i}?" if media else f"What {i}?"
@@ -108,16 +102,38 @@ def test_requests_are_answered_as_the_predictor_answers(plugin, trained_run, sha
         model.loglikelihood(requests)
 
 
-def test_the_model_is_registered_by_its_name(plugin):
-    plugin.register()
-    path = plugin.registered["storm_jax"].simple_class_path
-    assert path == "storm_jax.evals.lmms_eval_plugin.StormForLmmsEval"
+def test_the_manifest_names_the_class(model_module):
+    found = lmms_eval.manifest()
+    module, _, name = found.simple_class_path.rpartition(".")
+    assert found.model_id == "storm_jax"
+    assert getattr(importlib.import_module(module), name) is model_module.StormForLmmsEval
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    points = project["entry-points"]["lmms_eval.models"]
+    assert points == {"storm_jax": f"{lmms_eval.__name__}:manifest"}
+
+
+def test_the_manifest_does_not_import_jax():
+    code = (
+        "import sys, types\n"
+        "stub = types.ModuleType('lmms_eval.models.registry_v2')\n"
+        "stub.ModelManifest = lambda **fields: fields\n"
+        "for name in ('lmms_eval', 'lmms_eval.models'):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "sys.modules['lmms_eval.models.registry_v2'] = stub\n"
+        "from storm_jax.evals.lmms_eval import manifest\n"
+        "assert manifest()['model_id'] == 'storm_jax'\n"
+        "assert not {'jax', 'transformers'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_nothing_else_imports_it():
-    sources = (ROOT / "storm_jax").rglob("*.py")
-    importing = [path.name for path in sources if "import lmms_eval" in path.read_text()]
-    assert importing == ["lmms_eval_plugin.py"] or importing == []
+    importing = [
+        str(path.relative_to(ROOT / "storm_jax/evals/lmms_eval"))
+        for path in sorted((ROOT / "storm_jax").rglob("*.py"))
+        if re.search(r"^\s*(from|import) lmms_eval", path.read_text(), re.MULTILINE)
+    ]
+    assert importing == ["__init__.py", "model.py"]
     assert "lmms" not in (ROOT / "requirements.txt").read_text()
 
 
@@ -132,6 +148,7 @@ def python(tmp_path_factory) -> str:
     subprocess.run([*pip, *NEEDED], check=True)
     subprocess.run([*pip, "--no-deps", f"lmms-eval=={VERSION}"], check=True)
     subprocess.run([*pip, "-r", ROOT / "requirements.txt"], check=True)
+    subprocess.run([*pip, "--no-deps", "-e", ROOT], check=True)
     return str(folder / "bin/python")
 
 
@@ -187,7 +204,7 @@ def test_the_real_harness_drives_a_run(python, trained_run, shapes_folder, tmp_p
     (tmp_path / "task/clips.py").write_text(FUNCTIONS)
     done = subprocess.run(
         [
-            python, "-m", "storm_jax.evals.lmms_eval_plugin", "--model", "storm_jax",
+            python, "-m", "lmms_eval", "--model", "storm_jax",
             "--model_args", f"workdir={trained_run}", "--tasks", "storm_clips",
             "--include_path", str(tmp_path / "task"), "--batch_size", "4",
             "--output_path", str(tmp_path / "out"), "--log_samples",
@@ -220,14 +237,15 @@ from lmms_eval.tasks.videomme.utils import videomme_doc_to_text
 from lmms_eval.tasks.mlvu.utils import mlvu_doc_to_text
 from lmms_eval.tasks.egoschema import utils as ego
 import yaml, lmms_eval, pathlib
-from storm_jax.text.sample import Media
+from storm_jax.media.media import Media
 from storm_jax.evals import parsing
 from storm_jax.evals.questions import Question
 from storm_jax.evals.benchmarks import BENCHMARKS
 options = ("red car", "blue", "a man", "dog", "the sea")
 lines = tuple(f"{x}. {o}" for x, o in zip("ABCDE", options))
 def question(count, key, groups={}):
-    return Question("1", "v", Media("video", "v"), "Why?", options[:count], key, groups, lines[:count])
+    return Question(id="1", video="v", media=Media(kind="video", name="v"), text="Why?",
+                    options=options[:count], answer=key, groups=groups, lines=lines[:count])
 words = ["A","B","C","D","E","F","a","b","(A)","(B)","B.","C.","D)","A:","the answer is","answer",
          "The best answer is","Answer:","Best option:","a man","red car","blue","is","because","\\n",".",
          ",","(",")","I choose","1,000","3.5","The best option is","-","/","'","correct choice is"]
@@ -246,7 +264,7 @@ def kwargs(path):
     plain = "\\n".join(line for line in text.splitlines() if "!function" not in line)
     return yaml.safe_load(plain)["lmms_eval_specific_kwargs"]["default"]
 def ours(name, q):
-    return BENCHMARKS[name].prompts["lmms"](q).user.removeprefix("<video>\\n")
+    return BENCHMARKS[name].prompts["lmms"](q).turns[-1].text.removeprefix("<video>\\n")
 doc = {"question": "Why?", "options": lines[:4], "candidates": options[:4], "option": lines}
 assert ours("videomme", question(4, "A")) == videomme_doc_to_text(doc, kwargs("videomme/videomme.yaml"))
 assert ours("mvbench", question(4, "A")) == mvbench_doc_to_text(

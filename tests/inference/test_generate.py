@@ -28,6 +28,10 @@ SHAPE = RowShape(
     compression=CompressionConfig(num_frames=8, temporal_pool=4),
 )
 VISUAL = VisualShape(SHAPE.num_groups, 1)
+NEW = 5  # tokens
+# Shared by all tests, so that each shape is compiled once.
+run_generate = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
+OPTIONS: dict = {"sampling": Sampling(max_new_tokens=NEW), "stop_ids": (511,)}
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +51,23 @@ def batch() -> dict[str, jax.Array]:
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(small_model, randomise) -> Storm:
     return randomise(Storm(small_model, rngs=nnx.Rngs(0)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def visual(model, batch) -> jax.Array:
     encode = nnx.jit(Storm.encode, static_argnames=("shape",))
     frames = (batch[name] for name in ("frames", "frame_clip", "frame_group"))
     return encode(model, *frames, shape=VISUAL)
+
+
+@nnx.jit
+def run_uncached(model: Storm, batch: dict, tokens, index, positions):
+    visual = model.encode(batch["frames"], batch["frame_clip"], batch["frame_group"], VISUAL)
+    hidden, _ = model.decode(model.merge(tokens, visual, index), positions)
+    return hidden @ model.decoder.head()
 
 
 def full_logits(model: Storm, batch: dict, extra: np.ndarray) -> np.ndarray:
@@ -70,57 +81,44 @@ def full_logits(model: Storm, batch: dict, extra: np.ndarray) -> np.ndarray:
         index[row, length:] = -1
     positions = np.broadcast_to(np.arange(size + more), tokens.shape)
 
-    @nnx.jit
-    def run(model, tokens, index, positions):
-        visual = model.encode(batch["frames"], batch["frame_clip"], batch["frame_group"], VISUAL)
-        hidden, _ = model.decode(model.merge(tokens, visual, index), positions)
-        return hidden @ model.decoder.head()
-
-    return np.asarray(run(model, tokens, index, positions))
+    return np.asarray(run_uncached(model, batch, tokens, index, positions))
 
 
 def test_cached_logits_equal_uncached_ones(model, batch, visual):
-    extra = np.random.default_rng(1).integers(1, 500, (3, 5)).astype(np.int32)
+    extra = np.random.default_rng(1).integers(1, 500, (3, NEW)).astype(np.int32)
     expected = full_logits(model, batch, extra)
     lengths = np.asarray(batch["lengths"])
-    logits, cache = nnx.jit(prefill, static_argnums=3)(model, batch, visual, 48 + 5)
-    for step in range(6):
+    logits, cache = nnx.jit(prefill, static_argnums=3)(model, batch, visual, 48 + NEW)
+    extend = nnx.jit(decode_step)
+    for step in range(NEW + 1):
         rows = expected[np.arange(3), lengths - 1 + step]
         np.testing.assert_allclose(logits, rows, atol=2e-4, rtol=1e-4)
-        if step < 5:
-            logits, cache = nnx.jit(decode_step)(model, extra[:, step], lengths + step, cache)
+        if step < NEW:
+            logits, cache = extend(model, extra[:, step], lengths + step, cache)
 
 
 def test_greedy_generation_is_the_argmax_of_uncached_logits(model, batch, visual):
-    sampling = Sampling(max_new_tokens=4)
-    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
-    tokens = np.asarray(
-        run(model, batch, visual, jax.random.key(0), sampling=sampling, stop_ids=(511,))
-    )
+    tokens = np.asarray(run_generate(model, batch, visual, jax.random.key(0), **OPTIONS))
     expected = full_logits(model, batch, tokens)
     lengths = np.asarray(batch["lengths"])
-    for step in range(4):
+    for step in range(NEW):
         best = expected[np.arange(3), lengths - 1 + step].argmax(axis=-1)
         np.testing.assert_array_equal(tokens[:, step], best)
 
 
 def test_prompts_of_a_batch_do_not_change_each_other(model, batch, visual):
-    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
-    options = {"sampling": Sampling(max_new_tokens=4), "stop_ids": (511,)}
-    together = run(model, batch, visual, jax.random.key(0), **options)
+    together = run_generate(model, batch, visual, jax.random.key(0), **OPTIONS)
     for row in range(3):
         alone = {name: array[row : row + 1] for name, array in batch.items()}
-        tokens = run(model, alone, visual[row : row + 1], jax.random.key(0), **options)
+        tokens = run_generate(model, alone, visual[row : row + 1], jax.random.key(0), **OPTIONS)
         np.testing.assert_array_equal(tokens[0], together[row])
 
 
 def test_generation_ends_each_row_at_its_stop_token(model, batch, visual):
-    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
-    options = {"sampling": Sampling(max_new_tokens=6)}
-    free = np.asarray(run(model, batch, visual, jax.random.key(0), stop_ids=(511,), **options))
+    free = np.asarray(run_generate(model, batch, visual, jax.random.key(0), **OPTIONS))
     stop = int(free[0, 2])
     stopped = np.asarray(
-        run(model, batch, visual, jax.random.key(0), stop_ids=(511, stop), **options)
+        run_generate(model, batch, visual, jax.random.key(0), **OPTIONS | {"stop_ids": (511, stop)})
     )
     first = list(free[0]).index(stop)
     np.testing.assert_array_equal(stopped[0, :first], free[0, :first])
@@ -129,12 +127,10 @@ def test_generation_ends_each_row_at_its_stop_token(model, batch, visual):
 
 
 def test_an_empty_row_is_not_continued(model, batch, visual):
-    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
-    options = {"sampling": Sampling(max_new_tokens=6), "stop_ids": (511,)}
-    whole = np.asarray(run(model, batch, visual, jax.random.key(0), **options))
+    whole = np.asarray(run_generate(model, batch, visual, jax.random.key(0), **OPTIONS))
     lengths = batch["lengths"].at[1].set(0)
     tokens = np.asarray(
-        run(model, batch | {"lengths": lengths}, visual, jax.random.key(0), **options)
+        run_generate(model, batch | {"lengths": lengths}, visual, jax.random.key(0), **OPTIONS)
     )
     assert (tokens[1] == 511).all() and (whole[1] != 511).any()
     np.testing.assert_array_equal(tokens[[0, 2]], whole[[0, 2]])

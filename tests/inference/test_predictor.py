@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
+import jax
+import numpy as np
 import pytest
 
 import storm_jax
 from storm_jax.config import ConfigError
 from storm_jax.evals.benchmarks import BENCHMARKS
+from storm_jax.inference.generate import Sampling
+from storm_jax.inference.programs import Programs
 from storm_jax.media.media import Media
 from storm_jax.media.reader import MediaReader
 from storm_jax.run import Run, RunError
 from storm_jax.text.sample import Sample, Turn
+
+SHORT = Sampling(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +36,11 @@ def questions_of(folder) -> list[Sample]:
 
 def test_answers_do_not_depend_on_the_batch(storm, shapes_folder):
     samples = questions_of(shapes_folder)[:6]
-    together = dict(storm.predict(samples, batch_size=4, with_clips=[2]))
+    together = dict(storm.predict(samples, batch_size=4, sampling=SHORT))
     assert sorted(together) == list(range(6))
     for index, sample in enumerate(samples):
-        [(_, alone)] = storm.predict([sample], batch_size=4)
+        [(_, alone)] = storm.predict([sample], batch_size=4, sampling=SHORT)
         assert alone.text == together[index].text
-        assert alone.clips == () and len(together[index].clips) == (index == 2)
         assert alone.visual_tokens == together[index].visual_tokens > 0
 
 
@@ -43,8 +49,12 @@ def test_compression_changes_without_new_weights(storm, shapes_folder):
     image = next((shapes_folder / "media/test").glob("*.png"))
     for changes in ({"temporal_sample": 2}, {"temporal_pool": 4}, {"spatial_pool": 2}):
         compression = dataclasses.replace(storm.compression, **changes)
-        assert isinstance(storm.answer(video, "What?", compression=compression), str)
-        assert isinstance(storm.answer(image, "What?", compression=compression), str)
+        assert isinstance(
+            storm.answer(video, "What?", compression=compression, sampling=SHORT), str
+        )
+        assert isinstance(
+            storm.answer(image, "What?", compression=compression, sampling=SHORT), str
+        )
 
 
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(storm, tmp_path):
@@ -54,8 +64,11 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(storm, tmp_path):
 
 def test_a_placeholder_in_the_question_stands_for_nothing_more(storm, shapes_folder):
     video = next((shapes_folder / "media/test").glob("*.mp4"))
-    plain = storm.answer(video, "What?")
-    assert storm.answer(video, "<video>What?") == storm.answer(video, "<image>What?") == plain
+    plain, video_word, image_word = (
+        storm.answer(video, question, sampling=SHORT)
+        for question in ("What?", "<video>What?", "<image>What?")
+    )
+    assert video_word == image_word == plain
 
 
 def test_media_are_decoded_and_encoded_once_for_all_questions(storm, shapes_folder, monkeypatch):
@@ -79,15 +92,15 @@ def test_media_are_decoded_and_encoded_once_for_all_questions(storm, shapes_fold
         "read",
         lambda self, medium, *rest: read.append(medium) or reads(self, medium, *rest),
     )
-    original = type(storm)._encode
+    original = Programs.encode
     monkeypatch.setattr(
-        type(storm),
-        "_encode",
+        Programs,
+        "encode",
         lambda self, rows, *rest: (
             encoded.append(rows["frame_clip"].max(axis=1)) or original(self, rows, *rest)
         ),
     )
-    answers = dict(storm.predict(samples, batch_size=4))
+    answers = dict(storm.predict(samples, batch_size=4, sampling=SHORT))
     assert sorted(answers) == list(range(9))
     assert sorted(medium.path for medium in read) == sorted(paths)
     assert sum(int((clips > 0).sum()) for clips in encoded) == 2
@@ -96,14 +109,17 @@ def test_media_are_decoded_and_encoded_once_for_all_questions(storm, shapes_fold
         assert bool(answers[index].error) == failed
         assert answers[index].cause == ("missing" if failed else "")
         if not failed:
-            [(_, alone)] = storm.predict([sample], batch_size=4)
+            [(_, alone)] = storm.predict([sample], batch_size=4, sampling=SHORT)
             assert alone.text == answers[index].text
 
 
 def test_the_likeliest_choice_is_the_argmax_among_the_rows_own(storm, shapes_folder):
     samples = questions_of(shapes_folder)[:4]
     letters = "ABCDEFGH"
-    order = [next(iter(dict(storm.predict([s], choices=[letters])).values())).text for s in samples]
+    order = [
+        next(iter(dict(storm.predict([s], choices=[letters], batch_size=4)).values())).text
+        for s in samples
+    ]
     without = [letters.replace(best, "") for best in order]
     together = dict(storm.predict(samples, choices=[letters] * 4, batch_size=4))
     assert [together[i].text for i in range(4)] == order
@@ -114,23 +130,53 @@ def test_the_likeliest_choice_is_the_argmax_among_the_rows_own(storm, shapes_fol
 
 
 def test_a_question_may_depend_on_the_frames_and_open_its_answer(storm, shapes_folder):
-    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    """As `encode` and `ask` are two calls; their composition is `predict`."""
+    video = Media.file("video", next((shapes_folder / "media/test").glob("*.mp4")))
+    missing = Media.file("video", shapes_folder / "nothing.mp4")
+    (batch,) = storm.encode([(video,), (missing,)], batch_size=4, preview_frames=3)
+    scene, unread = batch.scenes
+    (times,) = scene.times
+    assert len(times) == 8 and times[0] == 0 and (np.diff(times) > 0).all()
+    (preview,) = scene.previews
+    size = storm.config.model.vision.image_size
+    assert preview.frames.shape == (3, size, size, 3)
+    np.testing.assert_array_equal(preview.times, times[[0, 4, 7]])
+    assert unread.error.cause == "missing" and unread.times == unread.previews == ()
     asked = Sample(
         id="1",
-        turns=(Turn("user", "<video>\nWhat?"),),
-        media=(Media.file("video", video),),
+        turns=(Turn("user", f"<video>\nWhat is at {times[3]:.2f} s?"),),
+        media=(video,),
         extra={},
+        opening="Best option: (",
     )
-    seen = []
+    about_missing = dataclasses.replace(asked, media=(missing,))
+    answers = dict(storm.ask(batch, [about_missing, asked], sampling=SHORT))
+    assert answers[0].cause == "missing" and answers[0].text == ""
+    assert answers[1].error == "" and answers[1].seconds > 0
+    assert answers[1].visual_tokens == scene.visual_tokens > 0
+    [(_, predicted)] = storm.predict([asked], batch_size=4, sampling=SHORT)
+    assert predicted.text == answers[1].text
 
-    def ask(index, times):
-        seen.append((index, [round(float(t), 3) for t in times[0]]))
-        return dataclasses.replace(asked, opening="Best option: (")
 
-    [(_, prediction)] = storm.predict([asked], ask=ask)
-    assert prediction.error == ""
-    ((index, times),) = seen
-    assert index == 0 and len(times) == 8 and times[0] == 0 and times == sorted(times)
+def test_first_runs_of_a_program_are_not_timed(storm, shapes_folder, monkeypatch):
+    """A compiled program that is slow only the first time takes no time."""
+    calls = []
+
+    class Slow:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            return self
+
+        def __call__(self, params, x):
+            calls.append(len(calls))
+            time.sleep(0.2 if len(calls) == 1 else 0)
+            return x
+
+    monkeypatch.setattr(jax, "jit", lambda function: Slow())
+    _, seconds = storm._programs._call(lambda params, x: x, ("slow",), (jax.numpy.zeros(1),))
+    assert calls == [0, 1] and seconds < 0.1
 
 
 def test_samples_that_do_not_fit_their_media_leave_the_others_alone(storm, shapes_folder):
@@ -145,7 +191,7 @@ def test_samples_that_do_not_fit_their_media_leave_the_others_alone(storm, shape
         )
         for i, text in enumerate(texts)
     ]
-    answers = dict(storm.predict(samples, batch_size=4))
+    answers = dict(storm.predict(samples, batch_size=4, sampling=SHORT))
     assert answers[0].error == ""
     assert [answers[i].cause for i in (1, 2, 3)] == ["placeholder"] * 3
     assert "1 turns with 2 placeholders for 1 media" in answers[1].error

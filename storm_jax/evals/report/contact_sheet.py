@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 import textwrap
@@ -10,14 +11,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from PIL import Image
+
 from storm_jax.evals.questions import without_placeholders
 from storm_jax.evals.replies import ScoredReply
 from storm_jax.evals.report.thumbnails import FRAMES, Thumbnails
 
 _WRONG, _RIGHT = 12, 4  # questions shown
 _IMAGES_PER_ROW = 4
-_WIDTH = 11.0  # inches
-_LETTERS, _LINES = 122, 4  # of the text above a row of frames
+_LETTERS, _LINES = 135, 4  # of the text above a row of frames
+# In inches.
+_WIDTH, _MARGIN, _LINE, _TIMES, _GAP = 11.0, 0.15, 0.16, 0.16, 0.2
+_FRAME = (_WIDTH - 2 * _MARGIN) / FRAMES
 
 
 def draw_contact_sheet(
@@ -31,27 +36,50 @@ def draw_contact_sheet(
 
     chosen = choose_replies([reply for reply in replies if reply.question.id in thumbnails])
     rows = arrange(chosen, thumbnails)
-    texts = [[_caption(reply, len(row)) for reply in row] for row in rows]
-    heights = [
-        0.45 + 0.16 * max(text.count("\n") + 1 for text in row_texts) + _WIDTH / FRAMES
-        for row_texts in texts
-    ]
-    figure = pyplot.figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(rows), height_ratios=heights, squeeze=False)[:, 0]
-    for part, row, row_texts in zip(parts, rows, texts, strict=True):
-        shares_row = not thumbnails[row[0].question.id].times
-        columns = part.subfigures(1, _IMAGES_PER_ROW if shares_row else 1, squeeze=False)[0]
-        for column, reply, text in zip(columns, row, row_texts, strict=False):
-            colour = "darkgreen" if reply.right else "firebrick"
-            title = column.suptitle(text, fontsize=8, color=colour, x=0.01, ha="left")
-            title.set_parse_math(False)  # "$" is not the start of a formula
-            _draw_frames(column, thumbnails[reply.question.id])
+    captions = [[_caption(reply, len(row)) for reply in row] for row in rows]
+    heights = [max(map(len, row)) * _LINE + _TIMES + _FRAME + _GAP for row in captions]
+    height = sum(heights) + 2 * _MARGIN
+    figure = pyplot.figure(figsize=(_WIDTH, height))
+    top = height - _MARGIN
+    for row, row_captions, row_height in zip(rows, captions, heights, strict=True):
+        frames_top = top - row_height + _GAP + _FRAME
+        for column, (reply, lines) in enumerate(zip(row, row_captions, strict=True)):
+            left = _MARGIN + column * (_WIDTH - 2 * _MARGIN) / _IMAGES_PER_ROW
+            text = figure.text(
+                left / _WIDTH,
+                top / height,
+                "\n".join(lines),
+                fontsize=8,
+                color="darkgreen" if reply.right else "firebrick",
+                verticalalignment="top",
+            )
+            text.set_parse_math(False)  # "$" is not the start of a formula
+            _draw_frames(figure, thumbnails[reply.question.id], left, frames_top, height)
+        top -= row_height
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
         partial = path.with_suffix(f".{os.getpid()}.png")
         figure.savefig(partial, dpi=110)
         partial.rename(path)
     pyplot.close(figure)
+
+
+def _draw_frames(
+    figure: Any, thumbnails: Thumbnails, left: float, top: float, height: float
+) -> None:
+    """The frames in a row at (left, top), in inches of a figure that is `height` high, with their times."""
+    strip = Image.open(io.BytesIO(thumbnails.jpeg))
+    count = max(1, len(thumbnails.times))
+    axis = figure.add_axes(
+        (left / _WIDTH, (top - _FRAME) / height, count * _FRAME / _WIDTH, _FRAME / height)
+    )
+    axis.imshow(
+        strip, aspect="auto", interpolation="nearest" if strip.height < 64 else "antialiased"
+    )
+    axis.axis("off")
+    for number, time in enumerate(thumbnails.times):
+        centre = (left + (number + 0.5) * _FRAME) / _WIDTH
+        figure.text(centre, (top + 0.02) / height, f"{time:.2f} s", fontsize=6, ha="center")
 
 
 def choose_replies(replies: Sequence[ScoredReply]) -> list[ScoredReply]:
@@ -90,24 +118,11 @@ def arrange(
     return rows
 
 
-def _draw_frames(figure: Any, thumbnails: Thumbnails) -> None:
-    """The frames in a row, each with its time."""
-    frames = thumbnails.frames()
-    axes = figure.subplots(1, FRAMES if thumbnails.times else 1, squeeze=False)[0]
-    for axis in axes:
-        axis.axis("off")
-    for axis, frame in zip(axes, frames, strict=False):
-        axis.imshow(frame)
-        axis.set_anchor("W")
-    for axis, time in zip(axes, thumbnails.times, strict=False):
-        axis.set_title(f"{time:.2f} s", fontsize=6, pad=2)
-
-
 def _group(reply: ScoredReply) -> str:
     return next(iter(reply.question.groups.values()), "")
 
 
-def _caption(reply: ScoredReply, in_row: int) -> str:
+def _caption(reply: ScoredReply, in_row: int) -> list[str]:
     """The lines above the frames."""
     question = reply.question
     letters = _LETTERS if in_row == 1 else _LETTERS // _IMAGES_PER_ROW
@@ -116,8 +131,7 @@ def _caption(reply: ScoredReply, in_row: int) -> str:
     asked = " ".join(without_placeholders(text).split())
     said = reply.prediction.error or repr(reply.prediction.text)
     replied = f"answer {question.answer or '?'!r}, model {said}"
-    lines = [*_wrap(asked, letters), *_wrap(replied, letters)]
-    return "\n".join(lines)
+    return [*_wrap(asked, letters), *_wrap(replied, letters)]
 
 
 def _wrap(text: str, letters: int) -> list[str]:

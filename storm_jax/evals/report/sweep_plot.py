@@ -68,7 +68,7 @@ def draw_sweep(
                 )
         axis.set_xlabel(label)
         axis.set_xscale("log", base=2)
-        _set_ticks(axis, [getattr(point, quantity) for point in points])
+        set_ticks(axis, [getattr(point, quantity) for point in points])
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"{headline} in %, 95 % interval")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -99,7 +99,7 @@ def _draw_line(axis: Any, quantity: str, label: str, points: Sequence[Point], al
         )
 
 
-def _set_ticks(axis: Any, values: Sequence[float]) -> None:
+def set_ticks(axis: Any, values: Sequence[float]) -> None:
     """A tick at every value, except where their labels would overlap."""
     low, high = (math.log2(max(value, 1e-9)) for value in (min(values), max(values)))
     margin = max(0.1 * (high - low), 0.25)
