@@ -51,13 +51,6 @@ class Thumbnails:
     def base64(self) -> str:
         return base64.b64encode(self.jpeg).decode()
 
-    def frames(self) -> list[Image.Image]:
-        """The frames, one by one."""
-        strip = Image.open(io.BytesIO(self.jpeg))
-        count = max(1, len(self.times))
-        width = strip.width // count
-        return [strip.crop((i * width, 0, (i + 1) * width, strip.height)) for i in range(count)]
-
     def to_fields(self) -> dict[str, Any]:
         """As plain JSON."""
         return {"times": list(self.times), "jpeg": self.base64}
