@@ -19,9 +19,9 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from storm_jax import evals
+from storm_jax import command_line, evals
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.questions import BenchmarkError
 from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS
@@ -181,12 +181,9 @@ COMMANDS: Mapping[str, Callable[[], str]] = {"check": check_command, "score": sc
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 2 or (len(argv) == 2 and argv[1] not in COMMANDS):
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
     command = COMMANDS[argv[1]] if len(argv) == 2 else run_command
     try:
         problem = command()
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
     except RuntimeError as error:
         from storm_jax.run import RunError  # imports JAX, which not all commands need
 
@@ -205,4 +202,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, (ValueError,))

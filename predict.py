@@ -5,11 +5,11 @@ python predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash ca
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from storm_jax import command_line
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 from storm_jax.run import RunError
@@ -35,14 +35,10 @@ SEED = flags.DEFINE_integer("seed", 0, "Random seed of sampling.")
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        sampling = Sampling(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value)
-        storm = Predictor(WORKDIR.value, STEP.value)
-        print(storm.answer(VIDEO.value, QUESTION.value, sampling=sampling, seed=SEED.value))
-    except (RunError, ValueError, OSError) as error:
-        sys.exit(f"predict.py: {error}")
+    sampling = Sampling(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value)
+    storm = Predictor(WORKDIR.value, STEP.value)
+    print(storm.answer(VIDEO.value, QUESTION.value, sampling=sampling, seed=SEED.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, (RunError, ValueError))

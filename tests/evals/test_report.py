@@ -73,14 +73,15 @@ def render(replies, thumbnails) -> Page:
 
 
 def test_thumbnails_are_small_and_come_back(tmp_path):
-    frames = np.zeros((8, 256, 256, 3), np.uint8)
-    frames[:, :, :, 0] = np.arange(8)[:, None, None] * 30
-    made = Thumbnails.of(Clip(frames, np.linspace(0, 7.126, 8)), "video")
+    frames = np.zeros((10, 256, 256, 3), np.uint8)
+    frames[:, :, :, 0] = np.arange(10)[:, None, None] * 25
+    made = Thumbnails.of(Clip(frames, np.linspace(0, 7.126, 10)), "video")
     assert made.times[-1] == 7.13 and len(made.jpeg) < 50_000
-    strip = np.asarray(Image.open(io.BytesIO(made.jpeg)))
-    assert strip.shape == (128, 8 * 128, 3)
-    reds = strip[..., 0].reshape(128, 8, 128).mean(axis=(0, 2))
-    np.testing.assert_allclose(reds, np.arange(8) * 30, atol=4)
+    assert made.grid == (8, 2)
+    grid = np.asarray(Image.open(io.BytesIO(made.jpeg)))
+    assert grid.shape == (2 * 96, 8 * 96, 3)
+    reds = grid[..., 0].reshape(2, 96, 8, 96).mean(axis=(1, 3)).ravel()
+    np.testing.assert_allclose(reds[:10], np.arange(10) * 25, atol=4)
     assert Thumbnails.from_fields(made.to_fields()) == made
     assert STILL.times == () and Image.open(io.BytesIO(STILL.jpeg)).size == (16, 16)
 
@@ -98,10 +99,11 @@ def test_wrong_replies_come_first_and_are_spread_over_groups():
 
 
 def test_images_share_a_row_and_videos_do_not():
-    replies = [reply(i, "?") for i in range(9)]
-    strips = {f"q{i}": STRIP if i in (0, 6) else STILL for i in range(9)}
+    replies = [reply(i, "?", said="A" if i > 4 else "B") for i in range(10)]
+    strips = {f"q{i}": STRIP if i in (2, 6) else STILL for i in range(10)}
     rows = contact_sheet.arrange(replies, strips)
-    assert [len(row) for row in rows] == [1, 4, 1, 1, 2]
+    numbers = [[r.question.id for r in row] for row in rows]
+    assert numbers == [["q2"], ["q0", "q1", "q3", "q4"], ["q6"], ["q5", "q7", "q8", "q9"]]
 
 
 def test_texts_of_any_kind_and_length_are_drawn(tmp_path):

@@ -189,7 +189,7 @@ def test_the_model_is_asked_as_the_settings_say(root, tmp_path):
     )
     assert (seen["sampling"], seen["batch_size"]) == (Sampling(32), 3)
     assert seen["choices"][:3] == ["ABCDE", "ABCD", "ABC"]
-    assert seen["preview_frames"] == 8
+    assert seen["preview_frames"] == 16
 
 
 def test_journals_of_several_processes_are_one(tmp_path):

@@ -15,14 +15,14 @@ from PIL import Image
 
 from storm_jax.evals.questions import without_placeholders
 from storm_jax.evals.replies import ScoredReply
-from storm_jax.evals.report.thumbnails import FRAMES, Thumbnails
+from storm_jax.evals.report.thumbnails import COLUMNS, Thumbnails
 
 _WRONG, _RIGHT = 12, 4  # questions shown
 _IMAGES_PER_ROW = 4
 _LETTERS, _LINES = 135, 4  # of the text above a row of frames
 # In inches.
-_WIDTH, _MARGIN, _LINE, _TIMES, _GAP = 11.0, 0.15, 0.16, 0.16, 0.2
-_FRAME = (_WIDTH - 2 * _MARGIN) / FRAMES
+_WIDTH, _MARGIN, _LINE, _GAP = 11.0, 0.15, 0.17, 0.25
+_FRAME = (_WIDTH - 2 * _MARGIN) / COLUMNS
 
 
 def draw_contact_sheet(
@@ -37,12 +37,15 @@ def draw_contact_sheet(
     chosen = choose_replies([reply for reply in replies if reply.question.id in thumbnails])
     rows = arrange(chosen, thumbnails)
     captions = [[_caption(reply, len(row)) for reply in row] for row in rows]
-    heights = [max(map(len, row)) * _LINE + _TIMES + _FRAME + _GAP for row in captions]
+    heights = [
+        max(map(len, lines)) * _LINE + thumbnails[row[0].question.id].grid[1] * _FRAME + _GAP
+        for row, lines in zip(rows, captions, strict=True)
+    ]
     height = sum(heights) + 2 * _MARGIN
     figure = pyplot.figure(figsize=(_WIDTH, height))
     top = height - _MARGIN
     for row, row_captions, row_height in zip(rows, captions, heights, strict=True):
-        frames_top = top - row_height + _GAP + _FRAME
+        frames_top = top - max(map(len, row_captions)) * _LINE
         for column, (reply, lines) in enumerate(zip(row, row_captions, strict=True)):
             left = _MARGIN + column * (_WIDTH - 2 * _MARGIN) / _IMAGES_PER_ROW
             text = figure.text(
@@ -67,19 +70,24 @@ def draw_contact_sheet(
 def _draw_frames(
     figure: Any, thumbnails: Thumbnails, left: float, top: float, height: float
 ) -> None:
-    """The frames in a row at (left, top), in inches of a figure that is `height` high, with their times."""
-    strip = Image.open(io.BytesIO(thumbnails.jpeg))
-    count = max(1, len(thumbnails.times))
+    """The frames at (left, top), in inches of a figure that is `height` high, with their times."""
+    image = Image.open(io.BytesIO(thumbnails.jpeg))
+    columns, rows = thumbnails.grid
+    width = columns * _FRAME
     axis = figure.add_axes(
-        (left / _WIDTH, (top - _FRAME) / height, count * _FRAME / _WIDTH, _FRAME / height)
+        (left / _WIDTH, (top - rows * _FRAME) / height, width / _WIDTH, rows * _FRAME / height)
     )
-    axis.imshow(
-        strip, aspect="auto", interpolation="nearest" if strip.height < 64 else "antialiased"
-    )
+    smooth = "nearest" if image.height < 64 * rows else "antialiased"
+    axis.imshow(image, extent=(0, columns, rows, 0), aspect="auto", interpolation=smooth)
     axis.axis("off")
+    for line in range(1, columns):
+        axis.axvline(line, color="white", linewidth=1.5)
+    for line in range(1, rows):
+        axis.axhline(line, color="white", linewidth=1.5)
     for number, time in enumerate(thumbnails.times):
-        centre = (left + (number + 0.5) * _FRAME) / _WIDTH
-        figure.text(centre, (top + 0.02) / height, f"{time:.2f} s", fontsize=6, ha="center")
+        place = number % COLUMNS + 0.04, number // COLUMNS + 0.95
+        box = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
+        axis.text(*place, f"{time:.2f} s", color="white", fontsize=6, bbox=box)
 
 
 def choose_replies(replies: Sequence[ScoredReply]) -> list[ScoredReply]:
@@ -105,16 +113,18 @@ def _spread(replies: Sequence[ScoredReply], count: int) -> list[ScoredReply]:
 def arrange(
     replies: Sequence[ScoredReply], thumbnails: Mapping[str, Thumbnails]
 ) -> list[list[ScoredReply]]:
-    """Rows of the sheet: a video has its own, and consecutive images share one."""
+    """Rows of the sheet: wrong replies before right ones, and among these videos, with a row each, before
+    images, which share rows."""
     rows: list[list[ScoredReply]] = []
-    shares_row = False
-    for reply in replies:
-        is_image = not thumbnails[reply.question.id].times
-        if is_image and shares_row and len(rows[-1]) < _IMAGES_PER_ROW:
-            rows[-1].append(reply)
-        else:
+    images: list[ScoredReply] = []
+    for reply in sorted(replies, key=lambda r: (r.right, not thumbnails[r.question.id].times)):
+        if thumbnails[reply.question.id].times:
             rows.append([reply])
-        shares_row = is_image
+            images = []
+        elif 0 < len(images) < _IMAGES_PER_ROW:
+            images.append(reply)
+        else:
+            rows.append(images := [reply])
     return rows
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from storm_jax.evals.benchmark import Benchmark
+from storm_jax.evals.benchmark import Benchmark, Split
 from storm_jax.evals.questions import without_placeholders
 from storm_jax.evals.replies import ScoredReply
 from storm_jax.evals.report.page import SCRIPT, STYLE
@@ -47,14 +47,9 @@ def render_report(
         question = reply.question
         cards.setdefault((question.video, thumbnails.get(question.id)), []).append(reply)
     omitted = _omit(cards)
-    groups = {
-        group: str(number)
-        for number, group in enumerate(
-            dict.fromkeys(item for reply in replies for item in reply.question.groups.items())
-        )
-    }
+    groups = _number_groups(benchmark.splits[split], replies)
     statuses = Counter(_status(reply, judged) for reply in replies)
-    title = f"{benchmark.title} {split}"
+    title = f"{benchmark.title[:1].upper()}{benchmark.title[1:]}, {split}"
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -80,6 +75,20 @@ def render_report(
         )
     parts.append(f"<script>{SCRIPT}</script></body></html>\n")
     return "\n".join(part for part in parts if part)
+
+
+def _number_groups(split: Split, replies: Sequence[ScoredReply]) -> dict[tuple[str, str], str]:
+    """A number for each (dimension, group), in published order."""
+    found: dict[str, dict[str, None]] = {}
+    for reply in replies:
+        for dimension, group in reply.question.groups.items():
+            found.setdefault(dimension, {})[group] = None
+    pairs = [
+        (dimension, group)
+        for dimension, names in found.items()
+        for group in split.sorted_groups(dimension, names)
+    ]
+    return {pair: str(number) for number, pair in enumerate(pairs)}
 
 
 def _status(reply: ScoredReply, judged: bool) -> str:
@@ -185,8 +194,8 @@ def _score_table(benchmark: Benchmark, scores: Scores) -> str:
         )
     header = "".join(f"<th>{name}</th>" for name in head)
     return (
-        f"<h2>Scores</h2><table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        f"{legend}</p>"
+        f'<h2>Scores</h2><div class="table"><table><thead><tr>{header}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>{legend}</p>"
     )
 
 
@@ -251,19 +260,19 @@ def _filters(groups: Mapping[tuple[str, str], str], statuses: Counter[str]) -> s
     )
 
 
-def _figure(video: str, strip: Thumbnails | None) -> str:
-    if strip is None:
+def _figure(video: str, thumbnails: Thumbnails | None) -> str:
+    if thumbnails is None:
         return ""
-    width, height = Image.open(io.BytesIO(strip.jpeg)).size
-    count = max(1, len(strip.times))
-    shown = count * _FRAME_WIDTH
-    small = ' class="small"' if height < 64 else ""
-    times = "".join(f"<span>{time:.1f} s</span>" for time in strip.times)
+    columns, rows = thumbnails.grid
+    width, height = columns * _FRAME_WIDTH, rows * _FRAME_WIDTH
+    pixels = Image.open(io.BytesIO(thumbnails.jpeg)).width // columns
+    small = ' class="small"' if pixels < 64 else ""
+    times = "".join(f"<span>{time:.1f} s</span>" for time in thumbnails.times)
     caption = f"<figcaption>{times}</figcaption>" if times else ""
     return (
-        f'<figure style="width:{shown}px"><img{small} loading="lazy" width="{shown}" '
-        f'height="{shown * height // width}" alt="{_escape(f"frames of {video}")}" '
-        f'src="data:image/jpeg;base64,{strip.base64}">{caption}</figure>'
+        f'<figure style="width:{width}px;--columns:{columns}"><img{small} loading="lazy" '
+        f'width="{width}" height="{height}" alt="{_escape(f"frames of {video}")}" '
+        f'src="data:image/jpeg;base64,{thumbnails.base64}">{caption}</figure>'
     )
 
 

@@ -24,6 +24,7 @@ code { font-size: .88em; overflow-wrap: anywhere; }
 .note { padding: .6rem .9rem; border-left: 4px solid var(--other); background: var(--card); }
 .counts { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; padding: 0; list-style: none; }
 .counts b { font-variant-numeric: tabular-nums; }
+.table { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; background: var(--card); }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { color: var(--muted); font-weight: 500; font-size: .85rem; }
@@ -60,12 +61,18 @@ article {
 }
 article.still { display: flex; flex-wrap: wrap; gap: 0 1.25rem; }
 article.still .questions { flex: 1 1 20rem; }
-figure { margin: 0 0 .5rem; max-width: 100%; }
+figure { position: relative; margin: 0 0 .5rem; max-width: 100%; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 3px; }
 figure img.small { image-rendering: pixelated; }
-figcaption { display: flex; font-size: .72rem; color: var(--muted); }
-figcaption span { flex: 1; text-align: center; overflow: hidden; }
-.question + .question { margin-top: .8rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+figcaption {
+  position: absolute; inset: 0; display: grid; grid-template-columns: repeat(var(--columns), 1fr);
+  grid-auto-rows: 1fr;
+}
+figcaption span {
+  display: flex; align-items: flex-end; padding: 0 5px 3px; overflow: hidden; font-size: .68rem;
+  color: #fff; text-shadow: 0 0 3px #000, 0 0 2px #000; box-shadow: inset 0 0 0 1.5px var(--card);
+}
+.question:not([hidden]) ~ .question { margin-top: .8rem; padding-top: .8rem; border-top: 1px solid var(--line); }
 .question header { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; font-size: .85rem; }
 .question p { margin: .3rem 0; white-space: pre-line; }
 .badge { font-weight: 650; color: var(--other); }

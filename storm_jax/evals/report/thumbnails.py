@@ -1,6 +1,6 @@
-"""A few small frames of a video, as one JPEG strip.
+"""Some small frames of a video in one JPEG.
 
-Strips are saved while an evaluation runs, since its report shows questions that are chosen by their
+They are saved while an evaluation runs, since its report shows questions that are chosen by their
 score, and decoding their videos again would take long.
 """
 
@@ -13,39 +13,45 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from storm_jax.files import read_lines
 from storm_jax.media.frames import Clip
 
-FRAMES = 8
-_PIXELS = 128
+FRAMES, COLUMNS = 16, 8
+_PIXELS = 96
 _QUALITY = 80
 
 
 @dataclasses.dataclass(frozen=True)
 class Thumbnails:
-    """Frames next to each other in one JPEG, and their times in seconds; () for a still image."""
+    """Frames in rows of 8 in one JPEG, and their times in seconds; () for a still image."""
 
     jpeg: bytes
     times: tuple[float, ...]
 
     @classmethod
     def of(cls, clip: Clip, kind: str) -> Thumbnails:
-        """The frames of a clip, each at most 128 pixels wide.
+        """The frames of a clip, each at most 96 pixels wide.
 
         Args:
           kind: "image" or "video".
         """
-        strip = Image.fromarray(np.concatenate(list(clip.frames), axis=1))
-        scale = min(1.0, _PIXELS / strip.height)
-        if scale < 1:
-            strip = strip.resize((round(strip.width * scale), _PIXELS), Image.Resampling.BOX)
+        pixels = min(_PIXELS, clip.frames.shape[1])
+        columns, rows = _grid(len(clip.frames))
+        grid = Image.new("RGB", (columns * pixels, rows * pixels), "white")
+        for number, frame in enumerate(clip.frames):
+            small = Image.fromarray(frame).resize((pixels, pixels), Image.Resampling.BOX)
+            grid.paste(small, (number % columns * pixels, number // columns * pixels))
         data = io.BytesIO()
-        strip.save(data, "jpeg", quality=_QUALITY, subsampling=0)
+        grid.save(data, "jpeg", quality=_QUALITY, subsampling=0)
         times = () if kind == "image" else tuple(round(float(time), 2) for time in clip.times)
         return cls(data.getvalue(), times)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Columns and rows."""
+        return _grid(max(1, len(self.times)))
 
     @property
     def base64(self) -> str:
@@ -58,6 +64,10 @@ class Thumbnails:
     @classmethod
     def from_fields(cls, line: Mapping[str, Any]) -> Thumbnails:
         return cls(base64.b64decode(line["jpeg"]), tuple(line["times"]))
+
+
+def _grid(count: int) -> tuple[int, int]:
+    return min(count, COLUMNS), -(-count // COLUMNS)
 
 
 def read_thumbnails(folder: pathlib.Path) -> dict[str, Thumbnails]:
