@@ -1,12 +1,12 @@
-"""What does it save to encode a video once for all its questions? Questions a second with and without.
+"""Measures what encoding a video once for all its questions saves, in questions per second.
 
     python -m benchmarks.eval_throughput --out=OUT
 
-A model with random weights answers `--questions` questions about each of `--videos` H.264 clips, through
-the whole of `Predictor.predict` (decoding in a worker, encoding, prefill, generation). Without sharing,
-each question has a copy of its clip under another name, which is what a harness does that goes through
-questions one by one. Both are run in turn after one round that is not counted; the ratio is that of the
-medians, and the spread that of the rounds. OUT gets eval_throughput.json.
+A model with random weights answers `--questions` questions about each of `--videos` H.264 clips with
+`Predictor.predict` (decoding in a worker process, encoding, prefill, generation). For comparison, each
+question gets its own copy of its clip, as in a harness that processes questions one by one. Both are
+run in turn, after a round that is not counted. The ratio is that of the medians over rounds. Results
+are written to OUT/eval_throughput.json.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--out", required=True, type=pathlib.Path, help="folder of files and results"
+        "--out", required=True, type=pathlib.Path, help="folder for clips, the run and results"
     )
     parser.add_argument("--videos", type=int, default=16, help="default 16")
-    parser.add_argument("--questions", type=int, default=3, help="about each; default 3")
-    parser.add_argument("--frames", type=int, default=32, help="of each; default 32")
+    parser.add_argument("--questions", type=int, default=3, help="per video; default 3")
+    parser.add_argument("--frames", type=int, default=32, help="per video; default 32")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--batch_size", type=int, default=8, help="default 8")
     args = parser.parse_args(argv)
     model = scaled_model()
     predictor = make_predictor(args.out / "run", model, args.frames)
-    together, apart = make_samples(args.out / "clips", args)
-    ways = {"shared": together, "not shared": apart}
+    shared, separate = make_samples(args.out / "clips", args)
+    ways = {"shared": shared, "not shared": separate}
     rates: dict[str, list[float]] = {way: [] for way in ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     replies = {}
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def scaled_model() -> ModelConfig:
-    """The paper's proportions where two cores can run them: most work is the tower's, as with 7B."""
+    """A model small enough for two cores that spends most time in the tower, as the 7B model does."""
     preset = TINY
     return dataclasses.replace(
         preset,
@@ -96,7 +96,7 @@ def scaled_model() -> ModelConfig:
 
 
 def make_predictor(folder: pathlib.Path, model: ModelConfig, frames: int) -> Predictor:
-    """A run with random weights."""
+    """Creates and loads a run with random weights."""
     shutil.rmtree(folder, ignore_errors=True)
     config = tiny.get_config("stage=sft")
     config.model.update(to_dict(model))
@@ -113,11 +113,11 @@ def make_predictor(folder: pathlib.Path, model: ModelConfig, frames: int) -> Pre
 def make_samples(
     folder: pathlib.Path, args: argparse.Namespace
 ) -> tuple[list[Sample], list[Sample]]:
-    """The same questions about one file a video, and about one file a question."""
+    """The same questions about one file per video, and about one file per question."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    together: list[Sample] = []
-    apart: list[Sample] = []
+    shared: list[Sample] = []
+    separate: list[Sample] = []
     for video in range(args.videos):
         base = rng.integers(0, 256, (1, 8, 8, 3)) + rng.integers(-9, 9, (60, 8, 8, 3)).cumsum(0)
         frames = base.clip(0, 255).astype(np.uint8).repeat(28, axis=1).repeat(28, axis=2)
@@ -127,11 +127,11 @@ def make_samples(
             copy = folder / f"{video}_{question}.mp4"
             shutil.copy(original, copy)
             turns = (Turn("user", f"<video>\n{QUESTION.format(question)}"),)
-            for samples, path in ((together, original), (apart, copy)):
+            for samples, path in ((shared, original), (separate, copy)):
                 samples.append(
                     Sample(id=path.name, turns=turns, media=(Media.file("video", path),), extra={})
                 )
-    return together, apart
+    return shared, separate
 
 
 def summary(
