@@ -216,6 +216,8 @@ def test_the_papers_settings_are_those_of_its_table():
         PAPER_SETTINGS["storm"].compression("storm", "egoschema")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_hundred_questions_killed_five_times_are_answered_alike(trained_run, tmp_path):
     """With the real model and real kills: a process is killed as soon as it has added some answers."""
     videos, names = Videos(tmp_path), [f"v{i}.mp4" for i in range(100)]

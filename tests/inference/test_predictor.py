@@ -216,7 +216,7 @@ def test_no_samples_give_no_answers(storm):
 
 
 def test_a_missing_step_or_run_is_named(trained_run, tmp_path):
-    with pytest.raises(RunError, match=r"no checkpoint of step 7; steps here: \[2\]"):
+    with pytest.raises(RunError, match=r"no checkpoint of step 7; it has \[2\]"):
         storm_jax.load(trained_run, step=7)
     with pytest.raises(ConfigError, match="is not a run"):
         storm_jax.load(tmp_path)
