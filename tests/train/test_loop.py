@@ -6,7 +6,9 @@ of the compiled programs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -29,6 +31,7 @@ from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
+from storm_jax.train.checkpoint import Checkpointer
 from storm_jax.train.initialisation import inherit_model, load_params
 from storm_jax.train.state import StateSpec
 from storm_jax.train.validation import make_validation
@@ -52,10 +55,83 @@ def source(path: pathlib.Path, media_root: pathlib.Path | str = "", **fields) ->
     return {"name": path.stem, "path": str(path), "media_root": str(media_root), **fields}
 
 
+def two_sources(small_config, shapes_folder, folder: pathlib.Path, **changes):
+    """A configuration with workers, two sources and two row shapes."""
+    texts = folder / "texts.jsonl"
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    texts.write_text(f"{json.dumps({'conversations': turns})}\n" * 90)
+    return small_config(
+        train__steps=9,
+        train__save_every=2,
+        train__eval_every=0,
+        data__train=[source(shapes_folder / "train.json", weight=2), source(texts, weight=5)],
+        data__rows=[{"tokens": 128, "frames": 4}, {"tokens": 128, "frames": 16}],
+        **changes,
+    )
+
+
+def assert_same_training(whole: Run, resumed: Run) -> None:
+    """Equal losses and per-source counts, and the same batches, some of them repeated."""
+    assert losses(resumed.path) == losses(whole.path)
+    assert sorted(losses(resumed.path)) == list(range(1, 10))
+    batches, repeated = (
+        (run.path / "batches.txt").read_text().splitlines() for run in (whole, resumed)
+    )
+    assert len(batches) == 9 < len(repeated)
+    assert repeated[-1] == batches[-1] and set(repeated) == set(batches)
+    counts = final_metrics(whole.path)
+    assert final_metrics(resumed.path) == counts
+    assert counts["data/texts/read"] > counts["data/train/read"] > 0
+    assert counts["compilations"] == 2
+
+
+def test_interrupted_training_resumes_bit_for_bit(
+    small_config, shapes_folder, tmp_path, monkeypatch
+):
+    """In the middle of an epoch; the last line of metrics.jsonl may be incomplete."""
+
+    class Interrupt(BaseException):
+        pass
+
+    config = two_sources(
+        small_config, shapes_folder, tmp_path, model__projector="mlp", data__num_workers=1
+    )
+    place = loop.place
+
+    def train(run: Run, last_step: int) -> None:
+        steps = iter(range(run_start(run) + 1, 10))
+
+        def logged(arrays, mesh):
+            if next(steps) > last_step:
+                raise Interrupt
+            digest = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
+            with (run.path / "batches.txt").open("a") as file:
+                print(digest.hexdigest(), file=file)
+            return place(arrays, mesh)
+
+        monkeypatch.setattr(loop, "place", logged)
+        loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
+
+    whole, resumed = Run(tmp_path / "whole"), Run(tmp_path / "resumed")
+    for run in (whole, resumed):
+        run.prepare(config, shapes_folder / "tokenizer")
+    train(whole, last_step=9)
+    for last_step in (3, 7):
+        with pytest.raises(Interrupt):
+            train(resumed, last_step)
+        with (resumed.path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "lo')
+    train(resumed, last_step=9)
+    assert_same_training(whole, resumed)
+
+
+def run_start(run: Run) -> int:
+    return max(run.checkpoints.steps(), default=0)
+
+
 # Trains a run, and logs a digest of every batch.
 TRAINER = """
 import hashlib, jax, sys
-from storm_jax import config
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
@@ -71,22 +147,10 @@ loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool
 """
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_bit_for_bit(small_config, shapes_folder, tmp_path):
-    """With workers, two sources and two row shapes, in the middle of an epoch."""
-    rows = [{"tokens": 128, "frames": 4}, {"tokens": 128, "frames": 16}]
-    texts = tmp_path / "texts.jsonl"
-    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
-    texts.write_text(f"{json.dumps({'conversations': turns})}\n" * 90)
-    sources = [source(shapes_folder / "train.json", weight=2), source(texts, weight=5)]
-    config = small_config(
-        model__projector="mlp",  # compiles faster
-        train__steps=9,
-        train__save_every=2,
-        train__eval_every=0,
-        data__train=sources,
-        data__rows=rows,
-        data__num_workers=2,
-    )
+    """A process that is killed at any moment, possibly while it saves."""
+    config = two_sources(small_config, shapes_folder, tmp_path, data__num_workers=2)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
     for run in (whole, killed):
@@ -105,17 +169,7 @@ def test_killed_training_resumes_bit_for_bit(small_config, shapes_folder, tmp_pa
             time.sleep(0.01)
         process.wait()
     subprocess.run([sys.executable, "-c", TRAINER, str(killed.path)], env=environment, check=True)
-    assert losses(killed.path) == losses(whole.path)
-    assert sorted(losses(killed.path)) == list(range(1, 10))
-    batches, repeated = (
-        (run.path / "batches.txt").read_text().splitlines() for run in (whole, killed)
-    )
-    assert len(batches) == 9 < len(repeated)  # some steps were repeated
-    assert repeated[-1] == batches[-1] and set(repeated) == set(batches)
-    counts = final_metrics(whole.path)
-    assert final_metrics(killed.path) == counts
-    assert counts["data/texts/read"] > counts["data/train/read"] > 0
-    assert counts["compilations"] == 2
+    assert_same_training(whole, killed)
 
 
 def final_metrics(workdir: pathlib.Path) -> dict[str, float]:
@@ -196,23 +250,23 @@ def test_a_checkpoint_of_another_shape_names_the_parameters(trained_run, tmp_pat
         loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 
 
-def test_init_from_takes_the_parameters_and_refuses_another_model(
+def test_init_from_takes_all_parameters_and_refuses_another_model(
     small_config, shapes_folder, tmp_path
 ):
+    """Checkpoints of a run that trains only the projector are complete, too."""
     only_projector = {"optim__learning_rate__vision": 0.0, "optim__learning_rate__decoder": 0.0}
-    align = start_training(
-        small_config(train__eval_every=0, **only_projector),
-        tmp_path / "align",
-        shapes_folder,
-    )
+    align = Run(tmp_path / "align")
+    align.prepare(small_config(**only_projector), shapes_folder / "tokenizer")
+    mesh = make_mesh(align.config.mesh, jax.devices()[:1])
+    spec = StateSpec.make(align.config, mesh)
+    with contextlib.closing(Checkpointer(align, spec)) as checkpointer:
+        checkpointer.save(1, spec.init(), {}, {})
     config = small_config(init_from=str(align.path))
-    spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
-    params = load_params(align, spec)
+    params = load_params(align, StateSpec.make(config, mesh))
     assert params["decoder/embedding"].shape == (512, 32)
     other = small_config(model__decoder__width=64, init_from=str(align.path))
-    spec = StateSpec.make(other, make_mesh(config.mesh, jax.devices()[:1]))
     with pytest.raises(RunError, match=r"model.decoder.width: 32 there, 64 here"):
-        load_params(align, spec)
+        load_params(align, StateSpec.make(other, mesh))
 
 
 def test_imported_weights_are_the_start_of_other_runs(
