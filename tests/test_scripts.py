@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from forked import run_forked
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,26 +34,34 @@ def test_help_shows_how_to_call(script):
     assert f"python {script}" in shown.stdout
 
 
-@pytest.mark.parametrize(
-    ("override", "problem"),
-    [
-        ("--config.model.vision.nope=3", "nope"),
-        ("--config.train.steps=many", "config.train.steps"),
-        ("--config.train.steps=0", "train.steps=0 must be positive"),
-        ("--config.mesh.tensor=3", "mesh.tensor=3 does not divide"),
-        ("--config.compression.num_frames=65", "no video would fit"),
-        ("--config.init_from=nowhere", "nowhere"),
-        ("--config.data.train[0].cap=-1", "data.train[0].cap=-1 must be at least 0"),
-    ],
-)
-def test_a_wrong_field_is_reported_before_anything_is_written(override, problem, tmp_path):
-    refused = call(
-        "train.py", "--config=configs/tiny.py:stage=sft", f"--workdir={tmp_path}/run", override
-    )
-    assert refused.returncode != 0
-    assert problem in refused.stderr
-    assert "Traceback" not in refused.stderr.split(problem)[-1]
-    assert not (tmp_path / "run").exists()
+WRONG_FIELDS = {
+    "--config.model.vision.nope=3": "nope",
+    "--config.train.steps=many": "config.train.steps",
+    "--config.train.steps=0": "train.steps=0 must be positive",
+    "--config.mesh.tensor=3": "mesh.tensor=3 does not divide",
+    "--config.compression.num_frames=65": "no video would fit",
+    "--config.init_from=nowhere": "nowhere",
+    "--config.data.train[0].cap=-1": "data.train[0].cap=-1 must be at least 0",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> tuple[pathlib.Path, dict[str, subprocess.CompletedProcess]]:
+    """A folder for the run, and what train.py says to each of the wrong fields."""
+    workdir = tmp_path_factory.mktemp("refused") / "run"
+    start = ["--config=configs/tiny.py:stage=sft", f"--workdir={workdir}"]
+    calls = [[*start, override] for override in WRONG_FIELDS]
+    done = run_forked("train.py", ["storm_jax.train.loop"], calls)
+    return workdir, dict(zip(WRONG_FIELDS, done, strict=True))
+
+
+@pytest.mark.parametrize("override", WRONG_FIELDS)
+def test_a_wrong_field_is_reported_before_anything_is_written(override, refused):
+    workdir, calls = refused
+    assert calls[override].returncode != 0
+    assert WRONG_FIELDS[override] in calls[override].stderr
+    assert "Traceback" not in calls[override].stderr.split(WRONG_FIELDS[override])[-1]
+    assert not workdir.exists()
 
 
 def test_a_question_about_a_file_is_answered(trained_run, shapes_folder):

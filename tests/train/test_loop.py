@@ -288,7 +288,9 @@ def test_tower_and_decoder_are_inherited_with_the_weights(trained_run, small_con
     inherited, changes = inherit_model(other, Run(trained_run), explicit=["train.steps"])
     assert inherited == small_config()
     assert changes == {"model.decoder.mlp_dim": (64, 32), "model.vision.depth": (3, 2)}
-    with pytest.raises(ConfigError, match=r"a different value of\n  model.decoder.mlp_dim=64, not 32"):
+    with pytest.raises(
+        ConfigError, match=r"a different value of\n  model.decoder.mlp_dim=64, not 32"
+    ):
         inherit_model(other, Run(trained_run), explicit=["model.decoder.mlp_dim"])
     adapted = small_config(model__decoder__lora__rank=2, model__mamba__depth=1)
     assert inherit_model(adapted, Run(trained_run), explicit=[])[0] == adapted

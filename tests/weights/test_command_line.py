@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from forked import run_forked
 from reference_models import make_decoder, make_tokenizer, make_tower, save
 
 from storm_jax.run import Run
@@ -30,25 +31,34 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_help_shows_both_commands():
-    shown = call("-m", "storm_jax.weights", "--help").stdout
-    assert "python -m storm_jax.weights import --vision" in shown
-    assert "python -m storm_jax.weights export --workdir" in shown
+WRONG_CALLS = [
+    (["--out=o"], "the command must be `import` or `export`"),
+    (["import", "export", "--out=o"], "the command must be `import` or `export`"),
+    (["import", "--vision=v", "--out=o"], "import needs --config, --decoder"),
+    (["export", "--out=o"], "export needs --workdir"),
+    (
+        ["export", "--workdir=nowhere", "--out=o"],
+        r"storm_jax.weights: .*nowhere.* does not exist: .* is not a run",
+    ),
+    (["export", "--workdir=w"], "flag --out"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (["--out=o"], "the command must be `import` or `export`"),
-        (["import", "export", "--out=o"], "the command must be `import` or `export`"),
-        (["import", "--vision=v", "--out=o"], "import needs --config, --decoder"),
-        (["export", "--out=o"], "export needs --workdir"),
-        (["export", "--workdir=nowhere", "--out=o"], r"export: .*nowhere.* is not a run"),
-        (["export", "--workdir=w"], "flag --out"),
-    ],
-)
-def test_a_wrong_call_is_explained(arguments, problem):
-    refused = call("-m", "storm_jax.weights", *arguments)
+@pytest.fixture(scope="module")
+def calls() -> list[subprocess.CompletedProcess]:
+    """`--help`, then each of the wrong calls."""
+    modules = ["storm_jax.weights.importer", "storm_jax.weights.exporter"]
+    return run_forked("storm_jax.weights", modules, [["--help"], *(c for c, _ in WRONG_CALLS)])
+
+
+def test_help_shows_both_commands(calls):
+    assert "python -m storm_jax.weights import --vision" in calls[0].stdout
+    assert "python -m storm_jax.weights export --workdir" in calls[0].stdout
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_CALLS)))
+def test_a_wrong_call_is_explained(number, calls):
+    refused, problem = calls[1 + number], WRONG_CALLS[number][1]
     assert refused.returncode != 0
     assert re.search(problem, refused.stdout + refused.stderr)
     assert "Traceback" not in refused.stderr
