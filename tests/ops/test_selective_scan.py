@@ -378,12 +378,13 @@ def test_a_kernel_that_fails_is_replaced_and_that_is_said_once(monkeypatch, capl
     assert "pallas_gpu does not lower" in caplog.text
 
 
-def test_the_kernel_is_chosen_under_a_mesh_and_inside_a_trace():
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_the_kernel_is_chosen_under_a_mesh_and_inside_a_trace(backend):
     selective_scan_module._lowers.cache_clear()
 
     @jax.jit
     def traced(x):
-        assert fastest("tpu", state=16) == "pallas_tpu"
+        assert fastest(backend, state=16) == f"pallas_{backend}"
         return x
 
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=1, tensor=4))):

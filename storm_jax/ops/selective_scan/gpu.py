@@ -18,9 +18,11 @@ Letters: B batch, L length, E width, N state size, T tiles of the width, S segme
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -180,7 +182,7 @@ def _call(
     def body(*refs: Any) -> None:
         kernel(_Tile(plan, *refs[: len(arrays)]), *refs[len(arrays) :])
 
-    return pl.pallas_call(
+    call = pl.pallas_call(
         body,
         out_shape=[
             jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(inputs.x).mat)
@@ -190,7 +192,24 @@ def _call(
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=plan.interpret,
         name="selective_scan" + kernel.__name__.removesuffix("_kernel"),
-    )(*arrays, *more)
+    )
+    with contextlib.nullcontext() if plan.interpret else _lowering_target(inputs.x):
+        return call(*arrays, *more)
+
+
+def _lowering_target(x: jax.Array) -> AbstractContextManager[None]:
+    """A context that names the GPU to lower for if neither this machine nor the mesh has one.
+
+    Since JAX 0.11 Pallas asks for it; what it lowers these kernels to is the same for every GPU.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    has_gpu = jax.default_backend() == "gpu" or (device and device.platform in ("gpu", "cuda"))
+    # Arrays that vary over a mesh's axes cannot leave its context.
+    if has_gpu or jax.typeof(x).mat.varying:
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 # What a program sees.
