@@ -1,16 +1,18 @@
-"""The selective scan beside what else computes it: time, memory and error, in one run.
+"""Compares the selective scan with reference implementations: time, memory and error.
 
     python -m benchmarks.scan --out=runs/scan                            the grid of docs/scan.md
-    python -m benchmarks.scan --out=runs/scan --problems=1x4096x512x16   batch x length x width x state
+    python -m benchmarks.scan --out=runs/scan --problems 1x4096x512x16   batch x length x width x d_state
 
-For each problem: the implementations of `storm_jax.ops.selective_scan` that suit this machine, and as
-references `jax.lax.associative_scan` over the whole length and `jax.lax.scan`, both differentiated by
-JAX; torch's recurrence as transformers writes it and, fairer, over unbound tensors; on a GPU also the
-kernels of `mamba_ssm` where that is installed. Each round times every method once, so that all meet
-the same machine; the best round counts. Errors are those of y and of the gradients of all inputs,
-against torch in float64, by the largest value of each array. Needs requirements-dev.txt.
+Methods: the implementations of `storm_jax.ops.selective_scan` for this backend; `jax.lax.associative_scan`
+over the whole length and, on CPU, `jax.lax.scan`, both differentiated by JAX; the recurrence in torch, as
+written in transformers (short sequences only) and, faster, over unbound tensors; on a GPU the kernels of
+`mamba_ssm`, if installed.
 
-Writes OUT/scan.json, OUT/scan.md and OUT/scan.png, also after each problem.
+Each round times every method once, so that all of them see the same load, and the best round counts.
+Errors are those of y and of the gradients of all inputs, against torch in float64, relative to the largest
+value of each array. Requires requirements-dev.txt.
+
+Writes OUT/scan.json, OUT/scan.md and OUT/scan.png, and updates them after each problem.
 """
 
 from __future__ import annotations
@@ -38,14 +40,16 @@ from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, fastest, sele
 Arrays = dict[str, Any]  # x, dt, A, B, C, D, dt_bias and the weights of y in the loss
 INPUTS = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 
-TRANSFORMERS_STEPS = 1024  # its backward grows faster than the square of the length
+MAX_TRANSFORMERS_STEPS = 1024  # its backward pass is more than quadratic in the length
 
 
 class Problem(NamedTuple):
+    """The sizes of a scan."""
+
     batch: int
     length: int
     width: int
-    state: int
+    d_state: int
 
     def __str__(self) -> str:
         return "x".join(map(str, self))
@@ -62,24 +66,24 @@ GRID = (
 
 
 def make_arrays(problem: Problem, dtype: Any = np.float32) -> Arrays:
-    """Inputs as a fresh Mamba layer has them: rates 1 to N and steps of about 0.05."""
-    batch, length, width, state = problem
+    """Draws inputs like those of a new Mamba layer: decay rates 1 to N, step sizes of about 0.05."""
+    batch, length, width, d_state = problem
     rng = np.random.default_rng(0)
     arrays = {
         "x": rng.standard_normal((batch, length, width)),
         "dt": 0.5 * rng.standard_normal((batch, length, width)),
-        "A": -np.tile(np.arange(1.0, state + 1), (width, 1)),
-        "B": rng.standard_normal((batch, length, state)),
-        "C": rng.standard_normal((batch, length, state)),
+        "A": -np.tile(np.arange(1.0, d_state + 1), (width, 1)),
+        "B": rng.standard_normal((batch, length, d_state)),
+        "C": rng.standard_normal((batch, length, d_state)),
         "D": np.ones(width),
         "dt_bias": rng.uniform(-4, -2, width),
         "weights": rng.standard_normal((batch, length, width)),
     }
-    kept = ("A", "D", "dt_bias")
-    return {k: v.astype(np.float32 if k in kept else dtype) for k, v in arrays.items()}
+    fp32 = ("A", "D", "dt_bias")
+    return {k: v.astype(np.float32 if k in fp32 else dtype) for k, v in arrays.items()}
 
 
-# Methods: each maps the inputs to y [B, L, E].
+# Methods map the inputs to y [B, L, E].
 
 
 def by_associative_scan(x, dt, A, B, C, D, dt_bias):
@@ -108,7 +112,7 @@ def by_lax_scan(x, dt, A, B, C, D, dt_bias):
 
 
 def by_torch(x, dt, A, B, C, D, dt_bias, block=None):
-    """The recurrence over unbound tensors; with `block`, that many steps are kept at a time."""
+    """The recurrence over unbound tensors, optionally with activations checkpointed every `block` steps."""
     dt = torch.nn.functional.softplus(dt + dt_bias)
 
     def steps(h, x, dt, B, C):
@@ -148,18 +152,20 @@ def ours(x, dt, A, B, C, D, dt_bias, implementation):
     return selective_scan(x, dt, A, B, C, D, dt_bias=dt_bias, implementation=implementation)[0]
 
 
-# Programs: a method made ready, forward and with gradients.
+# Programs are compiled methods.
 
 
 class Program(NamedTuple):
-    forward: Callable[[], Any]  # y
-    backward: Callable[[], dict[str, Any]]  # gradients of sum(y * weights)
-    forward_bytes: int | None
+    """A method with its inputs, ready to be timed."""
+
+    forward: Callable[[], Any]  # returns y
+    backward: Callable[[], dict[str, Any]]  # returns the gradients of sum(y * weights)
+    forward_bytes: int | None  # None: not measured
     backward_bytes: int | None
 
 
 def jax_program(method: Callable[..., jax.Array], arrays: Arrays) -> Program:
-    """Memory is what XLA reserves besides arguments and results."""
+    """Compiles a JAX method. Memory is XLA's temporary memory, without arguments and results."""
     device = {name: jnp.asarray(v) for name, v in arrays.items()}
     inputs, weights = {name: device[name] for name in INPUTS}, device["weights"]
 
@@ -169,15 +175,15 @@ def jax_program(method: Callable[..., jax.Array], arrays: Arrays) -> Program:
     forward: Any = jax.jit(lambda inputs: method(**inputs)).lower(inputs).compile()
     backward: Any = jax.jit(jax.grad(loss)).lower(inputs, weights).compile()
     return Program(
-        lambda: jax.block_until_ready(forward(inputs)),
-        lambda: jax.block_until_ready(backward(inputs, weights)),
-        forward.memory_analysis().temp_size_in_bytes,
-        backward.memory_analysis().temp_size_in_bytes,
+        forward=lambda: jax.block_until_ready(forward(inputs)),
+        backward=lambda: jax.block_until_ready(backward(inputs, weights)),
+        forward_bytes=forward.memory_analysis().temp_size_in_bytes,
+        backward_bytes=backward.memory_analysis().temp_size_in_bytes,
     )
 
 
 def torch_program(method: Callable[..., torch.Tensor], arrays: Arrays) -> Program:
-    """Memory is what autograd keeps from the forward to the backward pass."""
+    """Prepares a torch method. Memory is what autograd saves for the backward pass."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leaves = {name: torch.tensor(arrays[name], device=device) for name in INPUTS}
     weights = torch.tensor(arrays["weights"], device=device)
@@ -196,31 +202,37 @@ def torch_program(method: Callable[..., torch.Tensor], arrays: Arrays) -> Progra
             torch.cuda.synchronize()
         return {name: v.grad for name, v in tracked.items()}
 
-    return Program(forward, backward, None, saved_bytes(method, leaves))
+    return Program(
+        forward=forward,
+        backward=backward,
+        forward_bytes=None,
+        backward_bytes=saved_bytes(method, leaves),
+    )
 
 
 def saved_bytes(method: Callable[..., torch.Tensor], leaves: dict[str, torch.Tensor]) -> int:
-    kept: dict[int, int] = {}
+    """Returns the size of the tensors that autograd saves, without the inputs."""
+    saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = method(**{name: v.detach().requires_grad_() for name, v in leaves.items()})
     inputs = sum(v.untyped_storage().nbytes() for v in leaves.values())
     del y
-    return max(0, sum(kept.values()) - inputs)
+    return max(0, sum(saved.values()) - inputs)
 
 
 def methods(problem: Problem) -> dict[str, Callable[[Arrays], Program]]:
-    """What is measured here, the implementation that `selective_scan` chooses first."""
+    """Returns the methods for this backend; the first one is the default of `selective_scan`."""
     backend = jax.default_backend()
-    chosen = fastest(backend, problem.state)
-    names = [chosen] + [n for n in IMPLEMENTATIONS if n != chosen and n not in KERNELS]
+    default = fastest(backend, problem.d_state)
+    names = [default] + [n for n in IMPLEMENTATIONS if n != default and n not in KERNELS]
     if backend != "cpu":
-        names.remove("sequential")  # a launch for each step
+        names.remove("sequential")  # launches kernels for every step
     found: dict[str, Callable[[Arrays], Program]] = {
         name: functools.partial(jax_program, functools.partial(ours, implementation=name))
         for name in names
@@ -229,13 +241,13 @@ def methods(problem: Problem) -> dict[str, Callable[[Arrays], Program]]:
     if backend == "cpu":
         found["jax.lax.scan"] = functools.partial(jax_program, by_lax_scan)
     found["torch, unbind"] = functools.partial(torch_program, by_torch)
-    if problem.batch * problem.length <= TRANSFORMERS_STEPS:
+    if problem.batch * problem.length <= MAX_TRANSFORMERS_STEPS:
         found["torch, transformers"] = functools.partial(torch_program, by_transformers)
     if torch.cuda.is_available():
         try:
             import mamba_ssm  # noqa: F401
         except ImportError:
-            print("mamba_ssm is not installed: its kernels are left out", flush=True)
+            print("skipping mamba_ssm: not installed", flush=True)
         else:
             found["mamba_ssm"] = functools.partial(torch_program, by_mamba_ssm)
     return found
@@ -245,7 +257,7 @@ def methods(problem: Problem) -> dict[str, Callable[[Arrays], Program]]:
 
 
 def exact(arrays: Arrays) -> Arrays:
-    """y and gradients in float64."""
+    """Returns y and the gradients in float64."""
     leaves = {
         name: torch.tensor(np.asarray(arrays[name], np.float64), requires_grad=True)
         for name in INPUTS
@@ -258,20 +270,21 @@ def exact(arrays: Arrays) -> Arrays:
 
 
 def error(found: Any, expected: np.ndarray) -> float:
+    """Returns the largest error, relative to the largest expected value."""
     if isinstance(found, torch.Tensor):
         found = found.cpu().numpy()
     difference = np.abs(np.asarray(found, np.float64) - expected).max()
     return float(difference / np.abs(expected).max())
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def seconds(function: Callable[[], Any]) -> float:
     began = time.perf_counter()
-    run()
+    function()
     return time.perf_counter() - began
 
 
 def measure(problem: Problem, rounds: int) -> list[dict[str, Any]]:
-    """One row of results per method."""
+    """Returns one row of results per method."""
     arrays = make_arrays(problem)
     expected = exact(arrays)
     rounded = make_arrays(problem, jnp.bfloat16)
@@ -295,8 +308,8 @@ def measure(problem: Problem, rounds: int) -> list[dict[str, Any]]:
             rows[name]["error_y_bfloat16"] = error(y.astype(jnp.float32), expected_rounded)
     for _ in range(rounds):
         for name, program in programs.items():
-            for key, run in (("forward", program.forward), ("backward", program.backward)):
-                rows[name].setdefault(f"{key}_seconds", []).append(seconds(run))
+            for key, function in (("forward", program.forward), ("backward", program.backward)):
+                rows[name].setdefault(f"{key}_seconds", []).append(seconds(function))
     return list(rows.values())
 
 
@@ -308,7 +321,7 @@ def best(row: dict[str, Any], key: str) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; ratios are to the first method of the problem."""
+    """Formats rows as a Markdown table; ratios are to the first method of each problem."""
     lines = [
         "| batch x length x width x state | method | forward, s | ratio | with gradients, s | ratio "
         "| memory, MB | ratio | error of y | of gradients | of y in bfloat16 |",
@@ -337,21 +350,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Time and memory with gradients over the length, for the width that most problems have."""
+    """Plots time and memory of the gradients over the length, for the most common other sizes."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     sizes = [Problem(*map(int, row["problem"].split("x"))) for row in rows]
-    line = max(
+    common = max(
         {s._replace(length=0) for s in sizes},
-        key=lambda one: len({s for s in sizes if s._replace(length=0) == one}),
+        key=lambda other: len({s for s in sizes if s._replace(length=0) == other}),
     )
     for name in dict.fromkeys(row["method"] for row in rows):
-        on_line = sorted(
+        points = sorted(
             (size.length, best(row, "backward"), row["backward_bytes"] / 1e6)
             for size, row in zip(sizes, rows, strict=True)
-            if row["method"] == name and size._replace(length=0) == line
+            if row["method"] == name and size._replace(length=0) == common
         )
-        if on_line:
-            lengths, times, memory = zip(*on_line, strict=True)
+        if points:
+            lengths, times, memory = zip(*points, strict=True)
             axes[0].loglog(lengths, times, marker="o", label=name)
             axes[1].loglog(lengths, memory, marker="o", label=name)
     for axis, label in zip(axes, ("seconds", "temporary memory, MB"), strict=True):
@@ -360,13 +373,14 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(
-        f"Forward and backward, batch {line.batch}, width {line.width}, state {line.state}, fp32"
+        f"Forward and backward, batch {common.batch}, width {common.width}, d_state {common.d_state}, fp32"
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def machine() -> str:
+    """Describes the machine."""
     device = jax.devices()[0]
     where = "" if device.platform == "cpu" else f", {device.device_kind}"
     return f"{platform.machine()}, {os.cpu_count()} CPU cores{where}"
@@ -379,7 +393,7 @@ def parse_problem(text: str) -> Problem:
         problem = Problem(0, 0, 0, 0)
     if min(problem) < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not BATCHxLENGTHxWIDTHxSTATE, such as 1x4096x512x16"
+            f"{text!r} is not of the form BATCHxLENGTHxWIDTHxSTATE, for example 1x4096x512x16"
         )
     return problem
 
@@ -390,16 +404,16 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="output folder")
     parser.add_argument(
         "--problems",
         type=parse_problem,
         nargs="+",
         default=GRID,
         metavar="BxLxExN",
-        help=f"batch x length x width x state (default: {' '.join(map(str, GRID))})",
+        help=f"batch x length x width x d_state (default: {' '.join(map(str, GRID))})",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="times that each method is timed")
+    parser.add_argument("--rounds", type=int, default=3, help="number of timings per method")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

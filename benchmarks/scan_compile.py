@@ -1,14 +1,15 @@
-"""Compiles the selective scan for chips that are not here: does it compile, and in how much memory?
+"""Compiles the selective scan for GPUs and TPUs on a machine without them, and measures its memory.
 
     python -m benchmarks.scan_compile --target=sm_90 --out=runs/scan_compile     H100, H200
     python -m benchmarks.scan_compile --target=v5e --out=runs/scan_compile
     python -m benchmarks.scan_compile --target=v5p --out=runs/scan_compile
 
-The real compilers run, on any CPU; nothing else does, so nothing is learnt of speed or numerics. Needs
-packages that requirements.txt leaves out, and says which. Writes OUT/TARGET.json: for each size and
-implementation the seconds of compilation and the temporary memory, in bytes and relative to an fp32
-array of x's shape; the same for a whole bidirectional mixer, with the number of its copies and
-transposes of arrays of x's size; for sm_90 also the registers of each kernel and what it spills.
+Runs the real compilers on a CPU, but not the programs: it says nothing about speed or numerics. Requires
+packages that are not in requirements.txt; the error message names the missing ones.
+
+Writes OUT/TARGET.json with, for each size and implementation, the compile time and the temporary memory, in
+bytes and relative to an fp32 array of x's shape; the same for a bidirectional mixer, with the number of
+copies and transposes of arrays of x's size; and for sm_90 the registers and spills of each kernel.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from storm_jax.ops.selective_scan import selective_scan
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 KERNEL = {"sm_90": "pallas_gpu", "v5e": "pallas_tpu", "v5p": "pallas_tpu"}
-SIZES = (  # batch, length, width: frames x 256 tokens, inner width of a 1.5B and a 7B decoder's layer
+SIZES = (  # batch, length (frames x 256 tokens), inner width for a 1.5B and a 7B decoder
     (1, 32_768, 2304),
     (8, 32_768, 2304),
     (1, 131_072, 7168),
 )
 MIXER = (1, 32_768, 1152)  # batch, length, width
-STATE = 16
-# Else libtpu looks for the machine that it would run on, and admits one process at a time.
+D_STATE = 16
+# Without these, libtpu queries the TPU VM that it expects to run on, and allows a single process.
 WITHOUT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -58,7 +59,7 @@ WITHOUT_A_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# What XLA has to know of an H200 (NVIDIA's data sheet and the CUDA programming guide).
+# XLA's description of an H200 (from NVIDIA's data sheet and the CUDA programming guide).
 H200 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
@@ -87,7 +88,7 @@ gpu_device_info {
 
 
 def device(target: str) -> Any:
-    """A device of the target as the compiler describes it."""
+    """Returns a compile-only device of the target."""
     if target == "sm_90":
         require("jax_plugins", f"jax-cuda12-pjrt=={jax.__version__}", "nvidia-cuda-nvcc-cu12")
         topology = topologies.get_topology_desc(
@@ -101,13 +102,15 @@ def device(target: str) -> Any:
 
 def require(module: str, *packages: str) -> None:
     if importlib.util.find_spec(module) is None:
-        sys.exit(f"this target's compiler is missing: pip install --no-deps {' '.join(packages)}")
+        sys.exit(
+            f"the compiler for this target is not installed: pip install --no-deps {' '.join(packages)}"
+        )
 
 
 def compile_scan(
     chip: Any, size: tuple[int, int, int], dtype: Any, implementation: str, gradients: bool
 ) -> dict[str, Any]:
-    """Compiles y, or y with the gradients of all inputs, for one device."""
+    """Compiles the scan, or the scan and the gradients of all inputs, for one device."""
     batch, length, width = size
 
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
@@ -118,14 +121,14 @@ def compile_scan(
     inputs: dict[str, Any] = {
         "x": x,
         "dt": x,
-        "A": per_channel(width, STATE),
-        "B": array(batch, length, STATE),
-        "C": array(batch, length, STATE),
+        "A": per_channel(width, D_STATE),
+        "B": array(batch, length, D_STATE),
+        "C": array(batch, length, D_STATE),
         "D": per_channel(width),
         "dt_bias": per_channel(width),
     }
 
-    def run(inputs: dict[str, Any], dy: jax.Array) -> Any:
+    def program(inputs: dict[str, Any], dy: jax.Array) -> Any:
         def outputs(inputs: dict[str, Any]) -> jax.Array:
             return selective_scan(**inputs, implementation=implementation)[0]
 
@@ -135,7 +138,7 @@ def compile_scan(
         return y, pullback(dy)
 
     began = time.perf_counter()
-    compiled: Any = jax.jit(run).lower(inputs, x).compile()
+    compiled: Any = jax.jit(program).lower(inputs, x).compile()
     taken = time.perf_counter() - began
     temporary = compiled.memory_analysis().temp_size_in_bytes
     return {
@@ -146,10 +149,9 @@ def compile_scan(
 
 
 def compile_mixer(chip: Any, implementation: str, gradients: bool) -> dict[str, Any]:
-    """Compiles a bidirectional Mamba-1 mixer in bfloat16, or the gradients of its parameters and
-    input, for one device."""
+    """Compiles a bidirectional Mamba-1 mixer in bfloat16, or its gradients, for one device."""
     batch, length, width = MIXER
-    config = MambaConfig(d_state=STATE)
+    config = MambaConfig(d_state=D_STATE)
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(chip))
@@ -165,15 +167,15 @@ def compile_mixer(chip: Any, implementation: str, gradients: bool) -> dict[str, 
     def outputs(params: Any, u: jax.Array, clip: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(u, clip)[0]
 
-    def run(params: Any, u: jax.Array, clip: jax.Array, dy: jax.Array) -> Any:
+    def program(params: Any, u: jax.Array, clip: jax.Array, dy: jax.Array) -> Any:
         if not gradients:
             return outputs(params, u, clip)
         y, pullback = jax.vjp(lambda params, u: outputs(params, u, clip), params, u)
         return y, pullback(dy)
 
-    # The platform would choose the implementation, and here it is a CPU.
-    with mock.patch.object(scan_module, "fastest", lambda backend, state: implementation):
-        compiled: Any = jax.jit(run).lower(params, u, clip, u).compile()
+    # By default the implementation is chosen for the CPU that this runs on.
+    with mock.patch.object(scan_module, "fastest", lambda backend, d_state: implementation):
+        compiled: Any = jax.jit(program).lower(params, u, clip, u).compile()
     inner = batch * length * config.expand * width
     return {
         "temporary_per_fp32_input": round(
@@ -188,8 +190,7 @@ INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = \w+\[([\d,]*)\]\S* ([\w-]+)\
 
 
 def whole_copies(program: str, elements: int) -> int:
-    """Copies, transposes and reversals of at least so many elements that XLA has not fused with what
-    makes or reads the array."""
+    """Counts unfused copies, transposes and reversals of at least `elements` elements."""
     computations: dict[str, list[tuple[str, str, str]]] = {}
     for line in program.splitlines():
         if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
@@ -217,7 +218,7 @@ def whole_copies(program: str, elements: int) -> int:
 
 
 def compile_all(target: str) -> dict[str, Any]:
-    """The report on a target, without its kernels."""
+    """Returns the report on a target, without its kernels."""
     chip = device(target)
     programs = []
     for implementation in (KERNEL[target], "chunked"):
@@ -227,13 +228,15 @@ def compile_all(target: str) -> dict[str, Any]:
             row: dict[str, Any] = {
                 "implementation": implementation,
                 **dict(zip(("batch", "length", "width"), size, strict=True)),
-                "state": STATE,
+                "state": D_STATE,
                 "dtype": jnp.dtype(dtype).name,
                 "gradients": gradients,
             }
             try:
                 row |= compile_scan(chip, size, dtype, implementation, gradients)
-            except jax.errors.JaxRuntimeError as error:  # it does not fit: a finding
+            except (
+                jax.errors.JaxRuntimeError
+            ) as error:  # does not fit into memory, which is a result
                 row["error"] = str(error).split("\n")[0]
             print(row, flush=True)
             programs.append(row)
@@ -252,8 +255,10 @@ def compile_all(target: str) -> dict[str, Any]:
 
 
 def kernel_registers(dumped: pathlib.Path) -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes of our kernels among those that XLA dumped, by ptxas: the worst
-    of all sizes and dtypes."""
+    """Returns the registers and spilled bytes of our kernels, by running ptxas on the dumped PTX.
+
+    Values are the maximum over all sizes and dtypes.
+    """
     found: dict[str, dict[str, int]] = {}
     nvcc = importlib.util.find_spec("nvidia.cuda_nvcc")
     folders = [f"{path}/bin" for path in (nvcc.submodule_search_locations if nvcc else None) or []]
@@ -263,11 +268,11 @@ def kernel_registers(dumped: pathlib.Path) -> dict[str, dict[str, int]]:
         if target is None or ptxas is None:
             continue
         command = [ptxas, "-v", f"-arch={target[1]}", str(path), "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         for name, stores, loads, registers in re.findall(
             r"Function properties for (selective_scan\w+)\n.*?(\d+) bytes spill stores, "
             r"(\d+) bytes spill loads\n.*?Used (\d+) registers",
-            said,
+            output,
         ):
             worst = found.setdefault(
                 name, {"registers": 0, "spilled_stored": 0, "spilled_loaded": 0}
@@ -284,7 +289,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", choices=list(KERNEL), required=True)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the report")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="output folder")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     os.environ |= WITHOUT_A_TPU

@@ -1,16 +1,16 @@
-"""Which tokens a clip keeps: temporal pooling (k), spatial pooling (p), temporal sampling (s).
+"""Token compression: temporal pooling (k), spatial pooling (p) and temporal sampling (s).
 
-Numpy only, no parameters and no devices. The row planner, the model, the evaluator and the docs
-all ask this one module how many visual tokens a clip gives and where each of them stands:
+This module is the single source for the number and layout of a clip's visual tokens, for the row planner,
+the model, the evaluator and the docs. It uses NumPy only.
 
     T frames --mean over k--> ceil(T/k) groups --every s-th--> emitted groups
     side x side tokens --mean over p x p--> ceil(side/p) x ceil(side/p) tokens per group
 
-The last group is the mean of the frames that are there, and so are the edge cells of the grid.
-An image is a clip of one frame and is never pooled or sampled.
+A partial last group averages the frames it has, and partial edge cells the tokens they have. An image is a
+clip of one frame and is never pooled or sampled.
 
-The visual table of a row has `G` group slots. It is `G * N'` pooled tokens, followed, when p > 1,
-by `G * N` tokens that were not pooled in space, which images index.
+The visual table of a row has `G` group slots. It consists of `G * N'` pooled tokens, followed by `G * N`
+spatially unpooled tokens if p > 1. Images index the latter.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from storm_jax.config import CompressionConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipPlan:
-    """What compression does to one clip of T frames.
+    """The compression of one clip of T frames.
 
     Attributes:
-      frame_group: int32 [T], the emitted group of each frame, -1 where its group is sampled out.
-      num_groups: emitted groups.
+      frame_group: int32 [T], the emitted group of each frame; -1 if its group is sampled out.
+      num_groups: number of emitted groups.
       tokens_per_group: N' for a video, N for an image.
-      pooled: whether the tokens come from the spatially pooled part of the visual table.
+      pooled: whether the tokens are in the spatially pooled part of the visual table.
     """
 
     frame_group: np.ndarray
@@ -44,14 +44,18 @@ class ClipPlan:
 
 
 def pooled_side(side: int, spatial_pool: int) -> int:
-    """Side of a square token grid after a p x p mean whose edge cells may be partial."""
+    """Returns the side of a square token grid after p x p pooling with partial edge cells."""
     return -(-side // spatial_pool)
 
 
 def plan_clip(num_frames: int, side: int, compression: CompressionConfig) -> ClipPlan:
-    """Plans a clip of `num_frames` frames of `side` x `side` tokens each."""
+    """Plans the compression of `num_frames` frames of `side` x `side` tokens.
+
+    Raises:
+      ValueError: `num_frames` is less than 1.
+    """
     if num_frames < 1:
-        raise ValueError(f"num_frames={num_frames}: a clip has at least one frame")
+        raise ValueError(f"num_frames={num_frames}: a clip needs at least one frame")
     if num_frames == 1:
         return ClipPlan(
             frame_group=np.zeros(1, np.int32),
@@ -74,11 +78,11 @@ def plan_clip(num_frames: int, side: int, compression: CompressionConfig) -> Cli
 def visual_index(
     plan: ClipPlan, first_group: int, num_group_slots: int, side: int, spatial_pool: int
 ) -> np.ndarray:
-    """Positions of a clip's tokens in its row's visual table, int32 [plan.num_tokens].
+    """Returns the indices of a clip's tokens in its row's visual table, int32 [plan.num_tokens].
 
     Args:
-      first_group: the row's group slot of the clip's first emitted group.
-      num_group_slots: G, the row's group slots.
+      first_group: the group slot of the clip's first emitted group.
+      num_group_slots: G, the number of group slots of the row.
     """
     start = first_group * plan.tokens_per_group
     if not plan.pooled:

@@ -1,7 +1,7 @@
-"""Where arrays live: one four-axis mesh, one table of logical axes.
+"""The device mesh, and the rules that map logical axes to mesh axes.
 
-Modules name the axes of each parameter (`logical_axes` on an `nnx.Param`, naming its trailing
-dimensions; stacked layers have leading ones more). This table says which mesh axes split them:
+Modules annotate each `nnx.Param` with `logical_axes`, which name its trailing dimensions; stacked layers
+have additional leading ones. `RULES` lists the mesh axes that shard each logical axis.
 """
 
 from __future__ import annotations
@@ -28,38 +28,41 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "inner": ("tensor",),
-    "vocab": ("tensor", "fsdp"),  # one dimension of a table: two make XLA rematerialise it
+    "vocab": ("tensor", "fsdp"),  # tables are sharded on one dimension: XLA rematerialises two
 }
 
 AXES = ("data", "fsdp", "context", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp, context, tensor) mesh over all devices, or the given ones.
+    """Creates the (data, fsdp, context, tensor) mesh over the given devices, by default all.
 
     Raises:
-      ConfigError: when the axes do not multiply to the number of devices.
+      ConfigError: the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    asked = (config.data, config.fsdp, config.context, config.tensor)
-    left = len(devices) // math.prod(size for size in asked if size > 0)
-    shape = tuple(left if size == -1 else size for size in asked)
+    requested = (config.data, config.fsdp, config.context, config.tensor)
+    remaining = len(devices) // math.prod(size for size in requested if size > 0)
+    shape = tuple(remaining if size == -1 else size for size in requested)
     if math.prod(shape) != len(devices):
         raise ConfigError(
-            f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices and "
-            f"{len(devices)} are here: set config.mesh so that its axes multiply to that"
+            f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices but "
+            f"{len(devices)} are available: set config.mesh so that the product of its axes matches"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
 def param_specs(params: nnx.State, mesh: Mesh) -> dict[str, PartitionSpec]:
-    """PartitionSpec of every parameter by path. A dimension that its mesh axes do not divide stays
-    whole; large parameters that end up on every device are logged."""
+    """Returns the PartitionSpec of every parameter by path.
+
+    A dimension that is not divisible by its mesh axes is not sharded. Large parameters that end up
+    replicated on every device are logged.
+    """
     specs = {}
     for path, variable in nnx.to_flat_state(params):
         name = "/".join(map(str, path))
         shape, axes = variable.shape, variable.get_metadata().get("logical_axes") or ()
-        names = _splittable([None] * (len(shape) - len(axes)) + list(axes), shape, mesh)
+        names = _shard_vocab_or_width([None] * (len(shape) - len(axes)) + list(axes), shape, mesh)
         specs[name] = PartitionSpec(
             *(_mesh_axes(axis, size, mesh) for axis, size in zip(names, shape, strict=True))
         )
@@ -68,9 +71,13 @@ def param_specs(params: nnx.State, mesh: Mesh) -> dict[str, PartitionSpec]:
     return specs
 
 
-def _splittable(names: list[str | None], shape: Sequence[int], mesh: Mesh) -> Sequence[str | None]:
-    """The axes of a table whose vocabulary the mesh divides; else the table is split along its
-    width instead. No table is ever padded, in memory, on disk or in an export."""
+def _shard_vocab_or_width(
+    names: list[str | None], shape: Sequence[int], mesh: Mesh
+) -> Sequence[str | None]:
+    """Moves the "vocab" axis of a table to its width if the vocabulary is not divisible.
+
+    Tables are never padded, in memory, on disk or in an export.
+    """
     if "vocab" not in names:
         return names
     devices = math.prod(mesh.shape[axis] for axis in RULES["vocab"])
@@ -78,17 +85,17 @@ def _splittable(names: list[str | None], shape: Sequence[int], mesh: Mesh) -> Se
 
 
 def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, NamedSharding]:
-    """NamedSharding of every parameter by path."""
+    """Returns the NamedSharding of every parameter by path."""
     return {name: NamedSharding(mesh, spec) for name, spec in param_specs(params, mesh).items()}
 
 
 def batch_sharding(mesh: Mesh, array: np.ndarray | jax.Array) -> NamedSharding:
-    """Rows over data and fsdp, the second dimension (tokens or frames) over context."""
+    """Shards rows over data and fsdp, and the second dimension (tokens or frames) over context."""
     return NamedSharding(mesh, _spec(("batch", "sequence")[: array.ndim], array.shape, mesh))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks XLA to keep `x` split along the named logical axes; nothing without a mesh."""
+    """Constrains the sharding of `x` to the named logical axes; a no-op without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -96,7 +103,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def spec_in_context(shape: Sequence[int], *axes: str | None) -> PartitionSpec:
-    """How the mesh in context splits an array of this shape along the named logical axes."""
+    """Returns the PartitionSpec of an array with these logical axes under the context mesh."""
     return _spec(axes, shape, jax.sharding.get_abstract_mesh())
 
 

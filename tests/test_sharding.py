@@ -113,6 +113,6 @@ def test_a_dimension_that_does_not_divide_stays_whole():
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
-    with pytest.raises(ValueError, match=r"needs 3 devices and 8 are here"):
+    with pytest.raises(ValueError, match=r"needs 3 devices but 8 are available"):
         make_mesh(MeshConfig(data=3))
     assert dict(make_mesh(MeshConfig(data=2, fsdp=-1)).shape)["fsdp"] == jax.device_count() // 2

@@ -2,9 +2,10 @@
 
     x -> depth x (x + Attn(RMSNorm(x)); x + SwiGLU(RMSNorm(x))) -> RMSNorm -> hidden states
 
-Grouped-query attention with rotary positions; the families differ in bias, query and key norms and
-rotary scaling, which are fields of the configuration. Input are embeddings, not ids, since visual tokens
-take their places among them; `head()` gives the vocabulary matrix to the loss and to sampling.
+Grouped-query attention with rotary position embeddings. The families differ in biases, query and key
+norms and rotary scaling, all of which are configuration fields. The input is embeddings rather than token
+ids, because visual tokens are placed among the text. `head()` returns the vocabulary matrix for the loss and
+for sampling.
 """
 
 from __future__ import annotations
@@ -18,24 +19,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from storm_jax.config import DecoderConfig
-from storm_jax.models.layers import Einsum, stack_layers
+from storm_jax.models.layers import Einsum, run_layers, stack_layers
 from storm_jax.ops.attention import attention
 from storm_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer; a slot is a position."""
+    """Keys and values of every layer, indexed by position."""
 
     key: jax.Array  # [depth, B, T, H_kv, K]
     value: jax.Array  # [depth, B, T, H_kv, K]
 
 
 class Decoder(nnx.Module):
-    """Embeddings to hidden states, with or without a cache."""
+    """Maps embeddings to hidden states, with an optional key-value cache."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool):
         self.config, self.dtype, self.remat = config, dtype, remat
-        init = nnx.initializers.normal(config.width**-0.5)  # logits start with unit variance
+        init = nnx.initializers.normal(
+            config.width**-0.5
+        )  # logits have unit variance at initialisation
         table = init(rngs.params(), (config.vocab_size, config.width))
         self.embedding = nnx.Param(table, logical_axes=("vocab", None))
         self.layers = stack_layers(
@@ -46,11 +49,11 @@ class Decoder(nnx.Module):
         self.lm_head = None if head is None else nnx.Param(head, logical_axes=(None, "vocab"))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int [B, S] -> [B, S, D]."""
+        """Embeds token ids: int [B, S] -> [B, S, D]."""
         return jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
 
     def head(self) -> jax.Array:
-        """The vocabulary matrix [D, V]."""
+        """Returns the vocabulary matrix [D, V]."""
         head = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
         return head.astype(self.dtype)
 
@@ -65,29 +68,28 @@ class Decoder(nnx.Module):
 
         Args:
           x: [B, S, D] embeddings.
-          positions: int [B, S], position within its sample.
-          segment_ids: int [B, S], packed samples do not see each other.
-          cache: keys and values so far; entry `position` is written, and a token sees the slots up
-            to its own position. One sample a row, no segments.
+          positions: int [B, S], positions within each sample.
+          segment_ids: int [B, S]; packed samples do not attend to each other.
+          cache: keys and values of earlier tokens. New ones are written at `positions`, and a token
+            attends to all entries up to its own position. Requires one sample per row.
 
         Returns:
-          Normalised hidden states [B, S, D] and the updated cache (None without one).
+          Normalised hidden states [B, S, D], and the updated cache (None without one).
         """
         angles = rope_angles(positions, self.config)
 
-        def body(x: jax.Array, args: tuple) -> tuple[jax.Array, tuple | None]:
-            layer, cache = args
+        def layer_fn(layer_and_cache: tuple, x: jax.Array) -> tuple[jax.Array, tuple | None]:
+            layer, cache = layer_and_cache
             x = constrain(x, "batch", "sequence", None)
             return layer(x, angles, positions, segment_ids, cache)
 
-        if self.remat and cache is None:
-            body = jax.checkpoint(body)
-        pair = None if cache is None else tuple(cache)
-        x, pair = jax.lax.scan(body, x, (self.layers, pair))
-        return self.norm(x), None if pair is None else Cache(*pair)
+        keys_and_values = None if cache is None else tuple(cache)
+        remat = self.remat and cache is None
+        x, keys_and_values = run_layers((self.layers, keys_and_values), x, layer_fn, remat)
+        return self.norm(x), None if keys_and_values is None else Cache(*keys_and_values)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache of `length` slots a row."""
+        """Returns a cache of `length` positions per row."""
         config = self.config
         shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
@@ -127,8 +129,7 @@ class DecoderLayer(nnx.Module):
         self.out = linear(
             "out", "bshk,hkd->bsd", (heads, head_dim, width), ("heads", None, "embed")
         )
-        # Gate and up projection side by side on an axis of their own: splitting M needs no
-        # communication.
+        # Gate and up projection are stacked on a separate axis, so that sharding M needs no communication.
         self.gate_up = linear(
             "gate_up", "bsd,djm->bsjm", (width, 2, config.mlp_dim), ("embed", None, "mlp")
         )
@@ -169,19 +170,25 @@ class DecoderLayer(nnx.Module):
 
 
 def rope_angles(positions: jax.Array, config: DecoderConfig) -> jax.Array:
-    """fp32 angles [B, S, K / 2] (Su et al., arXiv 2104.09864), slowed down as Llama 3.1 does."""
+    """Returns fp32 rotary angles [B, S, K / 2] (Su et al., arXiv 2104.09864).
+
+    With `rope_scaling`, frequencies are scaled as in Llama 3.1: low ones are divided by the factor, high
+    ones are unchanged, and those in between are interpolated.
+    """
     size, scaling = config.head_dim, config.rope_scaling
-    rates = config.rope_theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    frequencies = config.rope_theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     if scaling.factor != 1:
-        turns = scaling.original_positions * rates / (2 * math.pi)
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0, 1)
-        rates = kept * rates + (1 - kept) * rates / scaling.factor
-    return positions[..., None].astype(jnp.float32) * rates[None, None]
+        periods = (
+            scaling.original_positions * frequencies / (2 * math.pi)
+        )  # in the original context
+        band = scaling.high_freq_factor - scaling.low_freq_factor
+        unscaled = jnp.clip((periods - scaling.low_freq_factor) / band, 0, 1)
+        frequencies = unscaled * frequencies + (1 - unscaled) * frequencies / scaling.factor
+    return positions[..., None].astype(jnp.float32) * frequencies[None, None]
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates [B, S, H, K]; the two halves of a head are the coordinates, as in transformers."""
+    """Applies rotary angles to x [B, S, H, K], pairing the two halves of a head as in transformers."""
     sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Building blocks shared by the towers: annotated linear maps, norms and layer stacks."""
+"""Building blocks shared by the models: linear maps with logical axes, and layer stacks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 class Einsum(nnx.Module):
-    """`jnp.einsum(equation, x, kernel) + bias` with named kernel axes.
+    """`jnp.einsum(equation, x, kernel) + bias` with logical axes and an optional LoRA adapter.
+
+    Unlike `nnx.Einsum`, it derives the fan-in of the initializer and the shape and axes of the bias
+    from the equation.
 
     Args:
-      equation: for example "bsd,dhk->bshk". The kernel's letters that `x` has too are contracted.
-      shape: of the kernel.
-      axes: logical axis of each kernel dimension (see `storm_jax.sharding`), None for unsplit.
-      bias: adds a bias over the kernel's letters that remain in the output.
+      equation: for example "bsd,dhk->bshk". Kernel letters that are also letters of x are contracted.
+      shape: shape of the kernel.
+      axes: logical axis of each kernel dimension (see `storm_jax.sharding`); None is not sharded.
+      bias: adds a bias over the kernel letters that are not contracted.
       lora: adds a low-rank adapter.
     """
 
@@ -41,14 +44,13 @@ class Einsum(nnx.Module):
     ):
         inputs, kernel = equation.split("->")[0].split(",")
         self.equation, self.dtype = equation, dtype
+        contracted = [i for i, letter in enumerate(kernel) if letter in inputs]
+        free = [i for i, letter in enumerate(kernel) if letter not in inputs]
         if kernel_init is None:
-            contracted = [i for i, letter in enumerate(kernel) if letter in inputs]
-            kept = [i for i in range(len(shape)) if i not in contracted]
-            kernel_init = nnx.initializers.lecun_normal(in_axis=contracted, out_axis=kept)
+            kernel_init = nnx.initializers.lecun_normal(in_axis=contracted, out_axis=free)
         self.kernel = nnx.Param(
             kernel_init(rngs.params(), tuple(shape), jnp.float32), logical_axes=tuple(axes)
         )
-        free = [i for i, letter in enumerate(kernel) if letter not in inputs]
         self.bias = (
             nnx.Param(
                 jnp.zeros([shape[i] for i in free], jnp.float32),
@@ -70,8 +72,8 @@ class Einsum(nnx.Module):
 class PairedLinear(nnx.Module):
     """Two linear maps of one input, [..., D] -> 2 x [..., E], with one kernel [D, 2, E].
 
-    They are an axis of their own, so that splitting E needs no communication, and are multiplied
-    apart, so that no array of both is cut up, or put together in the backward pass.
+    The pair has its own axis, so that sharding E needs no communication. The two are separate matmuls,
+    so that their results are not split and their gradients not concatenated.
     """
 
     def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
@@ -87,15 +89,24 @@ class PairedLinear(nnx.Module):
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
-    """`depth` layers as one module whose parameters have a leading layer axis."""
+    """Creates `depth` layers as one module whose parameters have a leading layer axis."""
     return nnx.vmap(make)(rngs.split(depth))
 
 
-def run_layers(layers: Any, x: jax.Array, call: Callable, remat: bool) -> tuple[jax.Array, Any]:
-    """Runs `x, result = call(layer, x)` over a stack, a module or a tree with a leading layer axis;
-    results are stacked likewise. With `remat`, only layer inputs are stored."""
+def run_layers(
+    layers: Any, x: jax.Array, layer_fn: Callable[[Any, jax.Array], tuple], remat: bool
+) -> tuple[jax.Array, Any]:
+    """Scans `x, result = layer_fn(layer, x)` over stacked layers.
+
+    Args:
+      layers: a module, or a tree of modules and arrays, with a leading layer axis.
+      remat: store only the inputs of the layers for the backward pass.
+
+    Returns:
+      The last x, and the results with a leading layer axis.
+    """
 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        return call(layer, x)
+        return layer_fn(layer, x)
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers)

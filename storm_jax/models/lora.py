@@ -1,6 +1,6 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685): y = x W + (alpha / rank) (x A) B.
+"""Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685): y = x W + (alpha / rank) (x A) B.
 
-B starts at zero, so that a fresh adapter changes nothing. `merge` folds A and B into W.
+B is initialised to zero, so a new adapter does not change the output. `merge` folds A and B into W.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ _PARAMETERS = ("/lora/a", "/lora/b")
 
 
 class Lora(nnx.Module):
-    """What is added to `jnp.einsum(equation, x, kernel)`; the kernel's contracted letters are first.
+    """The low-rank update of `jnp.einsum(equation, x, kernel)`.
 
     Args:
-      equation, shape, axes: of the kernel that is adapted (see `layers.Einsum`).
+      equation, shape, axes: those of the adapted kernel (see `layers.Einsum`).
+
+    Raises:
+      ValueError: the contracted letters of the kernel do not come first.
     """
 
     def __init__(
@@ -34,21 +37,21 @@ class Lora(nnx.Module):
         dtype: jnp.dtype,
     ):
         (x, kernel), y = equation.split("->")[0].split(","), equation.split("->")[1]
-        split = sum(letter in x for letter in kernel)
-        shared, kept = kernel[:split], kernel[split:]
-        if any(letter in x for letter in kept):
-            raise ValueError(f"{equation}: the kernel's contracted letters must come first")
-        rest = "".join(letter for letter in x if letter not in shared)
-        self.down, self.up = f"{x},{shared}r->{rest}r", f"{rest}r,r{kept}->{y}"
+        num_contracted = sum(letter in x for letter in kernel)
+        contracted, free = kernel[:num_contracted], kernel[num_contracted:]
+        if any(letter in x for letter in free):
+            raise ValueError(f"{equation}: the contracted letters of the kernel must come first")
+        batch = "".join(letter for letter in x if letter not in contracted)
+        self.down, self.up = f"{x},{contracted}r->{batch}r", f"{batch}r,r{free}->{y}"
         self.scale, self.dtype = config.alpha / config.rank, dtype
-        init = nnx.initializers.lecun_normal(in_axis=tuple(range(split)), out_axis=-1)
+        init = nnx.initializers.lecun_normal(in_axis=tuple(range(num_contracted)), out_axis=-1)
         self.a = nnx.Param(
-            init(rngs.params(), (*shape[:split], config.rank), jnp.float32),
-            logical_axes=(*axes[:split], None),
+            init(rngs.params(), (*shape[:num_contracted], config.rank), jnp.float32),
+            logical_axes=(*axes[:num_contracted], None),
         )
         self.b = nnx.Param(
-            jnp.zeros((config.rank, *shape[split:]), jnp.float32),
-            logical_axes=(None, *axes[split:]),
+            jnp.zeros((config.rank, *shape[num_contracted:]), jnp.float32),
+            logical_axes=(None, *axes[num_contracted:]),
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,14 +60,18 @@ class Lora(nnx.Module):
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter path, such as "decoder/layers/query/lora/a", is an adapter's."""
+    """Returns whether a parameter path belongs to an adapter, e.g. "decoder/layers/query/lora/a"."""
     return name.endswith(_PARAMETERS)
 
 
 def merge(params: Mapping[str, jax.Array], config: LoraConfig) -> dict[str, jax.Array]:
-    """Flat parameters {path: array} of stacked layers with every adapter folded into its kernel.
+    """Folds every adapter into its kernel.
 
-    The sum is made in fp32 and rounded to the kernel's dtype.
+    Args:
+      params: flat parameters {path: array} of stacked layers.
+
+    Returns:
+      The flat parameters without adapters. Kernels keep their dtype; sums are computed in fp32.
     """
     merged = {name: value for name, value in params.items() if not is_adapter(name)}
     for name, a in params.items():
@@ -79,6 +86,6 @@ def merge(params: Mapping[str, jax.Array], config: LoraConfig) -> dict[str, jax.
             b.reshape(layers, rank, -1).astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
-        whole = kernel.astype(jnp.float32) + config.alpha / rank * update.reshape(kernel.shape)
-        merged[f"{module}/kernel"] = whole.astype(kernel.dtype)
+        scaled = config.alpha / rank * update.reshape(kernel.shape)
+        merged[f"{module}/kernel"] = (kernel.astype(jnp.float32) + scaled).astype(kernel.dtype)
     return merged

@@ -1,12 +1,12 @@
-"""A Mamba mixer that reads a sequence in one or both directions.
+"""A uni- or bidirectional Mamba mixer.
 
-    x, z = in_proj(u)                                          shared by the directions
-    y_d  = direction_d(u, x)                                   conv and scan with parameters of its own
-    out  = out_proj(norm((y_forward + y_backward) * silu(z)))  shared; starts at zero
+    x, z = in_proj(u)                                          shared by both directions
+    y_d  = direction_d(u, x)                                   separate convolution and scan
+    out  = out_proj(norm((y_forward + y_backward) * silu(z)))  shared; initialised to zero
 
-Directions are those of Mamba-1 (`mamba1.py`, without the norm) or of Mamba-2 (`mamba2.py`). Their convs
-and scans stop where the segment id changes. A mixer of one direction can read a sequence in blocks: it
-returns the state with which the next block goes on.
+A direction is that of Mamba-1 (`mamba1.py`, for which there is no norm) or Mamba-2 (`mamba2.py`).
+Convolutions and scans do not cross segment boundaries. A unidirectional mixer can process a sequence in
+blocks: it returns the state that the next block continues from.
 """
 
 from __future__ import annotations
@@ -19,32 +19,31 @@ from flax import nnx
 
 from storm_jax.config import MambaConfig
 from storm_jax.models.layers import Einsum, PairedLinear
-from storm_jax.models.mamba1 import DirectedScan
-from storm_jax.models.mamba2 import DirectedSSD
+from storm_jax.models.mamba1 import Mamba1Direction
+from storm_jax.models.mamba2 import Mamba2Direction
 from storm_jax.sharding import constrain
 
 State = Any  # a Mamba1State or Mamba2State
 
 
 class Direction(Protocol):
-    """Mixes x [B, L, E] in one direction, given the layer's input u [B, L, D] too."""
+    """Mixes x [B, L, E] along L in one direction; u [B, L, D] is the input of the mixer."""
 
     def __call__(
         self, u: jax.Array, x: jax.Array, segment_ids: jax.Array | None, state: State = None
     ) -> tuple[jax.Array, State]:
-        """y [B, L, E] and the state after the last step that it reads; `state` is that of the blocks
-        so far."""
+        """Returns y [B, L, E] and the final state; `state` is that after the previous block."""
 
     def initial_state(self, batch: int) -> State:
         """The state before the first block."""
 
 
 class MambaMixer(nnx.Module):
-    """[B, L, D] -> [B, L, D]; with a zero `out_proj`, as it starts, the output is zero."""
+    """[B, L, D] -> [B, L, D]; the output is zero at initialisation, because `out_proj` is."""
 
     def __init__(self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         inner = config.expand * width
-        make = DirectedScan if config.mixer == "mamba1" else DirectedSSD
+        make = Mamba1Direction if config.mixer == "mamba1" else Mamba2Direction
         self.in_proj = PairedLinear(width, inner, rngs=rngs, dtype=dtype)
         self.forward: Direction = make(inner, width, config, rngs=rngs, dtype=dtype)
         self.backward: Direction | None = (
@@ -69,19 +68,22 @@ class MambaMixer(nnx.Module):
     def __call__(
         self, u: jax.Array, segment_ids: jax.Array | None = None, state: State = None
     ) -> tuple[jax.Array, State]:
-        """Mixes a sequence, or with `state` the next block of one.
+        """Mixes a sequence, or the next block of one.
 
         Args:
           u: [B, L, D].
-          segment_ids: int [B, L], segments do not see each other.
-          state: of the blocks so far (see `initial_state`); forward mixers only.
+          segment_ids: int [B, L]; segments do not interact.
+          state: the state after the previous block, or `initial_state`; unidirectional mixers only.
 
         Returns:
-          [B, L, D] and the state after the last step in the forward direction.
+          [B, L, D], and the final state of the forward direction.
+
+        Raises:
+          ValueError: a bidirectional mixer was given a state.
         """
         if state is not None and self.backward is not None:
-            raise ValueError("a mixer of both directions needs its whole sequence at once")
-        u = constrain(u, "batch", None, None)  # the scan walks the whole length
+            raise ValueError("a bidirectional mixer cannot process a sequence in blocks")
+        u = constrain(u, "batch", None, None)  # the scan needs the whole sequence
         x, z = self.in_proj(u)  # 2 x [B, L, E]
         y, state = self.forward(u, x, segment_ids, state)
         if self.backward is not None:

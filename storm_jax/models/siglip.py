@@ -2,8 +2,8 @@
 
     pixels -> patch embedding + position embedding -> depth x (x + Attn(LN(x)); x + MLP(LN(x)))
 
-Only the layers up to the feature layer run. What comes after it (later layers and the final norm)
-is kept in `unused`, so that a tower can be given back whole, and is never trained.
+Only the layers up to the feature layer run. The later layers and the final norm are stored in `unused`, so
+that the whole tower can be exported again, and are never trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from storm_jax.ops.attention import attention
 
 
 class SigLIP(nnx.Module):
-    """Frames to patch features."""
+    """Encodes frames as patch features."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool):
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -35,25 +35,30 @@ class SigLIP(nnx.Module):
         self.position = nnx.Param(
             init(rngs.params(), (patches, width), jnp.float32), logical_axes=(None, "embed")
         )
-        run = config.depth + 1 + config.feature_layer
+        num_layers = config.depth + 1 + config.feature_layer
 
         def make(rngs: nnx.Rngs) -> EncoderLayer:
             return EncoderLayer(config, rngs=rngs, dtype=dtype)
 
-        self.layers = stack_layers(make, run, rngs)
+        self.layers = stack_layers(make, num_layers, rngs)
         self.unused = nnx.Dict(
             norm=nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         )
-        if run < config.depth:
-            self.unused["layers"] = stack_layers(make, config.depth - run, rngs)
+        if num_layers < config.depth:
+            self.unused["layers"] = stack_layers(make, config.depth - num_layers, rngs)
 
     def __call__(self, frames: jax.Array) -> jax.Array:
-        """uint8 [B, H, W, 3] -> [B, P, D], patches in raster order."""
+        """Encodes uint8 [B, H, W, 3] as [B, P, D], patches in raster order.
+
+        Raises:
+          ValueError: the frames are not of the configured image size.
+        """
         size, patch, side = self.config.image_size, self.config.patch_size, self.config.side
-        pixels = frames.astype(jnp.float32) / 127.5 - 1.0  # mean and deviation of 0.5
-        pixels = pixels[:, : side * patch, : side * patch]  # 384 = 27 * 14 + 6, as a strided conv
         if frames.shape[1:] != (size, size, 3):
-            raise ValueError(f"frames {frames.shape} are not [B, {size}, {size}, 3]")
+            raise ValueError(f"frames have shape {frames.shape}, expected [B, {size}, {size}, 3]")
+        pixels = frames.astype(jnp.float32) / 127.5 - 1.0  # mean 0.5, standard deviation 0.5
+        # As a strided convolution, ignore the rest at the bottom and right: 384 = 27 * 14 + 6.
+        pixels = pixels[:, : side * patch, : side * patch]
         x = pixels.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch(x.reshape(-1, side * side, patch * patch * 3))  # [B, P, D]
         x += self.position[...].astype(self.dtype)[None]

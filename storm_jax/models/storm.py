@@ -1,10 +1,10 @@
 """STORM: vision tower, temporal projector, compression, decoder.
 
-    encode  frames -> visual table [B, V, D]       the scan sees all frames, then tokens are dropped
+    encode  frames -> visual table [B, V, D]; mixes all frames before it drops tokens
     merge   text and visual embeddings -> one sequence
     decode  embeddings -> hidden states
 
-Training is the three in a row (`__call__`); inference calls them apart.
+Training composes the three (`__call__`); inference calls them separately.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from storm_jax.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class VisualShape:
-    """Static shape of a row's visual table: group slots (G) and the spatial pooling factor (p)."""
+    """Static shape of a row's visual table: number of groups (G) and spatial pooling factor (p)."""
 
     num_groups: int
     spatial_pool: int
 
 
 class Storm(nnx.Module):
-    """The whole model. `remat` trades compute for memory in training."""
+    """The complete model.
+
+    Args:
+      remat: recompute layers in the backward pass instead of storing their activations.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, remat: bool = False):
         dtype = jnp.dtype(config.dtype)
@@ -41,7 +45,7 @@ class Storm(nnx.Module):
         self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype, remat=remat)
 
     def __call__(self, batch: dict[str, jax.Array], shape: VisualShape) -> jax.Array:
-        """A training batch (see `storm_jax.data.rows`) to hidden states [B, S, D]."""
+        """Maps a training batch (see `storm_jax.data.rows`) to hidden states [B, S, D]."""
         visual = self.encode(batch["frames"], batch["frame_clip"], batch["frame_group"], shape)
         x = self.merge(batch["tokens"], visual, batch["visual_index"])
         return self.decode(x, batch["positions"], batch["segment_ids"])[0]
@@ -49,15 +53,15 @@ class Storm(nnx.Module):
     def encode(
         self, frames: jax.Array, frame_clip: jax.Array, frame_group: jax.Array, shape: VisualShape
     ) -> jax.Array:
-        """Frames to the visual table that `storm_jax.compression` lays out.
+        """Encodes frames as a visual table in the layout of `storm_jax.compression`.
 
         Args:
           frames: uint8 [B, F, H, W, 3].
-          frame_clip: int [B, F], clip id in the row, 0 = padding.
-          frame_group: int [B, F], group slot, -1 = padding or sampled out.
+          frame_clip: int [B, F], the clip of each frame; 0 is padding.
+          frame_group: int [B, F], the group of each frame; -1 is padding or sampled out.
 
         Returns:
-          [B, V, D] with V = G * N', plus G * N tokens without spatial pooling when p > 1.
+          [B, V, D] with V = G * N' pooled tokens, followed by G * N spatially unpooled ones if p > 1.
         """
         batch, num_frames = frames.shape[:2]
         with jax.named_scope("vision"):
@@ -71,25 +75,25 @@ class Storm(nnx.Module):
             pooled = spatial_pool(x, shape.spatial_pool)  # [B, G, N', D]
             width = x.shape[-1]
             table = pooled.reshape(batch, -1, width)
-            if shape.spatial_pool > 1:  # images are not pooled
+            if shape.spatial_pool > 1:  # images use unpooled tokens
                 table = jnp.concatenate([table, x.reshape(batch, -1, width)], axis=1)
         return table
 
     def merge(self, tokens: jax.Array, visual: jax.Array, visual_index: jax.Array) -> jax.Array:
-        """Places visual tokens among the text: a gather and a where.
+        """Embeds the text and inserts the visual tokens.
 
         Args:
           tokens: int [B, S].
           visual: [B, V, D].
-          visual_index: int [B, S], entry of `visual` that stands here, -1 = text.
+          visual_index: int [B, S], the entry of `visual` at each position; -1 is text.
 
         Returns:
           [B, S, D].
         """
         text = self.decoder.embed(tokens)
         index = jnp.maximum(visual_index, 0)
-        seen = jnp.take_along_axis(visual, index[..., None], axis=1)  # [B, S, D]
-        x = jnp.where((visual_index >= 0)[..., None], seen.astype(text.dtype), text)
+        inserted = jnp.take_along_axis(visual, index[..., None], axis=1)  # [B, S, D]
+        x = jnp.where((visual_index >= 0)[..., None], inserted.astype(text.dtype), text)
         return constrain(x, "batch", "sequence", None)
 
     def decode(
@@ -99,6 +103,6 @@ class Storm(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, S, D] and the updated cache (see `Decoder`)."""
+        """Returns hidden states [B, S, D] and the updated cache (see `Decoder`)."""
         with jax.named_scope("decoder"):
             return self.decoder(x, positions, segment_ids, cache)

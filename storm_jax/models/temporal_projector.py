@@ -1,14 +1,14 @@
-"""From patch features to visual tokens of the decoder's width, mixed over space and time.
+"""Projects patch features to visual tokens of the decoder's width and mixes them over space and time.
 
     "storm"         pixel shuffle -> Linear -> depth x (x + MambaMixer(LayerNorm(x)))
-    "mlp"           pixel shuffle -> LayerNorm -> Linear -> GELU -> Linear   (VILA: no time)
-    "module:Class"  pixel shuffle -> Linear -> the user's Flax module
+    "mlp"           pixel shuffle -> LayerNorm -> Linear -> GELU -> Linear   (VILA; no temporal mixing)
+    "module:Class"  pixel shuffle -> Linear -> a custom Flax module
 
-The mixing stage is any module with `(x [B, F, N, D], frame_clip [B, F]) -> [B, F, N, D]`. Frames of
-a clip share an id in `frame_clip`, 0 is padding, and nothing may pass from one clip to another.
+The mixing stage is a module that maps `(x [B, F, N, D], frame_clip [B, F])` to [B, F, N, D]. Frames of a
+clip share an id in `frame_clip`, and 0 is padding. Clips must not interact.
 
-Mamba layers of `direction="forward"` also read a clip in blocks of frames (`extend`), with the same
-result as in one pass.
+With `direction="forward"`, Mamba layers can also process a clip in blocks of frames (`extend`). The result
+is the same as for the whole clip.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from storm_jax.ops.pooling import pixel_shuffle
 
 
 class TemporalMixer(Protocol):
-    """What a projector of the user's own implements."""
+    """The interface of a custom projector."""
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array: ...
 
 
 class TemporalProjector(nnx.Module):
-    """[B, F, P, Dv] patch features -> [B, F, N, D] visual tokens, before any pooling."""
+    """Maps patch features [B, F, P, Dv] to visual tokens [B, F, N, D], before pooling."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool):
         self.downsample = config.downsample
@@ -65,29 +65,28 @@ class TemporalProjector(nnx.Module):
             self.mixer = make(width, rngs=rngs, dtype=dtype, **config.projector_args)
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
-        return self.mixer(self._merge(x), frame_clip)
+        return self.mixer(self._downsample(x), frame_clip)
 
     def extend(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
-        """The next block of a clip's frames.
+        """Processes the next block of frames of a clip. Blocks may have any sizes.
 
         Args:
-          x: [B, F, P, Dv], one clip a row.
-          state: from the block before, or `initial_state`.
+          x: [B, F, P, Dv], one clip per row.
+          state: the state after the previous block, or `initial_state`.
 
         Returns:
-          [B, F, N, D] and the state for the next block. Blocks of any sizes give what the whole
-          clip gives.
+          [B, F, N, D], and the state for the next block.
 
         Raises:
-          ValueError: the projector does not read in blocks (see `initial_state`).
+          ValueError: the projector does not support blocks (see `initial_state`).
         """
-        return self._streaming_mixer().extend(self._merge(x), state)
+        return self._streaming_mixer().extend(self._downsample(x), state)
 
     def initial_state(self, batch: int) -> State:
-        """The state before the first block, each array with a leading layer axis.
+        """Returns the state before the first block; arrays have a leading layer axis.
 
         Raises:
-          ValueError: the projector is not made of Mamba layers of direction="forward".
+          ValueError: the projector does not consist of Mamba layers with direction="forward".
         """
         return self._streaming_mixer().initial_state(batch)
 
@@ -95,11 +94,11 @@ class TemporalProjector(nnx.Module):
         if isinstance(self.mixer, MambaLayers) and self.mixer.direction == "forward":
             return self.mixer
         raise ValueError(
-            'only projector="storm" with mamba.direction="forward" reads a clip in blocks of frames'
+            'processing a clip in blocks needs projector="storm" with mamba.direction="forward"'
         )
 
-    def _merge(self, x: jax.Array) -> jax.Array:
-        """[B, F, P, Dv] -> [B, F, N, D], each frame alone."""
+    def _downsample(self, x: jax.Array) -> jax.Array:
+        """[B, F, P, Dv] -> [B, F, N, D], frame by frame."""
         batch, frames = x.shape[:2]
         x = pixel_shuffle(x.reshape(batch * frames, *x.shape[2:]), self.downsample)
         x = x.reshape(batch, frames, *x.shape[1:])  # [B, F, N, r * r * Dv]
@@ -109,7 +108,7 @@ class TemporalProjector(nnx.Module):
 
 
 class MambaLayers(nnx.Module):
-    """Pre-norm residual Mamba layers over the raster-flattened clips (the paper's equation 5)."""
+    """Pre-norm residual Mamba layers over raster-flattened clips (equation 5 of the STORM paper)."""
 
     def __init__(
         self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool
@@ -121,27 +120,28 @@ class MambaLayers(nnx.Module):
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
         segment_ids = jnp.repeat(frame_clip, x.shape[2], axis=1)  # [B, F * N]
-        return self._run(x, segment_ids, None)[0]
+        return self._run_layers(x, segment_ids, None)[0]
 
     def extend(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
-        """The next block [B, F, N, D] of one clip a row."""
-        return self._run(x, None, state)
+        """Processes the next block [B, F, N, D], one clip per row."""
+        return self._run_layers(x, None, state)
 
     def initial_state(self, batch: int) -> State:
+        """Returns the state before the first block; arrays have a leading layer axis."""
         return jax.vmap(lambda layer: layer.mixer.initial_state(batch))(self.layers)
 
-    def _run(
+    def _run_layers(
         self, x: jax.Array, segment_ids: jax.Array | None, state: State | None
     ) -> tuple[jax.Array, State]:
         batch, frames, tokens, width = x.shape
 
-        def call(args: tuple, x: jax.Array) -> tuple[jax.Array, State | None]:
-            layer, state = args
-            x, after = layer(x, segment_ids, state)
-            return x, None if state is None else after
+        def layer_fn(layer_and_state: tuple, x: jax.Array) -> tuple[jax.Array, State | None]:
+            layer, state = layer_and_state
+            x, next_state = layer(x, segment_ids, state)
+            return x, None if state is None else next_state
 
         x = x.reshape(batch, frames * tokens, width)
-        x, state = run_layers((self.layers, state), x, call, self.remat)
+        x, state = run_layers((self.layers, state), x, layer_fn, self.remat)
         return x.reshape(batch, frames, tokens, width), state
 
 
@@ -160,7 +160,7 @@ class MambaLayer(nnx.Module):
 
 
 class MLPHead(nnx.Module):
-    """GELU and the second linear layer of VILA's projector."""
+    """The GELU and second linear layer of VILA's projector."""
 
     def __init__(self, linear: Einsum):
         self.linear = linear
@@ -170,16 +170,16 @@ class MLPHead(nnx.Module):
 
 
 def import_mixer(spec: str) -> type:
-    """The class that "module:Class" names.
+    """Imports the class named by "module:Class".
 
     Raises:
-      ImportError: naming the projector, when the module or the class is not there.
+      ImportError: the module or class does not exist; the message contains `spec`.
     """
     module_name, _, class_name = spec.partition(":")
     try:
         return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"model.projector={spec!r}: {error}. The module must be importable where the run is "
-            f"loaded: start from its folder or add it to PYTHONPATH"
+            f"model.projector={spec!r}: {error}. The module must be importable: start from its folder "
+            f"or add it to PYTHONPATH"
         ) from error

@@ -1,1 +1,1 @@
-"""Array functions without parameters."""
+"""Parameter-free array functions."""

@@ -1,4 +1,4 @@
-"""Softmax attention whose logits are made for one chunk of queries at a time."""
+"""Softmax attention, computed one chunk of queries at a time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ def attention(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
 ) -> jax.Array:
-    """Grouped-query attention; full, or causal within segments when positions are given.
+    """Grouped-query attention, bidirectional or causal within segments.
 
-    With positions, a query sees a key of the same segment whose position is not after its own.
-    Logits and softmax are fp32. Memory is [B, H, QUERY_CHUNK, T]: chunks are recomputed in the
-    backward pass.
+    Without positions, every query attends to every key. With positions, a query attends to the keys
+    of its own segment whose positions are at most its own.
+
+    Logits and softmax are fp32. The logits take [B, H, QUERY_CHUNK, T] memory; the backward pass
+    recomputes them chunk by chunk.
 
     Args:
       q: [B, S, H, K].
-      k, v: [B, T, H_kv, K]; H_kv divides H.
+      k, v: [B, T, H_kv, K]; H must be a multiple of H_kv.
       q_positions, q_segments: int [B, S].
       kv_positions, kv_segments: int [B, T].
 

@@ -1,4 +1,4 @@
-"""Next-token loss without ever holding the logits of a whole row."""
+"""Next-token loss, computed without materialising the logits of a whole row."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ TOKEN_CHUNK = 1024
 def cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighted sums over tokens, so that shards, accumulation steps and hosts add up exactly.
+    """Returns the weighted sums of loss, weight and accuracy over all tokens.
 
-    Tokens go through the head in chunks that the backward pass recomputes; labels stay integers.
+    Sums rather than means, so that shards, accumulation steps and hosts combine exactly. Logits are
+    computed in chunks of TOKEN_CHUNK tokens and recomputed in the backward pass. Targets are not
+    one-hot encoded.
 
     Args:
       hidden: [B, S, D].
       head: [D, V].
       targets: int [B, S].
-      weights: float [B, S]; 0 leaves a token out.
+      weights: float [B, S]; 0 masks a token.
 
     Returns:
-      fp32 scalars: summed loss in nats, summed weight, summed weight of tokens predicted right.
+      Three fp32 scalars: the summed loss in nats, the summed weight, and the summed weight of the
+      tokens whose target has the highest logit.
     """
 
     def chunk_sums(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, weights = args
         logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
-        label = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        loss = jax.nn.logsumexp(logits, axis=-1) - label
-        right = label >= logits.max(axis=-1)
-        return jnp.sum(loss * weights), jnp.sum(right * weights)
+        target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        loss = jax.nn.logsumexp(logits, axis=-1) - target_logit
+        correct = target_logit >= logits.max(axis=-1)
+        return jnp.sum(loss * weights), jnp.sum(correct * weights)
 
     length = hidden.shape[1]
     size = min(TOKEN_CHUNK, length)
@@ -40,7 +43,7 @@ def cross_entropy(
         x = jnp.pad(x, [(0, 0), (0, -length % size)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    loss, right = jax.lax.map(
+    loss, correct = jax.lax.map(
         jax.checkpoint(chunk_sums), (chunks(hidden), chunks(targets), chunks(weights))
     )
-    return loss.sum(), weights.sum(), right.sum()
+    return loss.sum(), weights.sum(), correct.sum()

@@ -1,4 +1,4 @@
-"""Means over frames and over patches, and the pixel shuffle before them."""
+"""Pixel shuffle, temporal pooling and spatial pooling."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
-    """Merges factor x factor neighbours into channels; odd grids get zeros at bottom and right.
+    """Concatenates the channels of each factor x factor block of tokens.
 
-    Channels of a merged token are row-major over its neighbours (VILA's order).
+    The grid is zero-padded at the bottom and right to a multiple of `factor`. Channels are ordered
+    row-major over the block, as in VILA.
 
     Args:
-      x: [B, P, D] with P a square grid in raster order.
+      x: [B, P, D]; the P tokens are a square grid in raster order.
 
     Returns:
       [B, ceil(side / factor)^2, factor^2 * D].
@@ -26,14 +27,14 @@ def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
 
 
 def temporal_pool(x: jax.Array, frame_group: jax.Array, num_groups: int) -> jax.Array:
-    """Mean over the frames of each group.
+    """Averages the frames of each group.
 
     Args:
       x: [B, F, N, D].
-      frame_group: int [B, F], in [0, num_groups); -1 leaves a frame out.
+      frame_group: int [B, F], in [0, num_groups); -1 drops a frame.
 
     Returns:
-      [B, G, N, D]; groups without frames are zero.
+      [B, G, N, D]; empty groups are zero.
     """
     members = frame_group[:, None, :] == jnp.arange(num_groups)[None, :, None]  # [B, G, F]
     count = jnp.maximum(members.sum(axis=-1), 1)[:, :, None, None]
@@ -43,56 +44,57 @@ def temporal_pool(x: jax.Array, frame_group: jax.Array, num_groups: int) -> jax.
     return (total / count).astype(x.dtype)
 
 
-class OpenGroup(NamedTuple):
-    """The frames of a clip's last group, which may not be full yet."""
+class PartialGroup(NamedTuple):
+    """The frames of the last group of a clip that is still arriving."""
 
-    total: jax.Array  # [B, N, D] fp32, their sum
-    frames: jax.Array  # int [B], how many
+    total: jax.Array  # [B, N, D] fp32, sum over the frames
+    num_frames: jax.Array  # int [B]
+
+    @classmethod
+    def empty(cls, batch: int, tokens: int, width: int) -> PartialGroup:
+        """The group before the first frame of a clip."""
+        return cls(jnp.zeros((batch, tokens, width), jnp.float32), jnp.zeros((batch,), jnp.int32))
 
     def mean(self) -> jax.Array:
-        """[B, N, D]: what `temporal_pool` makes of the group if the clip ends here; zero for an
-        empty one."""
-        return self.total / jnp.maximum(self.frames, 1)[:, None, None]
-
-
-def open_group(batch: int, tokens: int, width: int) -> OpenGroup:
-    """The group before the first frame of a clip."""
-    return OpenGroup(jnp.zeros((batch, tokens, width), jnp.float32), jnp.zeros((batch,), jnp.int32))
+        """[B, N, D], equal to `temporal_pool` if the clip ends here; zero for an empty group."""
+        return self.total / jnp.maximum(self.num_frames, 1)[:, None, None]
 
 
 def temporal_pool_block(
-    x: jax.Array, group: OpenGroup, size: int
-) -> tuple[jax.Array, jax.Array, OpenGroup]:
-    """Mean over every `size` frames of a clip that arrives in blocks.
+    x: jax.Array, group: PartialGroup, size: int
+) -> tuple[jax.Array, jax.Array, PartialGroup]:
+    """Averages every `size` frames of a clip that arrives in blocks.
 
     Args:
-      x: [B, F, N, D], the next frames of one clip a row.
-      group: the frames before them that no full group has taken yet.
+      x: [B, F, N, D], the next frames of one clip per row.
+      group: the earlier frames that do not fill a group yet.
       size: frames per group.
 
     Returns:
-      means [B, G, N, D] with G = ceil((F + size - 1) / size), as many as could become full; how many
-      of them did, int [B], from the first; the open group.
+      The means of the groups that this block completes, [B, G, N, D]; the number of them, int [B];
+      and the new partial group. G = ceil((F + size - 1) / size) is the most that a block can
+      complete; ignore the means beyond the number.
     """
     frames = x.shape[1]
-    slots = -(-(frames + size - 1) // size)
-    number = (group.frames[:, None] + jnp.arange(frames)[None]) // size  # [B, F]
-    members = number[:, None, :] == jnp.arange(slots)[None, :, None]  # [B, G, F]
+    num_groups = -(-(frames + size - 1) // size)
+    frame_group = (group.num_frames[:, None] + jnp.arange(frames)[None]) // size  # [B, F]
+    members = frame_group[:, None, :] == jnp.arange(num_groups)[None, :, None]  # [B, G, F]
     total = jnp.einsum(
         "bgf,bfnd->bgnd", members.astype(x.dtype), x, preferred_element_type=jnp.float32
     )
     total = total.at[:, 0].add(group.total)
-    full, count = jnp.divmod(group.frames + frames, size)
-    rest = jnp.take_along_axis(total, jnp.minimum(full, slots - 1)[:, None, None, None], axis=1)
-    rest = jnp.where((count > 0)[:, None, None], rest[:, 0], 0.0)
-    return (total / size).astype(x.dtype), full, OpenGroup(rest, count)
+    completed, count = jnp.divmod(group.num_frames + frames, size)
+    last = jnp.minimum(completed, num_groups - 1)[:, None, None, None]
+    remainder = jnp.take_along_axis(total, last, axis=1)[:, 0]
+    remainder = jnp.where((count > 0)[:, None, None], remainder, 0.0)
+    return (total / size).astype(x.dtype), completed, PartialGroup(remainder, count)
 
 
 def spatial_pool(x: jax.Array, factor: int) -> jax.Array:
-    """Mean over factor x factor cells of the token grid; edge cells average what is there.
+    """Averages factor x factor cells of the token grid; partial edge cells average their tokens.
 
     Args:
-      x: [..., N, D] with N a square grid in raster order.
+      x: [..., N, D]; the N tokens are a square grid in raster order.
 
     Returns:
       [..., ceil(side / factor)^2, D].
@@ -107,11 +109,11 @@ def spatial_pool(x: jax.Array, factor: int) -> jax.Array:
 
 
 def _grid(x: jax.Array, factor: int) -> jax.Array:
-    """[B, side * side, D] -> zero-padded [B, cells, factor, cells, factor, D]."""
+    """Reshapes [B, side * side, D] to [B, cells, factor, cells, factor, D], zero-padded."""
     batch, tokens, width = x.shape
     side = round(tokens**0.5)
     if side * side != tokens:
-        raise ValueError(f"{tokens} tokens are not a square grid")
+        raise ValueError(f"{tokens} tokens do not form a square grid")
     x = x.reshape(batch, side, side, width)
     pad = -side % factor
     x = jnp.pad(x, ((0, 0), (0, pad), (0, pad), (0, 0)))

@@ -1,5 +1,7 @@
-"""A scan's loop over parts of the length, which are read where they lie and written where they belong:
-no array is padded, transposed or cast as a whole."""
+"""Loops over spans of a sequence that read and write slices in place.
+
+Inputs are sliced one span at a time, so no array is padded, transposed or cast as a whole.
+"""
 
 from __future__ import annotations
 
@@ -11,52 +13,61 @@ import jax.numpy as jnp
 
 
 class Span(NamedTuple):
-    """Steps [start, start + size) of the length: part `number`."""
+    """Steps [start, start + size) of a sequence."""
 
-    number: jax.Array | int
+    number: jax.Array | int  # counted from the start of the sequence
     start: jax.Array | int
     size: int
 
     def read(self, arrays: Any) -> Any:
-        """These steps of arrays [B, L, ...]."""
+        """Slices a tree of arrays [B, L, ...] to these steps."""
         return jax.tree.map(
             lambda v: jax.lax.dynamic_slice_in_dim(v, self.start, self.size, axis=1), arrays
         )
 
-    def write(self, arrays: Any, here: Any) -> Any:
-        """Arrays [B, L, ...] with these steps of them replaced, in their dtypes. A single row may
-        come without its axis."""
+    def write(self, arrays: Any, values: Any) -> Any:
+        """Replaces these steps of a tree of arrays [B, L, ...].
 
-        def put(v: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.reshape(v.shape[0], self.size, *v.shape[2:]).astype(v.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(v, new, self.start, axis=1)
+        Values are cast to the arrays' dtypes. With B = 1 they may omit the batch axis.
+        """
 
-        return jax.tree.map(put, arrays, here)
+        def update(array: jax.Array, value: jax.Array) -> jax.Array:
+            shape = (array.shape[0], self.size, *array.shape[2:])
+            value = value.reshape(shape).astype(array.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(array, value, self.start, axis=1)
+
+        return jax.tree.map(update, arrays, values)
 
 
-def over_spans(
+def loop_over_spans(
     body: Callable[[Any, Span], Any], carry: Any, length: int, size: int, reverse: bool
 ) -> Any:
-    """`carry = body(carry, span)` for every `size` steps of the length in turn, from its end with
-    `reverse`; the last span may be shorter."""
-    whole, rest = divmod(length, size)
-    tail = Span(whole, whole * size, rest)
+    """Computes `carry = body(carry, span)` for each span of `size` steps and returns the carry.
+
+    Spans run from first to last, or from last to first with `reverse`. The last span of the sequence
+    is shorter if `size` does not divide `length`.
+    """
+    num_full, remainder = divmod(length, size)
+    tail = Span(num_full, num_full * size, remainder)
 
     def step(i: jax.Array, carry: Any) -> Any:
-        number = whole - 1 - i if reverse else i
+        number = num_full - 1 - i if reverse else i
         return body(carry, Span(number, number * size, size))
 
-    if rest and reverse:
+    if remainder and reverse:
         carry = body(carry, tail)
-    carry = jax.lax.fori_loop(0, whole, step, carry)
-    if rest and not reverse:
+    carry = jax.lax.fori_loop(0, num_full, step, carry)
+    if remainder and not reverse:
         carry = body(carry, tail)
     return carry
 
 
-def varying_alike(arrays: Any) -> Any:
-    """Inside a `shard_map`, marks every array as varying over each mesh axis that any of them varies
-    over: loops carry them together, and the gradient of one that came whole is then summed."""
+def unify_varying_axes(arrays: Any) -> Any:
+    """Inside a `shard_map`, marks all arrays as varying over the union of their varying mesh axes.
+
+    Loops need one such type for everything they carry. The cast also makes autodiff sum the gradient
+    of an array that was replicated. Outside a `shard_map` this does nothing.
+    """
     axes = {axis for v in jax.tree.leaves(arrays) for axis in jax.typeof(v).mat.varying}
 
     def cast(v: jax.Array) -> jax.Array:
@@ -66,7 +77,9 @@ def varying_alike(arrays: Any) -> Any:
 
 
 def segment_starts(segment_ids: jax.Array, reverse: bool) -> jax.Array:
-    """bool [B, L]: where the id differs from that of the step before, in the order of the scan; the
-    first step goes on from the initial state, whatever its segment."""
+    """Returns bool [B, L]: whether a step's id differs from that of the step scanned before it.
+
+    The first step scanned is never a start: it continues from the initial state.
+    """
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (0, 1) if reverse else (1, 0)))

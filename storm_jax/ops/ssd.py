@@ -1,25 +1,27 @@
-"""The state space dual of Mamba-2 (Dao and Gu, arXiv 2405.21060, section 6): a scan with one decay
-a head, solved by matmuls.
+"""State space duality (SSD), the scan of Mamba-2 (Dao and Gu, arXiv 2405.21060, section 6).
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]^T
     y[t] = h[t] C[t] + D x[t]
 
-with h [P, N] per row and head, reset to zero where a new segment begins. Unrolled from a state h,
-with a(t, s) = exp(A (dt[s+1] + ... + dt[t])) between steps of one segment and zero between others,
+The state h is [P, N] per batch row and head, and is reset to zero at the start of each segment. A is a
+scalar per head. Unrolled from a state h,
 
-    y[t] = sum over s <= t of a(t, s) dt[s] (C[t] . B[s]) x[s] + a(t, start) h C[t] + D x[t]
+    y[t] = sum over s <= t of a(t, s) dt[s] (C[t] . B[s]) x[s]  +  a(t, start) h C[t]  +  D x[t]
 
-which is a masked matrix product for a chunk of steps, from the state before it; those states are a
-scan over chunks. A loop takes a span of chunks at a time, solves all of them at once and carries the
-state to the next span; it reads a span where it lies and writes its results where they belong. The
-backward pass keeps the inputs as they came and the states between spans, and differentiates each span
-anew. Neither a state of every step nor the matrices of all chunks exist at any time.
+where a(t, s) = exp(A (dt[s+1] + ... + dt[t])) within a segment and zero across segments. For a chunk of
+steps this is a masked matrix product that needs only the state before the chunk, and those states are
+a short scan over chunks.
 
-Decays, their sums and states are fp32. Matmuls take operands in the dtype of x, also those of the
-backward pass, and sum in fp32.
+A loop processes one span of chunks at a time: it solves the chunks of a span in parallel and carries
+the state to the next span. The backward pass stores the inputs and the states between spans, and
+recomputes everything else span by span. Memory never contains the state of every step or the matrices
+of all chunks.
 
-Letters: B batch, L length, H heads, P width of a head, N state size, G groups of heads that share B
-and C, R heads of such a group; K chunks of Q steps.
+Precision: decays, their sums and states are fp32. Matmuls, including those of the backward pass, take
+operands in the dtype of x and accumulate in fp32.
+
+Letters: B batch, L length, H heads, P head width, N state size, G groups of heads that share B and C,
+R heads per group, K chunks, Q steps per chunk.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.ops.selective_scan.inputs import step_size
-from storm_jax.ops.spans import Span, over_spans, segment_starts, varying_alike
+from storm_jax.ops.spans import Span, loop_over_spans, segment_starts, unify_varying_axes
 
-# Steps of a chunk, and how many chunks are solved at once; by backend.
+# (steps per chunk, chunks per span) by backend.
 SIZES = {"cpu": (64, 8)}
-SIZES_ELSEWHERE = (256, 32)
-# exp of it is zero in fp32, and so is every decay over such a step: a lower one would change nothing
-# but the rounding of the sums.
+DEFAULT_SIZES = (256, 32)
+# exp(LOG_ZERO) is zero in fp32. Log decays are clipped to it: smaller ones would not change any decay,
+# only make the sums of logs less precise.
 LOG_ZERO = -104.0
 
 
@@ -63,51 +65,58 @@ def ssd(
 
     Args:
       x: [B, L, H, P].
-      dt: [B, L, H]. With `dt_bias`, softplus(dt + dt_bias) is applied in fp32, else `dt` is the
-        step size itself.
+      dt: [B, L, H]. The step size, or with `dt_bias` its pre-activation: the step size is then
+        softplus(dt + dt_bias), computed in fp32.
       A: [H], negative.
       B, C: [B, L, G, N]; head h reads group h // (H / G).
       D: [H].
       dt_bias: [H].
-      reverse: scan from the end to the start.
-      h0: [B, H, P, N], the state before the first step; zero when None.
+      reverse: scan from the last step to the first.
+      h0: [B, H, P, N], the initial state; None means zeros.
       segment_ids: int [B, L]; the state is reset to zero where the id changes.
-      chunk: steps per chunk; None for what suits the backend.
+      chunk: steps per chunk; None selects the default of the backend.
 
     Returns:
-      y [B, L, H, P] in the dtype of `x`; h_last [B, H, P, N] fp32, the state after the last step.
+      y [B, L, H, P] in the dtype of `x`, and the final state [B, H, P, N] in fp32.
+
+    Raises:
+      ValueError: the number of heads is not a multiple of the number of groups.
     """
     batch, length, heads, width = x.shape
     if heads % B.shape[2]:
-        raise ValueError(f"{heads} heads of x do not divide into the {B.shape[2]} groups of B")
-    default_chunk, chunks = SIZES.get(jax.default_backend(), SIZES_ELSEWHERE)
+        raise ValueError(
+            f"x has {heads} heads, which is not a multiple of the {B.shape[2]} groups of B"
+        )
+    default_chunk, chunks_per_span = SIZES.get(jax.default_backend(), DEFAULT_SIZES)
     chunk = default_chunk if chunk is None else chunk
-    how = How(chunk, min(chunk * chunks, length), reverse)
+    options = Options(chunk=chunk, span=min(chunk * chunks_per_span, length), reverse=reverse)
     reset = None if segment_ids is None else segment_starts(segment_ids, reverse)
     if h0 is None:
         h0 = jnp.zeros((batch, heads, width, B.shape[3]), jnp.float32)
-    shared = jax.tree.map(lambda v: v.astype(jnp.float32), Shared(A, D, dt_bias))
-    arrays = (Steps(x, dt, B, C), shared, reset, h0.astype(jnp.float32))
-    return _scan(how, *varying_alike(arrays))
+    params = jax.tree.map(lambda v: v.astype(jnp.float32), Params(A, D, dt_bias))
+    arrays = (Steps(x=x, dt=dt, B=B, C=C), params, reset, h0.astype(jnp.float32))
+    return _scan(options, *unify_varying_axes(arrays))
 
 
-class How(NamedTuple):
-    chunk: int  # steps
-    span: int  # steps of the chunks that are solved at once
-    reverse: bool  # from the end to the start
+class Options(NamedTuple):
+    """Static options of the scan."""
+
+    chunk: int  # steps per chunk
+    span: int  # steps per span, whose chunks are solved in parallel
+    reverse: bool  # scan from the last step to the first
 
 
 class Steps(NamedTuple):
-    """What is new at every step, for the whole length or a span; also its gradient."""
+    """Inputs per step, of the whole sequence or of a span; also used for their gradients."""
 
     x: jax.Array  # [B, L, H, P]
-    dt: jax.Array  # [B, L, H], before the softplus when there is a bias
+    dt: jax.Array  # [B, L, H], before the softplus if there is a bias
     B: jax.Array  # [B, L, G, N]
     C: jax.Array  # [B, L, G, N]
 
 
-class Shared(NamedTuple):
-    """What all steps share, fp32; also its gradient."""
+class Params(NamedTuple):
+    """Inputs shared by all steps, in fp32; also used for their gradients."""
 
     A: jax.Array  # [H]
     D: jax.Array  # [H]
@@ -116,113 +125,118 @@ class Shared(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(
-    how: How, steps: Steps, shared: Shared, reset: jax.Array | None, h0: jax.Array
+    options: Options, steps: Steps, params: Params, reset: jax.Array | None, h0: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """y [B, L, H, P] and the last state [B, H, P, N]; the state is zero before the steps of `reset`
-    [B, L]."""
-    return _scan_forward(how, steps, shared, reset, h0)[0]
+    """Returns y [B, L, H, P] and the final state [B, H, P, N]; `reset` [B, L] marks segment starts."""
+    return _scan_forward(options, steps, params, reset, h0)[0]
 
 
 def _scan_forward(
-    how: How, steps: Steps, shared: Shared, reset: jax.Array | None, h0: jax.Array
+    options: Options, steps: Steps, params: Params, reset: jax.Array | None, h0: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     def body(carry: tuple, span: Span) -> tuple:
-        h, y, boundaries = carry
-        boundaries = jax.lax.dynamic_update_index_in_dim(boundaries, h, span.number, 0)
-        steps_here, reset_here = span.read((steps, reset))
-        out, h = _solve(how, steps_here, reset_here, shared, h)
-        return h, span.write(y, out), boundaries
+        h, y, span_states = carry
+        span_states = jax.lax.dynamic_update_index_in_dim(span_states, h, span.number, 0)
+        span_steps, span_reset = span.read((steps, reset))
+        span_y, h = _solve_span(options, span_steps, span_reset, params, h)
+        return h, span.write(y, span_y), span_states
 
     length = steps.x.shape[1]
-    boundaries = jnp.zeros_like(h0, shape=(-(-length // how.span), *h0.shape))
-    carry = (h0, jnp.zeros_like(steps.x), boundaries)
-    h, y, boundaries = over_spans(body, carry, length, how.span, how.reverse)
-    return (y, h), (steps, shared, reset, boundaries)
+    span_states = jnp.zeros_like(h0, shape=(-(-length // options.span), *h0.shape))
+    carry = (h0, jnp.zeros_like(steps.x), span_states)
+    h, y, span_states = loop_over_spans(body, carry, length, options.span, options.reverse)
+    return (y, h), (steps, params, reset, span_states)
 
 
 def _scan_backward(
-    how: How, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[Steps, Shared, np.ndarray | None, jax.Array]:
-    steps, shared, reset, boundaries = residuals
+    options: Options, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[Steps, Params, np.ndarray | None, jax.Array]:
+    steps, params, reset, span_states = residuals
     dy, dh_last = cotangents
 
     def body(carry: tuple, span: Span) -> tuple:
-        dh, grads, shared_grads = carry
-        steps_here, reset_here, dy_here = span.read((steps, reset, dy))
-        h = jax.lax.dynamic_index_in_dim(boundaries, span.number, 0, keepdims=False)
+        dh, step_grads, param_grads = carry
+        span_steps, span_reset, span_dy = span.read((steps, reset, dy))
+        h = jax.lax.dynamic_index_in_dim(span_states, span.number, 0, keepdims=False)
 
-        def solve(steps: Steps, shared: Shared, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return _solve(how, steps, reset_here, shared, h)
+        def solve(steps: Steps, params: Params, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _solve_span(options, steps, span_reset, params, h)
 
-        _, pull_back = jax.vjp(solve, steps_here, shared, h)
-        here, shared_here, dh = pull_back((dy_here, dh))
-        return dh, span.write(grads, here), jax.tree.map(jnp.add, shared_grads, shared_here)
+        _, pullback = jax.vjp(solve, span_steps, params, h)
+        span_step_grads, span_param_grads, dh = pullback((span_dy, dh))
+        param_grads = jax.tree.map(jnp.add, param_grads, span_param_grads)
+        return dh, span.write(step_grads, span_step_grads), param_grads
 
-    carry = (dh_last, *jax.tree.map(jnp.zeros_like, (steps, shared)))
-    dh, grads, shared_grads = over_spans(body, carry, steps.x.shape[1], how.span, not how.reverse)
-    no_grad = None if reset is None else np.zeros(reset.shape, jax.dtypes.float0)
-    return grads, shared_grads, no_grad, dh
+    carry = (dh_last, *jax.tree.map(jnp.zeros_like, (steps, params)))
+    dh, step_grads, param_grads = loop_over_spans(
+        body, carry, steps.x.shape[1], options.span, not options.reverse
+    )
+    reset_grad = None if reset is None else np.zeros(reset.shape, jax.dtypes.float0)
+    return step_grads, param_grads, reset_grad, dh
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-# One span, all chunks at once.
-
-
-def _solve(
-    how: How, steps: Steps, reset: jax.Array | None, shared: Shared, h: jax.Array
+def _solve_span(
+    options: Options, steps: Steps, reset: jax.Array | None, params: Params, h: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """y [B, L, H, P] of a span and the state [B, H, P, N] after it, from the one before it."""
+    """Solves all chunks of a span in parallel.
+
+    Args:
+      h: [B, H, P, N], the state before the span.
+
+    Returns:
+      y [B, L, H, P] and the state after the span.
+    """
     batch, length, heads, width = steps.x.shape
-    groups, state = steps.B.shape[2:]
-    chunk = min(how.chunk, length)
-    per_head = (groups, heads // groups)  # G, R
+    groups, d_state = steps.B.shape[2:]
+    chunk = min(options.chunk, length)
+    head_axes = (groups, heads // groups)  # G, R
     dot = functools.partial(_dot, dtype=steps.x.dtype)
 
-    def cut(v: jax.Array, *axes: int) -> jax.Array:
-        """[B, L, ...] -> [B, K, Q, *axes]; steps of size zero at the end leave the state as it is."""
+    def to_chunks(v: jax.Array, *axes: int) -> jax.Array:
+        """[B, L, ...] -> [B, K, Q, *axes], zero-padded: steps of size zero do not change the state."""
         v = jnp.pad(v, ((0, 0), (0, -length % chunk), *((0, 0),) * (v.ndim - 2)))
         return v.reshape(batch, -1, chunk, *axes)
 
-    # In fp32, so that an array's gradients are summed before they are rounded.
-    x = cut(steps.x, *per_head, width).astype(jnp.float32)  # [B, K, Q, G, R, P]
-    B, C = (
-        cut(v, groups, state).astype(jnp.float32) for v in (steps.B, steps.C)
-    )  # [B, K, Q, G, N]
-    dt = cut(step_size(steps.dt, shared.dt_bias), *per_head)  # [B, K, Q, G, R]
-    u = dt[..., None] * x  # [B, K, Q, G, R, P]
-    log_decay = jnp.moveaxis(dt * shared.A.reshape(1, 1, 1, *per_head), 2, -1)  # [B, K, G, R, Q]
-    resets = None if reset is None else cut(reset.astype(jnp.int32))[:, :, None, None]
-    decay = _Decay(log_decay, resets, how.reverse)
+    # In fp32, so that the gradients of an array are summed before they are rounded.
+    x = to_chunks(steps.x, *head_axes, width).astype(jnp.float32)  # [B, K, Q, G, R, P]
+    B = to_chunks(steps.B, groups, d_state).astype(jnp.float32)  # [B, K, Q, G, N]
+    C = to_chunks(steps.C, groups, d_state).astype(jnp.float32)
+    dt = to_chunks(step_size(steps.dt, params.dt_bias), *head_axes)  # [B, K, Q, G, R]
+    dtx = dt[..., None] * x  # [B, K, Q, G, R, P]
+    log_decay = jnp.moveaxis(dt * params.A.reshape(1, 1, 1, *head_axes), 2, -1)  # [B, K, G, R, Q]
+    resets = None if reset is None else to_chunks(reset.astype(jnp.int32))[:, :, None, None]
+    decay = _Decay(log_decay, resets, options.reverse)
 
     scores = dot("bkqgn,bksgn->bkgqs", C, B)
     weights = scores[:, :, :, None] * decay.between()  # [B, K, G, R, Q, Q]
-    y = dot("bkgrqs,bksgrp->bkqgrp", weights, u)
+    y = dot("bkgrqs,bksgrp->bkqgrp", weights, dtx)
 
-    added = dot("bkqgrp,bkqgn->bkgrpn", _over_width(decay.to_end()) * u, B)  # to h by each chunk
-    h = h.reshape(batch, *per_head, width, state)
-    before, h = _states(decay.whole(), added, h, how.reverse)  # [B, K, G, R, P, N]
-    y += _over_width(decay.from_start()) * dot("bkqgn,bkgrpn->bkqgrp", C, before)
-    y += shared.D.reshape(1, 1, 1, *per_head, 1) * x
+    chunk_inputs = dot("bkqgrp,bkqgn->bkgrpn", _per_step(decay.to_end()) * dtx, B)
+    h = h.reshape(batch, *head_axes, width, d_state)
+    chunk_states, h = _scan_chunks(decay.whole(), chunk_inputs, h, options.reverse)
+    y += _per_step(decay.from_start()) * dot("bkqgn,bkgrpn->bkqgrp", C, chunk_states)
+    y += params.D.reshape(1, 1, 1, *head_axes, 1) * x
 
     y = y.reshape(batch, -1, heads, width)[:, :length].astype(steps.x.dtype)
-    return y, h.reshape(batch, heads, width, state)
+    return y, h.reshape(batch, heads, width, d_state)
 
 
-def _over_width(v: jax.Array) -> jax.Array:
+def _per_step(v: jax.Array) -> jax.Array:
     """[B, K, G, R, Q] -> [B, K, Q, G, R, 1]."""
     return jnp.moveaxis(v, -1, 2)[..., None]
 
 
-def _states(
-    decay: jax.Array, added: jax.Array, h: jax.Array, reverse: bool
+def _scan_chunks(
+    decay: jax.Array, inputs: jax.Array, h: jax.Array, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The state before each chunk and the one after the last.
+    """Computes the state before each chunk and the state after the last one.
 
     Args:
       decay: [B, K, G, R], of a state over each chunk.
-      added: [B, K, G, R, P, N], to the state by each chunk.
+      inputs: [B, K, G, R, P, N], what each chunk adds to the state.
       h: [B, G, R, P, N], the state before the first chunk.
 
     Returns:
@@ -234,71 +248,71 @@ def _states(
 
     first, last = (-1, 0) if reverse else (0, -1)
     decay = decay[..., None, None]
-    added = added.at[:, first].add(decay[:, first] * h)
-    _, after = jax.lax.associative_scan(combine, (decay, added), reverse=reverse, axis=1)
-    around = [after[:, 1:], h[:, None]] if reverse else [h[:, None], after[:, :-1]]
-    return jnp.concatenate(around, axis=1), after[:, last]
+    inputs = inputs.at[:, first].add(decay[:, first] * h)
+    _, after = jax.lax.associative_scan(combine, (decay, inputs), reverse=reverse, axis=1)
+    before = [after[:, 1:], h[:, None]] if reverse else [h[:, None], after[:, :-1]]
+    return jnp.concatenate(before, axis=1), after[:, last]
 
 
 class _Decay:
-    """Decays over the steps of each chunk.
+    """Decays between the steps of each chunk.
 
-    Only sums of logs over the steps between two go through exp, which are zero or less; those across a
-    reset are masked before it, so that gradients are finite.
+    Every decay is exp of a sum of log decays over consecutive steps, which is at most zero. Decays
+    across a reset are masked before exp, so that gradients stay finite.
     """
 
     def __init__(self, log_decay: jax.Array, resets: jax.Array | None, reverse: bool) -> None:
         """
         Args:
-          log_decay: [..., Q], at each step.
-          resets: int [..., Q], one where the state before the step is set to zero; axes of size 1
-            where heads are alike. None without segments.
-          reverse: whether the last step is the chunk's first.
+          log_decay: [..., Q], of each step.
+          resets: int [..., Q], one where the state is reset before the step; None if it never is.
+            Axes over which it is constant may have size 1.
+          reverse: whether the chunk is scanned from its last step to its first.
         """
         self.size, self.reverse = log_decay.shape[-1], reverse
         log_decay = jnp.maximum(log_decay, LOG_ZERO)
-        # A sum over few steps is the difference of two over many, which may be large. So that it is
-        # exact nevertheless, they are summed in two parts: multiples of what fp32 can hold at that
-        # size, whose sums have no error, and what remains, whose sums are small.
+        # The sum over a few steps is the difference of two cumulative sums, which may be much larger.
+        # To make it exact nevertheless, each log is split into a multiple of `unit` and a remainder.
+        # Sums of multiples fit into fp32 without rounding, and sums of remainders are small.
         unit = 2.0 ** (math.ceil(math.log2(-LOG_ZERO * self.size)) - 24)
         coarse = jax.lax.stop_gradient(jnp.round(log_decay / unit) * unit)
         self.sums = [self._cumsum(v) for v in (coarse, log_decay - coarse)]
         self.resets = None if resets is None else self._cumsum(resets)
 
     def between(self) -> jax.Array:
-        """[..., Q, Q], of what step s (the last axis) adds until after step t."""
+        """[..., Q, Q]: at (t, s), the decay at step t of what step s added; zero if s is later."""
         log = self._log(lambda sums: sums[..., :, None] - sums[..., None, :])
-        before = np.tri(self.size, k=-1, dtype=np.bool_)  # whether s comes before t
-        before = before.T if self.reverse else before
-        # The diagonal is a constant: its gradients, which can be large, do not have to cancel.
+        earlier = np.tri(self.size, k=-1, dtype=np.bool_)  # whether s precedes t
+        earlier = earlier.T if self.reverse else earlier
+        # The diagonal is a constant, so that no large gradients have to cancel there.
         constant = np.where(np.eye(self.size, dtype=np.bool_), np.float32(0), np.float32(-np.inf))
-        mask, constant = (v.reshape((1,) * (log.ndim - 2) + v.shape) for v in (before, constant))
+        mask, constant = (v.reshape((1,) * (log.ndim - 2) + v.shape) for v in (earlier, constant))
         if self.resets is not None:
             mask = mask & (self.resets[..., :, None] == self.resets[..., None, :])
         return jnp.exp(jnp.where(mask, log, constant))
 
     def from_start(self) -> jax.Array:
-        """[..., Q], of the state before the chunk until after each step."""
+        """[..., Q]: the decay at each step of the state before the chunk."""
         log = self._log(lambda sums: sums)
         if self.resets is not None:
             log = jnp.where(self.resets == 0, log, -jnp.inf)
         return jnp.exp(log)
 
     def to_end(self) -> jax.Array:
-        """[..., Q], of what each step adds until after the chunk."""
+        """[..., Q]: the decay at the end of the chunk of what each step added."""
         log = self._log(lambda sums: self._last(sums) - sums)
         if self.resets is not None:
             log = jnp.where(self.resets == self._last(self.resets), log, -jnp.inf)
         return jnp.exp(log)
 
     def whole(self) -> jax.Array:
-        """[...], of the state before the chunk until after it."""
+        """[...]: the decay of a state over the whole chunk."""
         return self._last(self.from_start())[..., 0]
 
-    def _log(self, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """`of` the sums, which it is linear in."""
-        coarse, fine = self.sums
-        return of(coarse) + of(fine)
+    def _log(self, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Applies a linear function to the cumulative sums."""
+        coarse, remainder = self.sums
+        return function(coarse) + function(remainder)
 
     def _cumsum(self, v: jax.Array) -> jax.Array:
         return jax.lax.cumsum(v, v.ndim - 1, self.reverse)
@@ -308,15 +322,15 @@ class _Decay:
 
 
 def _dot(subscripts: str, a: jax.Array, b: jax.Array, *, dtype: Any) -> jax.Array:
-    """An einsum of two arrays as matmuls of operands in `dtype` that sum in fp32.
+    """Einsum of two arrays with operands cast to `dtype` and fp32 accumulation.
 
-    Its gradients are such matmuls, too: those of JAX would be slow ones of fp32 operands.
+    The custom gradient casts its operands too. JAX's own would multiply in fp32, which is slow.
     """
-    return _dot_as(subscripts, dtype, (a.dtype, b.dtype), a, b)
+    return _dot_with_dtypes(subscripts, dtype, (a.dtype, b.dtype), a, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _dot_as(
+def _dot_with_dtypes(
     subscripts: str, dtype: Any, dtypes: tuple[Any, Any], a: jax.Array, b: jax.Array
 ) -> jax.Array:
     return _dot_forward(subscripts, dtype, dtypes, a, b)[0]
@@ -337,14 +351,14 @@ def _dot_backward(
     grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     a, b = operands
-    of_a, of_b, of_grad = re.split(",|->", subscripts)
+    a_axes, b_axes, out_axes = re.split(",|->", subscripts)
     grad = grad.astype(dtype)
-    da = _matmul(f"{of_grad},{of_b}->{of_a}", grad, b)
-    db = _matmul(f"{of_grad},{of_a}->{of_b}", grad, a)
+    da = _matmul(f"{out_axes},{b_axes}->{a_axes}", grad, b)
+    db = _matmul(f"{out_axes},{a_axes}->{b_axes}", grad, a)
     return da.astype(dtypes[0]), db.astype(dtypes[1])
 
 
-_dot_as.defvjp(_dot_forward, _dot_backward)
+_dot_with_dtypes.defvjp(_dot_forward, _dot_backward)
 
 
 def _matmul(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -357,5 +371,5 @@ def _matmul(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
     if a.dtype == jnp.float32:
         return fp32(a, b)
-    # XLA does not have every matmul of bf16 on CPU.
+    # XLA does not implement every bf16 matmul on CPU.
     return jax.lax.platform_dependent(a, b, cpu=fp32, default=narrow)

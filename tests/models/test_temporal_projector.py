@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from storm_jax.models.temporal_projector import MambaLayers, TemporalProjector
-from storm_jax.ops.pooling import open_group, temporal_pool, temporal_pool_block
+from storm_jax.ops.pooling import PartialGroup, temporal_pool, temporal_pool_block
 
 BATCH, FRAMES, GROUP = 2, 11, 4
 
@@ -42,7 +42,7 @@ def in_blocks(projector: TemporalProjector, x: jax.Array, cuts: list[int]) -> ja
     state, group, means, frames = projector.initial_state(BATCH), None, [], 0
     for block in jnp.split(x, cuts, axis=1):
         y, state = projector.extend(block, state)
-        group = group or open_group(BATCH, *y.shape[2:])
+        group = group or PartialGroup.empty(BATCH, *y.shape[2:])
         mean, _, group = temporal_pool_block(y, group, GROUP)
         frames += block.shape[1]
         expected = frames // GROUP - (frames - block.shape[1]) // GROUP

@@ -113,20 +113,20 @@ def test_parts_that_hand_on_their_last_steps_equal_one_pass(rng, cuts, reverse):
     inputs = make_inputs(rng, 10, 4)
     whole, last = conv(**inputs, reverse=reverse)
     parts = np.split(inputs["x"], cuts, axis=1)
-    before, found = None, []
+    cache, found = None, []
     for part in parts[::-1] if reverse else parts:
-        y, before = conv(**(inputs | {"x": part}), reverse=reverse, before=before)
+        y, cache = conv(**(inputs | {"x": part}), reverse=reverse, cache=cache)
         found.append(y)
     found = found[::-1] if reverse else found
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, **TOLERANCE)
-    np.testing.assert_allclose(before, last, **TOLERANCE)
+    np.testing.assert_allclose(cache, last, **TOLERANCE)
 
 
 def test_only_the_first_segment_continues_what_came_before(rng):
     inputs = make_inputs(rng, 6, 4)
-    before = rng.standard_normal((BATCH, 3, WIDTH)).astype(np.float32)
+    cache = rng.standard_normal((BATCH, 3, WIDTH)).astype(np.float32)
     ids = np.array([[1, 2, 2, 2, 2, 2]] * BATCH, np.int32)
-    found, _ = conv(**inputs, segment_ids=ids, before=before)
-    first, _ = conv(**(inputs | {"x": inputs["x"][:, :1]}), before=before)
+    found, _ = conv(**inputs, segment_ids=ids, cache=cache)
+    first, _ = conv(**(inputs | {"x": inputs["x"][:, :1]}), cache=cache)
     second, _ = conv(**(inputs | {"x": inputs["x"][:, 1:]}))
     np.testing.assert_allclose(found, np.concatenate([first, second], axis=1), **TOLERANCE)

@@ -113,7 +113,7 @@ def test_bfloat16_means_round_once(rng):
 
 @pytest.mark.parametrize("pool", [pixel_shuffle, spatial_pool])
 def test_tokens_that_are_no_square_grid_are_refused(rng, pool):
-    with pytest.raises(ValueError, match="6 tokens are not a square grid"):
+    with pytest.raises(ValueError, match="6 tokens do not form a square grid"):
         pool(draw(rng, 2, 6, WIDTH), 2)
 
 
@@ -121,7 +121,7 @@ def test_tokens_that_are_no_square_grid_are_refused(rng, pool):
 @pytest.mark.parametrize("cuts", [(), (1,), (3, 4, 5), (2, 8)])
 def test_a_clip_pooled_in_blocks_gives_the_groups_of_one_pass(rng, cuts, size):
     x = rng.standard_normal((2, 9, 3, 2)).astype(np.float32)
-    group, found = pooling.open_group(2, 3, 2), []
+    group, found = pooling.PartialGroup.empty(2, 3, 2), []
     for block in np.split(x, cuts, axis=1):
         means, full, group = pooling.temporal_pool_block(block, group, size)
         assert full[0] == full[1] <= means.shape[1]
@@ -131,15 +131,15 @@ def test_a_clip_pooled_in_blocks_gives_the_groups_of_one_pass(rng, cuts, size):
     numbers = np.broadcast_to(np.arange(9) // size, (2, 9))
     expected = pooling.temporal_pool(x, numbers, math.ceil(9 / size))
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=1e-6, atol=1e-6)
-    assert (np.asarray(group.frames) == 9 % size).all()
+    assert (np.asarray(group.num_frames) == 9 % size).all()
 
 
 def test_rows_of_a_block_may_stand_at_different_frames_of_their_group(rng):
     x = rng.standard_normal((2, 5, 1, 1)).astype(np.float32)
-    group = pooling.OpenGroup(np.ones((2, 1, 1), np.float32), np.array([2, 0], np.int32))
+    group = pooling.PartialGroup(np.ones((2, 1, 1), np.float32), np.array([2, 0], np.int32))
     means, full, group = pooling.temporal_pool_block(x, group, 3)
     np.testing.assert_array_equal(full, [2, 1])
-    np.testing.assert_array_equal(group.frames, [1, 2])
+    np.testing.assert_array_equal(group.num_frames, [1, 2])
     expected = [(1 + x[0, 0, 0, 0]) / 3, x[0, 1:4].mean()]
     np.testing.assert_allclose(means[0, :2, 0, 0], expected, rtol=1e-6)
     np.testing.assert_allclose(group.total[1, 0, 0], x[1, 3:].sum(), rtol=1e-6)

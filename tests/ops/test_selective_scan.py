@@ -352,11 +352,11 @@ def test_a_kernel_under_a_mesh_runs_on_each_devices_part(rng, implementation):
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_kernel_lowers_for_its_chip(implementation):
     backend = implementation.removeprefix("pallas_")
-    assert fastest(backend, state=16) == implementation
+    assert fastest(backend, d_state=16) == implementation
 
 
 def test_a_state_too_large_for_registers_is_left_to_xla():
-    assert fastest("gpu", state=64) == fastest("tpu", state=128) == "chunked"
+    assert fastest("gpu", d_state=64) == fastest("tpu", d_state=128) == "chunked"
 
 
 def refuse(*args, **kwargs):
@@ -371,11 +371,11 @@ def test_a_kernel_that_fails_is_replaced_and_that_is_said_once(monkeypatch, capl
         monkeypatch.setitem(sys.modules, "storm_jax.ops.selective_scan.gpu", None)
     selective_scan_module._lowers.cache_clear()
     try:
-        assert [fastest("gpu", state=16) for _ in range(2)] == ["chunked"] * 2
+        assert [fastest("gpu", d_state=16) for _ in range(2)] == ["chunked"] * 2
     finally:
         selective_scan_module._lowers.cache_clear()
     assert len(caplog.records) == 1
-    assert "pallas_gpu does not lower" in caplog.text
+    assert "cannot lower the selective scan kernel pallas_gpu" in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
@@ -384,7 +384,7 @@ def test_the_kernel_is_chosen_under_a_mesh_and_inside_a_trace(backend):
 
     @jax.jit
     def traced(x):
-        assert fastest(backend, state=16) == f"pallas_{backend}"
+        assert fastest(backend, d_state=16) == f"pallas_{backend}"
         return x
 
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=1, tensor=4))):
@@ -405,7 +405,7 @@ def state_of_every_step(x, dt, A, B, C, D, dt_bias):
     return y.swapaxes(0, 1) + D[None, None] * x, h
 
 
-def temporary_bytes(function, length, width=64, state=16):
+def temporary_bytes(function, length, width=64, d_state=16):
     """What XLA reserves for values and all gradients besides arguments and results."""
     shapes = [(1, length, width)] * 2 + [(width, state)] + [(1, length, state)] * 2 + [(width,)] * 2
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

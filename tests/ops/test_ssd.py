@@ -290,10 +290,10 @@ def test_shards_over_batch_and_heads_equal_the_recurrence(rng, groups, reverse):
 def all_chunks_at_once(x, dt, A, B, C, D):
     """The same with the length in one span, differentiated by JAX as a whole: what the measure of
     memory has to find."""
-    how = ssd_module.How(chunk=64, span=x.shape[1], reverse=False)
-    shared = ssd_module.Shared(A, D, None)
+    options = ssd_module.Options(chunk=64, span=x.shape[1], reverse=False)
+    params = ssd_module.Params(A, D, None)
     h = jnp.zeros((*x[:, 0].shape, B.shape[-1]))
-    return ssd_module._solve(how, ssd_module.Steps(x, dt, B, C), None, shared, h)
+    return ssd_module._solve_span(options, ssd_module.Steps(x, dt, B, C), None, params, h)
 
 
 def temporary_bytes(function, length, heads=4, width=16, state=32):

@@ -16,7 +16,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from storm_jax.config import MambaConfig
 from storm_jax.models.mamba import MambaMixer
-from storm_jax.models.mamba1 import DirectedScan
+from storm_jax.models.mamba1 import Mamba1Direction
 from storm_jax.ops.selective_scan import selective_scan
 
 MAX_ERROR = 1e-4
@@ -151,9 +151,9 @@ def test_scan_equals_the_torch_recurrence(implementation, reverse, length, rng):
 def test_the_reverse_scan_is_the_flipped_one(randomise, rng):
     config = MambaConfig(d_state=6)
     scan = randomise(
-        DirectedScan(40, WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32, reverse=True)
+        Mamba1Direction(40, WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32, reverse=True)
     )
-    forward = DirectedScan(40, WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    forward = Mamba1Direction(40, WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32)
     forward = nnx.merge(nnx.split(forward)[0], nnx.split(scan)[1])
     x = rng.standard_normal((2, 70, 40)).astype(np.float32)
     segments = np.repeat([[1, 2, 3]], 2, axis=0).repeat([30, 25, 15], axis=1)

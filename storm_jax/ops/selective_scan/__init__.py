@@ -3,9 +3,9 @@
     h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]
     y[t] = C[t] . h[t] + D x[t]
 
-with h [E, N] per row, reset to zero where a new segment begins. State, decay and sums are fp32
-whatever the inputs are. The backward pass keeps the inputs as they came and the states between
-chunks of the length, and solves each chunk again; no [L, E, N] array exists at any time.
+The state h is [E, N] per batch row and is reset to zero at the start of each segment. State, decays and
+sums are fp32 for any input dtype. The backward pass stores the inputs and the states between chunks of
+the sequence, and recomputes each chunk. No [L, E, N] array is ever materialised.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from jax.sharding import PartitionSpec as P
 
 from storm_jax.ops.selective_scan import xla
 from storm_jax.ops.selective_scan.inputs import Inputs
-from storm_jax.ops.spans import segment_starts, varying_alike
+from storm_jax.ops.spans import segment_starts, unify_varying_axes
 from storm_jax.sharding import spec_in_context
 
-CHUNK = {"sequential": 64, "chunked": 256}  # steps; "associative" takes the whole length at once
-# The modules of kernels, and the largest state that fits into a core's registers there. They are
-# imported where they are used, since a newer JAX may lack what they are written in.
+CHUNK = {"sequential": 64, "chunked": 256}  # steps; "associative" solves the whole length at once
+# The module of each kernel, imported on first use: a newer JAX may no longer have what it imports.
 KERNELS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
-MAX_STATE = {"pallas_gpu": 32, "pallas_tpu": 64}
+MAX_D_STATE = {"pallas_gpu": 32, "pallas_tpu": 64}  # the largest state that fits into registers
 IMPLEMENTATIONS = (*CHUNK, "associative", *KERNELS)
 
 
@@ -48,33 +47,35 @@ def selective_scan(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the scan over the second axis (letters: batch B, length L, width E, state size N).
+    """Runs the scan over the second axis.
+
+    Letters: B batch, L length, E width, N state size.
 
     Args:
-      x, dt: [B, L, E]. With `dt_bias`, softplus(dt + dt_bias) is applied in fp32, else `dt` is
-        the step size itself.
+      x: [B, L, E].
+      dt: [B, L, E]. The step size, or with `dt_bias` its pre-activation: the step size is then
+        softplus(dt + dt_bias), computed in fp32.
       A: [E, N], negative.
       B, C: [B, L, N].
       D: [E].
       dt_bias: [E].
-      reverse: scan from the end to the start.
-      h0: [B, E, N], the state before the first step; zero when None.
+      reverse: scan from the last step to the first.
+      h0: [B, E, N], the initial state; None means zeros.
       segment_ids: int [B, L]; the state is reset to zero where the id changes.
-      implementation: one of `IMPLEMENTATIONS`, or None for the fastest here (`fastest`). On CPU
-        the kernels of the others are interpreted, which is slow.
+      implementation: one of `IMPLEMENTATIONS`; None selects the fastest one for the default backend.
+        On CPU, GPU and TPU kernels run in Pallas' interpreter, which is slow.
 
     Returns:
-      y [B, L, E] in the dtype of `x`; h_last [B, E, N] fp32, the state after the last step.
+      y [B, L, E] in the dtype of `x`, and the final state [B, E, N] in fp32.
 
     Raises:
-      ValueError: unknown `implementation`, no steps, or shapes that do not fit together.
+      ValueError: unknown `implementation`, length 0, or mismatched shapes.
     """
     if implementation is None:
         implementation = fastest(jax.default_backend(), A.shape[1])
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: use one of {IMPLEMENTATIONS} or None")
     batch, length, width = x.shape
-    state = A.shape[1]
     _check_shapes(
         x,
         {"dt": dt, "A": A, "B": B, "C": C, "D": D}
@@ -84,7 +85,7 @@ def selective_scan(
     if segment_ids is not None:
         reset = segment_starts(segment_ids, reverse)
     if h0 is None:
-        h0 = jnp.zeros((batch, width, state), jnp.float32)
+        h0 = jnp.zeros((batch, width, A.shape[1]), jnp.float32)
     inputs = Inputs(
         x=x,
         dt=dt,
@@ -96,42 +97,53 @@ def selective_scan(
     )
     h0 = h0.astype(jnp.float32).swapaxes(1, 2)
 
-    def run(*arrays: Any) -> tuple[jax.Array, jax.Array]:
-        return _scan(*varying_alike(arrays), reverse, implementation)
+    def scan(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+        return _scan(*unify_varying_axes(arrays), reverse, implementation)
 
-    on_shards = _on_shards(run, inputs, h0) if implementation in KERNELS else run
-    y, h = on_shards(inputs, reset, h0)
+    if implementation in KERNELS:
+        scan = _shard_over_mesh(scan, inputs, h0)
+    y, h = scan(inputs, reset, h0)
     return y, h.swapaxes(1, 2)
 
 
 def _check_shapes(x: jax.Array, others: dict[str, Any]) -> None:
-    (batch, length, width), state = x.shape, others["A"].shape[1]
+    (batch, length, width), d_state = x.shape, others["A"].shape[1]
     if not length:
-        raise ValueError(f"x {x.shape} has no steps: the scan needs at least one")
-    steps = (batch, length, state)
-    expected = {"dt": x.shape, "A": (width, state), "B": steps, "C": steps, "D": (width,)}
-    expected |= {"dt_bias": (width,), "h0": (batch, width, state), "segment_ids": (batch, length)}
+        raise ValueError(f"x has shape {x.shape}: the scan needs at least one step")
+    step_shape = (batch, length, d_state)
+    expected = {
+        "dt": x.shape,
+        "A": (width, d_state),
+        "B": step_shape,
+        "C": step_shape,
+        "D": (width,),
+        "dt_bias": (width,),
+        "h0": (batch, width, d_state),
+        "segment_ids": (batch, length),
+    }
     for name, v in others.items():
         if v is not None and v.shape != expected[name]:
             raise ValueError(
-                f"{name} is {v.shape} where x {x.shape} and A {others['A'].shape} ask for "
-                f"{expected[name]}"
+                f"{name} has shape {v.shape}, expected {expected[name]} for x {x.shape} and "
+                f"A {others['A'].shape}"
             )
 
 
-def fastest(backend: str, state: int) -> str:
-    """The implementation for a backend of JAX and a state size: "sequential" on CPU; on GPU and TPU
-    the kernel, or "chunked" where it does not lower (said once in the log) or where the state is
-    larger than `MAX_STATE`."""
+def fastest(backend: str, d_state: int) -> str:
+    """Returns the fastest implementation for a JAX backend and a state size.
+
+    "sequential" on CPU, and the kernel on GPU and TPU. A kernel is replaced by "chunked" if `d_state`
+    exceeds `MAX_D_STATE`, or if this version of JAX cannot lower it, which is logged once.
+    """
     if backend == "cpu":
         return "sequential"
     name, platform = ("pallas_tpu", "tpu") if backend == "tpu" else ("pallas_gpu", "cuda")
-    return name if state <= MAX_STATE[name] and _lowers(name, platform) else "chunked"
+    return name if d_state <= MAX_D_STATE[name] and _lowers(name, platform) else "chunked"
 
 
 @functools.cache
 def _lowers(name: str, platform: str) -> bool:
-    """Whether this JAX still lowers a kernel for the platform."""
+    """Whether this version of JAX can lower a kernel for the platform."""
     shapes = [(1, 64, 128)] * 2 + [(128, 16)] + [(1, 64, 16)] * 2 + [(128,)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
@@ -140,10 +152,10 @@ def _lowers(name: str, platform: str) -> bool:
 
     try:
         jax.jit(jax.grad(loss)).trace(*arrays).lower(lowering_platforms=(platform,))
-    except Exception as error:  # whatever a JAX that has moved on may raise
+    except Exception as error:  # any error of an incompatible JAX
         logging.warning(
-            "the selective scan's kernel %s does not lower with jax %s (%s): using 'chunked', "
-            "which is slower",
+            "cannot lower the selective scan kernel %s with jax %s (%s): falling back to the slower "
+            "implementation 'chunked'",
             name,
             jax.__version__,
             str(error).split("\n")[0],
@@ -152,11 +164,11 @@ def _lowers(name: str, platform: str) -> bool:
     return True
 
 
-def _on_shards(run: Callable[..., Any], inputs: Inputs, h0: jax.Array) -> Callable[..., Any]:
-    """`run` on each device's rows and channels: XLA cannot split a kernel by itself."""
+def _shard_over_mesh(scan: Callable[..., Any], inputs: Inputs, h0: jax.Array) -> Callable[..., Any]:
+    """Wraps `scan` to run on the rows and channels of each device: XLA cannot partition a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
-        return run
+        return scan
     x, h = (spec_in_context(v.shape, "batch", None, "inner") for v in (inputs.x, h0))
     rows, channels = P(x[0]), P(x[2])
     specs: dict[str, Any] = {
@@ -168,9 +180,9 @@ def _on_shards(run: Callable[..., Any], inputs: Inputs, h0: jax.Array) -> Callab
         "D": channels,
         "dt_bias": None if inputs.dt_bias is None else channels,
     }
-    # Interpreted kernels do not say over which axes they vary, so that is not checked.
+    # Interpreted kernels lose track of varying axes, so the check is off.
     return jax.shard_map(
-        run, in_specs=(Inputs(**specs), rows, h), out_specs=(x, h), check_vma=False
+        scan, in_specs=(Inputs(**specs), rows, h), out_specs=(x, h), check_vma=False
     )
 
 
@@ -178,7 +190,7 @@ def _on_shards(run: Callable[..., Any], inputs: Inputs, h0: jax.Array) -> Callab
 def _scan(
     inputs: Inputs, reset: jax.Array, h0: jax.Array, reverse: bool, implementation: str
 ) -> tuple[jax.Array, jax.Array]:
-    """y [B, L, E] and the last state [B, N, E]."""
+    """Returns y [B, L, E] and the final state [B, N, E]."""
     return _scan_forward(inputs, reset, h0, reverse, implementation)[0]
 
 
@@ -186,16 +198,16 @@ def _scan_forward(
     inputs: Inputs, reset: jax.Array, h0: jax.Array, reverse: bool, implementation: str
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     forward, _ = _passes(implementation, inputs.x.shape[1], reverse)
-    y, h, boundaries = forward(inputs, reset, h0)
-    return (y, h), (inputs, reset, boundaries)
+    y, h, saved_states = forward(inputs, reset, h0)
+    return (y, h), (inputs, reset, saved_states)
 
 
 def _scan_backward(
     reverse: bool, implementation: str, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Inputs, np.ndarray, jax.Array]:
-    inputs, reset, boundaries = residuals
+    inputs, reset, saved_states = residuals
     _, backward = _passes(implementation, inputs.x.shape[1], reverse)
-    grads, dh0 = backward(inputs, reset, boundaries, *cotangents)
+    grads, dh0 = backward(inputs, reset, saved_states, *cotangents)
     return grads, np.zeros(reset.shape, jax.dtypes.float0), dh0
 
 
@@ -203,22 +215,24 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _passes(implementation: str, length: int, reverse: bool) -> tuple[Callable, Callable]:
-    """The forward and backward pass of an implementation."""
+    """Returns the forward and backward pass of an implementation."""
     if implementation in KERNELS:
-        kernels = importlib.import_module(f"{__name__}.{KERNELS[implementation]}")
-        return _kernel(kernels.forward, reverse), _kernel(kernels.backward, reverse)
-    how = xla.How(
+        module = importlib.import_module(f"{__name__}.{KERNELS[implementation]}")
+        return _interpret_on_cpu(module.forward, reverse), _interpret_on_cpu(
+            module.backward, reverse
+        )
+    options = xla.Options(
         chunk=min(CHUNK.get(implementation, length), length),
-        by_steps=implementation == "sequential",
+        sequential=implementation == "sequential",
         reverse=reverse,
     )
-    return functools.partial(xla.forward, how), functools.partial(xla.backward, how)
+    return functools.partial(xla.forward, options), functools.partial(xla.backward, options)
 
 
-def _kernel(run: Callable, reverse: bool) -> Callable:
-    """`run` as compiled for the chip the program is lowered for, and interpreted on CPU."""
+def _interpret_on_cpu(kernel: Callable, reverse: bool) -> Callable:
+    """Wraps a kernel to be interpreted if the program is lowered for CPU, and compiled otherwise."""
     return functools.partial(
         jax.lax.platform_dependent,
-        cpu=functools.partial(run, reverse=reverse, interpret=True),
-        default=functools.partial(run, reverse=reverse, interpret=False),
+        cpu=functools.partial(kernel, reverse=reverse, interpret=True),
+        default=functools.partial(kernel, reverse=reverse, interpret=False),
     )

@@ -1,4 +1,4 @@
-"""What every implementation of the selective scan reads."""
+"""The inputs shared by all implementations of the selective scan."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 
 class Inputs(NamedTuple):
-    """The arrays of a scan as its implementations and its backward pass keep them; also their
-    gradients."""
+    """The scan's inputs in the layout of the implementations; also used for their gradients."""
 
     x: jax.Array  # [B, L, E]
-    dt: jax.Array  # [B, L, E], before the softplus when there is a bias
+    dt: jax.Array  # [B, L, E], before the softplus if there is a bias
     A: jax.Array  # [N, E] fp32
     B: jax.Array  # [B, L, N]
     C: jax.Array  # [B, L, N]
@@ -22,13 +21,16 @@ class Inputs(NamedTuple):
 
 
 def step_size(dt: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
-    """The step size in fp32; the bias is over the last axis."""
+    """Returns the step size in fp32: `dt`, or softplus(dt + dt_bias) with a bias [E]."""
     dt = dt.astype(jnp.float32)
     if dt_bias is None:
         return dt
     return jax.nn.softplus(dt + dt_bias.reshape((1,) * (dt.ndim - 1) + dt_bias.shape))
 
 
-def step_size_slope(step: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
-    """Derivative of a step size with respect to `dt`: that of softplus is 1 - exp(-softplus)."""
+def step_size_derivative(step: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
+    """Returns the derivative of a step size with respect to `dt`.
+
+    The derivative of softplus is 1 - exp(-softplus).
+    """
     return jnp.ones_like(step) if dt_bias is None else -jnp.expm1(-step)
