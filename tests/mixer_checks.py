@@ -1,4 +1,4 @@
-"""What the parity tests of both mixers compute and compare."""
+"""Helpers of the parity tests of both mixers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from storm_jax.models.mamba import MambaMixer
 
 
 def gradient_of(mixer: MambaMixer, u: np.ndarray, weights: np.ndarray) -> tuple:
-    """The mixer's output and the gradient of its weighted sum with respect to `u`."""
+    """Returns the mixer's output and the gradient of its weighted sum with respect to `u`."""
     graphdef, state = nnx.split(mixer)
     segment_ids = jnp.ones(u.shape[:2], jnp.int32)
 

@@ -1,4 +1,4 @@
-"""Small random models of transformers, saved as the Hub has them: with tokenizer and templates."""
+"""Small random transformers models, saved in the Hub's format with tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
 from storm_jax.text.bpe import train_tokenizer
 
-torch.set_num_threads(1)  # on busy cores, more wait for each other for seconds
+torch.set_num_threads(1)  # on busy cores, several threads wait for each other
 
 TEXTS = ["What colour was the flash? red, green or blue.", "You are a helpful assistant"]
-# As Qwen2's: a system turn of its own where there is none.
+# Like Qwen2's template, it adds a default system turn.
 QWEN = (
     "{% for m in messages %}"
     "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe Qwen.<|im_end|>\n{% endif %}"
@@ -54,13 +54,13 @@ BASE = {
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA_ROPE = {
     "rope_type": "llama3",
-    "rope_theta": 100.0,  # short waves, so that 60 tokens reach every branch
+    "rope_theta": 100.0,  # short wavelengths, so that 60 tokens reach every branch
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# Every decoder that can be imported: class, fields of its configuration.
+# The class and configuration fields of every decoder that can be imported.
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"rope_parameters": PLAIN_ROPE}),
     "qwen2_tied": ("Qwen2", {"rope_parameters": PLAIN_ROPE, "tie_word_embeddings": True}),
@@ -72,24 +72,24 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_tokenizer(family: str) -> transformers.PreTrainedTokenizerBase:
-    """A small tokenizer with the special tokens and the kind of template of a family."""
-    made = train_tokenizer(TEXTS, 290)
+    """Creates a small tokenizer with the special tokens and chat template of a family."""
+    tokenizer = train_tokenizer(TEXTS, 290)
     if family != "llama3":
-        made.eos_token, made.chat_template = "<|endoftext|>", QWEN  # as base Qwen2
-        return made
-    made.add_special_tokens(
+        tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", QWEN  # as in base Qwen2
+        return tokenizer
+    tokenizer.add_special_tokens(
         {
             "bos_token": "<|begin_of_text|>",
             "eos_token": "<|eot_id|>",
             "extra_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"],
         }
     )
-    made.pad_token, made.chat_template = None, LLAMA
-    return made
+    tokenizer.pad_token, tokenizer.chat_template = None, LLAMA
+    return tokenizer
 
 
 def make_decoder(family: str, **changes: Any) -> torch.nn.Module:
-    """A random model whose logits spread: every parameter is drawn, norms around one."""
+    """Creates a model with random parameters; norms are around one."""
     name, fields = DECODERS[family]
     fields = {**BASE, **fields, **changes}
     if name == "Qwen2VL":
@@ -131,7 +131,7 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def save(
     model: torch.nn.Module, folder: pathlib.Path, tokenizer: str = "", shard: str = "5GB"
 ) -> pathlib.Path:
-    """Saves a model, and the tokenizer of a family beside it."""
+    """Saves a model and, if given, the tokenizer of a family."""
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if tokenizer:
@@ -140,7 +140,7 @@ def save(
 
 
 def config_for(**changes: Any) -> RunConfig:
-    """A configuration of other sizes than any model here; keywords are dotted fields."""
+    """Returns a configuration whose sizes differ from all models here; keywords are dotted fields."""
     config = tiny.get_config("stage=align")
     fields = {
         "model__vision__image_size": 56,
@@ -153,7 +153,7 @@ def config_for(**changes: Any) -> RunConfig:
 
 
 def load_model(path: pathlib.Path, devices: int = 1) -> Storm:
-    """The model of a run, from its last checkpoint, in fp32."""
+    """Loads the model of a run from its latest checkpoint, in fp32."""
     run = Run(path)
     config = dataclasses.replace(run.config.mesh, data=1, fsdp=devices)
     graphdef, abstract = abstract_model(run.config.model)
@@ -164,19 +164,19 @@ def load_model(path: pathlib.Path, devices: int = 1) -> Storm:
 
 
 def logits_of(model: Storm, tokens: Any) -> jax.Array:
-    """fp32 logits [B, S, V] of text alone."""
+    """Returns fp32 logits [B, S, V] of text."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
 
     @nnx.jit
-    def run(model: Storm) -> jax.Array:
+    def logits(model: Storm) -> jax.Array:
         hidden, _ = model.decode(model.decoder.embed(jnp.asarray(tokens)), positions)
         return hidden @ model.decoder.head()
 
-    return run(model)
+    return logits(model)
 
 
 def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
-    """The same of a model of transformers."""
+    """Returns fp32 logits [B, S, V] of a transformers model."""
     with torch.no_grad():
         return model(torch.from_numpy(tokens)).logits.float().numpy()
 

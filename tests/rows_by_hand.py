@@ -1,4 +1,4 @@
-"""Rows for tests that build their samples by hand."""
+"""Builds rows from samples for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from storm_jax.data.rows import RowSample, RowShape, empty_rows, fill_row
 def build_rows(
     samples: Sequence[Sequence[RowSample | None]], pad_id: int, shape: RowShape
 ) -> dict[str, np.ndarray]:
-    """A batch with a row of each list of samples."""
+    """Builds a batch with one row per list of samples."""
     batch = empty_rows(len(samples), pad_id, shape)
     for number, members in enumerate(samples):
         fill_row(batch, number, members, shape)
@@ -22,5 +22,5 @@ def build_rows(
 def build_row(
     samples: Sequence[RowSample | None], pad_id: int, shape: RowShape
 ) -> dict[str, np.ndarray]:
-    """One row, without a batch axis."""
+    """Builds one row, without a batch axis."""
     return {name: array[0] for name, array in build_rows([samples], pad_id, shape).items()}

@@ -1,4 +1,4 @@
-"""How close the scans have to be to their float64 references."""
+"""Tolerances for comparing the scans with float64 references."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-# Of the largest value, where that is above one: sums over many steps cancel.
 TOLERANCE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
 
 
 def assert_close(got, expected):
-    """Equal trees, by the largest value of each array: sums over many steps cancel."""
+    """Compares trees. Errors are relative to the largest value of an array if that exceeds one, because
+    the terms of long sums cancel."""
 
     def compare(path, got, expected):
         scale = max(1.0, np.abs(expected).max())

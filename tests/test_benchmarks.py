@@ -1,4 +1,4 @@
-"""Benchmarks measure what they say: what is compared computes the same thing."""
+"""Benchmarks: the methods that they compare compute the same results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_sca
 
 @pytest.fixture(autouse=True)
 def plain_broadcasting():
-    """The references are written as others write them."""
+    """The reference implementations rely on rank promotion."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -67,7 +67,7 @@ def test_kernels_lower_at_the_sizes_of_the_grid(problem, name):
 
 
 @pytest.mark.parametrize("text", ["4096", "1x2x3", "1x0x8x4", "axbxcxd"])
-def test_a_problem_that_is_not_one_is_refused_by_name(text, capsys):
+def test_an_invalid_problem_is_rejected_with_its_text(text, capsys):
     with pytest.raises(SystemExit):
         scan.main(["--out=unused", "--problems", text])
     assert text in capsys.readouterr().err
@@ -76,14 +76,14 @@ def test_a_problem_that_is_not_one_is_refused_by_name(text, capsys):
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is not None, reason="the TPU's compiler is installed"
 )
-def test_a_missing_compiler_is_named():
+def test_a_missing_compiler_is_reported():
     command = [sys.executable, "-m", "benchmarks.scan_compile", "--target=v5e", "--out=unused"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "pip install --no-deps libtpu" in done.stderr
 
 
-def test_the_count_of_copies_sees_a_transpose_and_nothing_else():
+def test_only_transposes_are_counted_as_copies():
     x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
 
     def program(function):
@@ -94,7 +94,7 @@ def test_the_count_of_copies_sees_a_transpose_and_nothing_else():
     assert scan_compile.whole_copies(program(lambda x: jnp.tanh(x) + 1), 64 * 32) == 0
 
 
-def test_the_data_pipeline_reads_what_it_is_compared_with(tmp_path):
+def test_the_data_pipeline_reads_the_frames_of_its_reference(tmp_path):
     files = data.Files.write(tmp_path, 1, seconds=2.0)
     for kind, path in (("video", files.videos[0]), ("image", files.images[0])):
         ours = read_media(Media.file(kind, path), data.FRAMES, data.SIZE, 0.0)
@@ -104,8 +104,8 @@ def test_the_data_pipeline_reads_what_it_is_compared_with(tmp_path):
         assert samples >= 4 and seconds > 0
 
 
-def test_shared_and_separate_videos_are_asked_the_same(tmp_path, capsys):
-    """It compares the replies itself, of two videos with two questions each."""
+def test_shared_and_separate_videos_get_the_same_replies(tmp_path, capsys):
+    """The benchmark itself compares the replies to two videos with two questions each."""
     eval_throughput.main(
         [
             f"--out={tmp_path}",

@@ -1,5 +1,5 @@
-"""Protects the plan of visual tokens: its counts are the closed form, and its indices point at what
-the model's pooling really puts into the visual table."""
+"""The compression plan: its counts match the closed form, and its indices point at the tokens that the
+model's pooling puts into the visual table."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_image_is_never_pooled_or_sampled(side, k, p, s):
 
 
 @pytest.mark.parametrize("num_frames", [0, -1])
-def test_clip_without_frames_is_refused(num_frames):
+def test_a_clip_without_frames_is_rejected(num_frames):
     with pytest.raises(ValueError, match=f"num_frames={num_frames}"):
         plan_clip(num_frames, 4, compression(1, 1, 1))
 
 
 def place_clips(lengths, side, config):
-    """Plans of the clips that fit a row, with the first frame and group slot of each."""
+    """Plans the clips that fit into a row; returns plan, first frame and first group slot of each."""
     placed, frame, group = [], 0, 0
     for length in lengths:
         plan = plan_clip(length, side, config)
@@ -74,7 +74,7 @@ def place_clips(lengths, side, config):
 
 
 def visual_table(x, frame_group, p):
-    """What the model makes of a row's frames; the layout is the one in the module's docstring."""
+    """Pools a row's frames like the model, in the layout of the module docstring."""
     groups = temporal_pool(x[None], frame_group[None], GROUP_SLOTS)
     pooled = np.asarray(spatial_pool(groups, p)).reshape(-1, WIDTH)
     if p == 1:
@@ -83,7 +83,7 @@ def visual_table(x, frame_group, p):
 
 
 def expected_tokens(frames, side, k, p, s):
-    """NumPy means [tokens, WIDTH] over the frames and cells that each token of a clip stands for."""
+    """Returns the means [tokens, WIDTH] over the frames and cells that each token of a clip covers."""
     if len(frames) == 1:
         k = p = s = 1
     frames = frames.reshape(len(frames), side, side, WIDTH).astype(np.float64)
@@ -126,6 +126,6 @@ def test_visual_index_points_at_what_pooling_emits(lengths, side, k, p, s):
     assert len(set(used)) == len(used)
     assert min(used) >= 0
     assert max(used) < len(table)
-    # Every input is positive, so that the slots which pooling filled are the ones above zero.
+    # All inputs are positive, so the slots that pooling filled are those above zero.
     emitted = sum(plan.num_groups for plan, _, _ in placed) * pooled_side(side, p) ** 2
     assert (pooled > 0).all(axis=-1).sum() == emitted

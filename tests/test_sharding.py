@@ -1,4 +1,4 @@
-"""Every parameter of the full-size models is split, and placed where the rules say."""
+"""Every parameter of the full-size models is sharded according to the rules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from storm_jax.train.optim import NEVER_TRAINED
 
 
 @pytest.mark.parametrize("preset", ["storm_qwen2_7b", "storm_qwen2_1_5b", "storm_llama3_8b"])
-def test_no_large_parameter_stays_whole(preset, caplog):
+def test_no_large_parameter_is_replicated(preset, caplog):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     _, params = abstract_model(importlib.import_module(f"configs.{preset}").MODEL)
     specs = param_specs(params, mesh)
@@ -55,34 +55,31 @@ def test_rules_put_heads_on_tensor_and_rows_on_data():
     assert rows.spec == PartitionSpec(("data", "fsdp"), None)
 
 
-def test_adapters_are_split_as_the_kernels_that_they_adapt():
+def test_adapters_are_sharded_like_their_kernels():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    tiny = TINY
-    decoder = dataclasses.replace(tiny.decoder, lora=LoraConfig(rank=4))
-    specs = param_specs(abstract_model(dataclasses.replace(tiny, decoder=decoder))[1], mesh)
+    decoder = dataclasses.replace(TINY.decoder, lora=LoraConfig(rank=4))
+    specs = param_specs(abstract_model(dataclasses.replace(TINY, decoder=decoder))[1], mesh)
     layers = "decoder/layers"
     assert specs[f"{layers}/query/lora/a"] == PartitionSpec(None, ("fsdp",), None)
     assert specs[f"{layers}/query/lora/b"] == PartitionSpec(None, None, ("tensor",), None)
     assert specs[f"{layers}/out/lora/a"] == PartitionSpec(None, ("tensor",), None, None)
 
 
-def test_tables_of_a_vocabulary_that_does_not_divide_are_split_along_width():
-    """No padding, and no copy on every device: 151,936 is 2**7 * 1187."""
+def test_tables_of_an_indivisible_vocabulary_are_sharded_along_the_width():
+    """They are neither padded nor replicated; 151,936 is 2**7 * 1187."""
     mesh = jax.sharding.AbstractMesh((1, 256, 1, 2), AXES)
-    qwen = QWEN2_7B
-    for size, split in ((151_936, "width"), (152_064, "vocab"), (128_257, "width")):
-        decoder = dataclasses.replace(qwen.decoder, vocab_size=size)
-        specs = param_specs(abstract_model(dataclasses.replace(qwen, decoder=decoder))[1], mesh)
-        first = split == "vocab"
-        whole = ("tensor", "fsdp")
-        table = (whole, None) if first else (None, whole)
+    for size, sharded in ((151_936, "width"), (152_064, "vocab"), (128_257, "width")):
+        decoder = dataclasses.replace(QWEN2_7B.decoder, vocab_size=size)
+        specs = param_specs(abstract_model(dataclasses.replace(QWEN2_7B, decoder=decoder))[1], mesh)
+        axes = ("tensor", "fsdp")
+        table = (axes, None) if sharded == "vocab" else (None, axes)
         assert specs["decoder/embedding"] == PartitionSpec(*table)
         assert specs["decoder/lm_head"] == PartitionSpec(*table[::-1])
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_odd_vocabulary_on_a_mesh_gives_what_one_device_gives(tied, capfd, rng):
-    """Loss and the gradients of both tables, with the shardings that they are stored in."""
+def test_an_indivisible_vocabulary_on_a_mesh_equals_one_device(tied, capfd, rng):
+    """Compares the loss and the gradients of both tables, in the shardings in which they are stored."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     config = dataclasses.replace(TINY.decoder, vocab_size=307, tie_embeddings=tied)
     decoder = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
@@ -107,12 +104,12 @@ def test_an_odd_vocabulary_on_a_mesh_gives_what_one_device_gives(tied, capfd, rn
     assert "rematerialization" not in capfd.readouterr().err
 
 
-def test_a_dimension_that_does_not_divide_stays_whole():
+def test_an_indivisible_dimension_is_not_sharded():
     mesh = make_mesh(MeshConfig(data=8))
     assert batch_sharding(mesh, np.zeros((6, 4))).spec == PartitionSpec(None, None)
 
 
-def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+def test_a_mesh_that_does_not_match_the_devices_is_rejected():
     with pytest.raises(ValueError, match=r"needs 3 devices but 8 are available"):
         make_mesh(MeshConfig(data=3))
     assert dict(make_mesh(MeshConfig(data=2, fsdp=-1)).shape)["fsdp"] == jax.device_count() // 2

@@ -1,4 +1,4 @@
-"""The whole model: packing, clip edges, compression and projectors, with no parameter at zero."""
+"""The complete model, with all parameters nonzero: packing, clip boundaries, compression, projectors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from storm_jax.text.conversation import Encoded
 
 
 def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24) -> RowShape:
-    tiny = TINY
     return RowShape(
         tokens=tokens,
         frames=frames,
-        image_size=tiny.vision.image_size,
-        side=tiny.side,
+        image_size=TINY.vision.image_size,
+        side=TINY.side,
         compression=compression,
     )
 
 
 def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
-    """A clip of `frames` frames with `words` text tokens before and after it."""
+    """Creates a clip of `frames` frames with `words` text tokens before and after it."""
     visual = plan_clip(frames, shape.side, shape.compression).num_tokens
     text = rng.integers(1, 500, 2 * words)
     tokens = np.concatenate([text[:words], np.zeros(visual, int), text[words:]]).astype(np.int32)
@@ -42,7 +41,9 @@ def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
     return RowSample(Encoded(tokens, media < 0, media), [clip])
 
 
-def run(model: Storm, samples_per_row: list[list[RowSample]], shape: RowShape) -> np.ndarray:
+def hidden_states(
+    model: Storm, samples_per_row: list[list[RowSample]], shape: RowShape
+) -> np.ndarray:
     batch = build_rows(samples_per_row, 0, shape)
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
     visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
@@ -72,11 +73,11 @@ def model(request, small_model, randomise) -> Storm:
     ],
     ids=["k4", "k3p2", "k2s2"],
 )
-def test_packed_samples_give_what_they_give_alone(model, compression, rng):
+def test_packed_samples_equal_unpacked_ones(model, compression, rng):
     shape = row_shape(compression)
     samples = [make_sample(rng, shape, frames, words) for frames, words in [(8, 5), (1, 3), (7, 4)]]
-    packed = run(model, [samples], shape)[0]
-    alone = run(model, [[sample] for sample in samples], shape)
+    packed = hidden_states(model, [samples], shape)[0]
+    alone = hidden_states(model, [[sample] for sample in samples], shape)
     start = 0
     for sample, hidden in zip(samples, alone, strict=True):
         size = len(sample.encoded)
@@ -85,14 +86,15 @@ def test_packed_samples_give_what_they_give_alone(model, compression, rng):
 
 
 def test_the_projector_mixes_time_before_pooling(small_model, randomise, rng):
-    """Without its mixer the answer would be another one: what the other tests see is not zero."""
+    """Checks that the mixer affects the output, which the other tests rely on."""
     shape = row_shape(CompressionConfig(num_frames=8, temporal_pool=4))
     sample = make_sample(rng, shape, 8, 4)
     swapped = dataclasses.replace(sample, clips=[sample.clips[0][[1, 0, 2, 3, 4, 5, 6, 7]]])
     for projector, sees_order in (("storm", True), ("mlp", False)):
         config = dataclasses.replace(small_model, projector=projector)
         model = randomise(Storm(config, rngs=nnx.Rngs(0)))
-        difference = np.abs(run(model, [[sample]], shape) - run(model, [[swapped]], shape)).max()
+        original, other = (hidden_states(model, [[s]], shape) for s in (sample, swapped))
+        difference = np.abs(original - other).max()
         assert (difference > 1e-2) == sees_order, (projector, difference)
 
 
@@ -115,14 +117,13 @@ def test_causal_projector_never_looks_ahead(small_model, randomise, rng):
 
 
 def test_a_fresh_storm_projector_is_the_identity_on_time(small_model, rng):
-    """out_proj starts at zero, so that training begins from independent frames."""
+    """out_proj is initialised to zero, so that training starts from independent frames."""
     shape = row_shape(CompressionConfig(num_frames=8, temporal_pool=4))
     sample = make_sample(rng, shape, 8, 4)
     swapped = dataclasses.replace(sample, clips=[sample.clips[0][[3, 2, 1, 0, 4, 5, 6, 7]]])
     model = Storm(small_model, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(
-        run(model, [[sample]], shape), run(model, [[swapped]], shape), atol=1e-5
-    )
+    original, other = (hidden_states(model, [[s]], shape) for s in (sample, swapped))
+    np.testing.assert_allclose(original, other, atol=1e-5)
 
 
 def test_sampled_out_frames_still_reach_the_kept_tokens(small_model, randomise, rng):
@@ -132,8 +133,9 @@ def test_sampled_out_frames_still_reach_the_kept_tokens(small_model, randomise, 
     sample = make_sample(rng, shape, 8, 4)
     changed = sample.clips[0].copy()
     changed[2:4] = 255  # the second group, which is dropped
-    other = dataclasses.replace(sample, clips=[changed])
-    assert np.abs(run(model, [[sample]], shape) - run(model, [[other]], shape)).max() > 1e-2
+    changed = dataclasses.replace(sample, clips=[changed])
+    original, other = (hidden_states(model, [[s]], shape) for s in (sample, changed))
+    assert np.abs(original - other).max() > 1e-2
 
 
 def test_gradients_reach_every_trained_parameter(small_model, randomise, rng):
@@ -153,7 +155,7 @@ def test_gradients_reach_every_trained_parameter(small_model, randomise, rng):
         for path, grad in jax.tree_util.tree_leaves_with_path(grads)
         if not np.abs(grad).max() > 0
     ]
-    # A tower's key bias shifts all logits of a query alike; `unused` is behind the feature layer.
+    # `unused` follows the feature layer.
     assert [name for name in silent if "unused" not in name] == []
 
 
@@ -167,7 +169,7 @@ class Normalised(nnx.Module):
         return self.norm(x)
 
 
-def test_a_projector_with_other_state_than_parameters_is_refused(small_model):
+def test_a_projector_with_state_other_than_parameters_is_rejected(small_model):
     config = dataclasses.replace(small_model, projector=f"{__name__}:Normalised")
     with pytest.raises(ConfigError, match=r"projector/mixer/norm/mean \(BatchStat\)"):
         abstract_model(config)

@@ -1,5 +1,5 @@
-"""Protects reading a clip in blocks of frames: values and gradients equal those of one pass, through
-convolution, scan and pooling, wherever it is cut; and what a layer stores for its gradient."""
+"""Processing a clip in blocks of frames: values and gradients equal those of one pass, through convolution,
+scan and pooling, for any block sizes. Also what a layer stores for its gradient."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def projector(config, randomise) -> TemporalProjector:
 
 
 def in_one_pass(projector: TemporalProjector, x: jax.Array) -> jax.Array:
-    """[B, G, N, D], the last group partial."""
+    """Returns [B, G, N, D]; the last group is partial."""
     x = projector(x, jnp.ones(x.shape[:2], jnp.int32))
     group = jnp.broadcast_to(jnp.arange(FRAMES)[None] // GROUP, x.shape[:2])
     return temporal_pool(x, group, -(-FRAMES // GROUP))
@@ -80,7 +80,7 @@ def test_random_cuts_equal_one_pass_with_their_gradients(projector, config, seed
 
 
 def test_the_state_matters(projector, config, rng):
-    """Without it the second block would be another one: what the test above sees is not zero."""
+    """Checks that the state affects the next block, which the test above relies on."""
     shape = (BATCH, 2, config.vision.side**2, config.vision.width)
     x = rng.standard_normal(shape).astype(np.float32)
     fresh = projector.initial_state(BATCH)
@@ -90,7 +90,7 @@ def test_the_state_matters(projector, config, rng):
     assert np.abs(again - first).max() > 1e-2
 
 
-def test_a_projector_that_sees_ahead_does_not_read_in_blocks(small_model):
+def test_a_bidirectional_projector_does_not_support_blocks(small_model):
     for projector in ("storm", "mlp"):
         config = dataclasses.replace(small_model, projector=projector)
         model = TemporalProjector(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
@@ -99,7 +99,7 @@ def test_a_projector_that_sees_ahead_does_not_read_in_blocks(small_model):
 
 
 def test_a_layer_stores_its_inputs_only(small_model):
-    """Doubling the depth adds one input per layer to the memory of the gradient."""
+    """Additional layers increase the memory of the gradient by one input each."""
     length, width = 2048, 32
 
     def temporary(depth: int, remat: bool) -> int:

@@ -1,5 +1,5 @@
-"""Protects attention: what a query may see (positions, segments, key heads), also where queries
-fill several chunks, with fp32 logits and without the logits of all queries at once."""
+"""Attention: which keys a query attends to (positions, segments, key heads), with one and several chunks of
+queries, fp32 logits, and without materialising the logits of all queries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def causal(length):
 
 
 def packed(length):
-    """Rows of three samples and padding; positions start again in each, as the packer has it."""
+    """Rows of three samples and padding; positions restart in each sample, as in packed batches."""
     cuts = np.array([[length // 5, length // 2, length - 3], [1, length // 3, length - 1]])
     t = np.arange(length)
     segments = 1 + (t[None, :, None] >= cuts[:, None]).sum(-1)
@@ -46,13 +46,13 @@ def packed(length):
 
 
 def cached(queries, keys):
-    """Queries at different positions of two rows, and keys whose positions all rows share."""
+    """Queries at different positions in two rows, and keys whose positions are shared by all rows."""
     starts = np.array([[0], [keys - queries]])
     return {"q_positions": starts + np.arange(queries), "kv_positions": np.arange(keys)[None]}
 
 
 def reference(q, k, v, q_positions=None, kv_positions=None, q_segments=None, kv_segments=None):
-    """All float64 logits at once; differentiable."""
+    """Computes attention in float64 with all logits at once; differentiable."""
     k, v = (heads.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for heads in (k, v))
     logits = torch.einsum("bshk,bthk->bhst", q, k) / q.shape[-1] ** 0.5
     if q_positions is not None:
@@ -123,7 +123,7 @@ def test_other_samples_of_a_row_change_nothing(rng):
 
 def test_bfloat16_has_fp32_logits(rng):
     qkv, masks = make_qkv(rng, RAGGED, RAGGED), causal(RAGGED)
-    qkv["q"] *= 20  # logits so large that bfloat16 would lose about a tenth of each weight
+    qkv["q"] *= 20  # with logits this large, bfloat16 would change each weight by about a tenth
     qkv = {name: jnp.asarray(value, jnp.bfloat16) for name, value in qkv.items()}
     y = attend(**qkv, **masks)
     expected = reference(**to_float64(qkv), **masks).detach()

@@ -1,5 +1,5 @@
-"""Protects the causal convolution: taps in torch's order, none across a segment or an end of the
-row, in both directions."""
+"""The causal convolution: taps in torch's order that do not cross segments or the ends of a row, in both
+directions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_inputs(rng, length, taps):
 
 
 def make_segments(length):
-    """A row that starts with id 0, as padding has it, and one with a segment of a single step."""
+    """Returns a row that starts with id 0, like padding, and one with a segment of a single step."""
     t = np.arange(length)
     return np.stack([t >= 2, 1 + (t >= 3) + (t >= 4)]).astype(np.int32)
 
@@ -39,7 +39,7 @@ def to_float64(inputs):
 
 
 def reference(x, kernel, bias, segment_ids, reverse):
-    """One output and one tap at a time; float64 and differentiable."""
+    """Computes one output and one tap at a time, in float64; differentiable."""
     length, taps = x.shape[1], len(kernel)
     steps = []
     for t in range(length):
@@ -85,13 +85,13 @@ def test_taps_are_in_the_order_of_a_padded_conv1d(rng):
 
 
 @each_direction
-def test_segments_equal_convolving_each_apart(rng, reverse):
+def test_segments_equal_convolving_each_separately(rng, reverse):
     inputs = make_inputs(rng, 10, 4)
     ids = np.repeat([[1, 2]] * BATCH, 5, axis=1)
     run = functools.partial(conv, reverse=reverse)
-    apart = [run(**(inputs | {"x": x}))[0] for x in np.split(inputs["x"], 2, axis=1)]
+    separate = [run(**(inputs | {"x": x}))[0] for x in np.split(inputs["x"], 2, axis=1)]
     whole, _ = run(**inputs, segment_ids=ids)
-    np.testing.assert_allclose(whole, np.concatenate(apart, axis=1), **TOLERANCE)
+    np.testing.assert_allclose(whole, np.concatenate(separate, axis=1), **TOLERANCE)
 
 
 @pytest.mark.parametrize("weights", [jnp.float32, jnp.bfloat16])
@@ -102,14 +102,14 @@ def test_output_has_the_dtype_of_x(rng, weights):
     y, _ = conv(**typed)
     assert y.dtype == jnp.bfloat16
     expected = reference(**to_float64(typed), segment_ids=np.ones((BATCH, 9)), reverse=False)
-    # A rounding per tap at most, of sums no larger than about 8.
+    # At most one rounding per tap, of sums up to about 8.
     np.testing.assert_allclose(y.astype(jnp.float32), expected.detach(), atol=0.05)
 
 
 @each_direction
 @pytest.mark.parametrize("cuts", [(1,), (2, 3), (4, 8), (1, 2, 3, 9)])
-def test_parts_that_hand_on_their_last_steps_equal_one_pass(rng, cuts, reverse):
-    """Also where a part is shorter than the taps reach."""
+def test_parts_with_a_cache_equal_one_pass(rng, cuts, reverse):
+    """Includes parts that are shorter than the kernel."""
     inputs = make_inputs(rng, 10, 4)
     whole, last = conv(**inputs, reverse=reverse)
     parts = np.split(inputs["x"], cuts, axis=1)
@@ -122,7 +122,7 @@ def test_parts_that_hand_on_their_last_steps_equal_one_pass(rng, cuts, reverse):
     np.testing.assert_allclose(cache, last, **TOLERANCE)
 
 
-def test_only_the_first_segment_continues_what_came_before(rng):
+def test_only_the_first_segment_reads_the_cache(rng):
     inputs = make_inputs(rng, 6, 4)
     cache = rng.standard_normal((BATCH, 3, WIDTH)).astype(np.float32)
     ids = np.array([[1, 2, 2, 2, 2, 2]] * BATCH, np.int32)

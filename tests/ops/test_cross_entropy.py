@@ -1,5 +1,5 @@
-"""Protects the loss: weighted sums that are exact whatever the chunks, tokens of weight zero that
-count nowhere, and logits that are never held for a whole row."""
+"""The loss: exact weighted sums for any number of chunks, tokens of weight zero that have no effect, and
+logits that are never materialised for a whole row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sums = jax.jit(cross_entropy)
 
 @jax.jit
 def sums_and_gradients(hidden, head, targets, weights):
-    """The three sums, and the gradients of the summed loss."""
+    """Returns the three sums, and the gradients of the summed loss."""
 
     def loss(hidden, head, weights):
         totals = cross_entropy(hidden, head, targets, weights)
@@ -30,7 +30,7 @@ def sums_and_gradients(hidden, head, targets, weights):
 
 
 def make_inputs(rng, length):
-    """Weights are 0, 0.5 and 1."""
+    """Draws inputs; weights are 0, 0.5 and 1."""
     return {
         "hidden": rng.standard_normal((BATCH, length, WIDTH)).astype(np.float32),
         "head": rng.standard_normal((WIDTH, VOCABULARY)).astype(np.float32),
@@ -40,7 +40,7 @@ def make_inputs(rng, length):
 
 
 def reference(hidden, head, targets, weights):
-    """All float64 log-probabilities at once; the summed loss is differentiable."""
+    """Computes all log-probabilities at once in float64; the summed loss is differentiable."""
     log_p = torch.log_softmax(hidden @ head, dim=-1)
     targets = torch.tensor(targets)
     loss = -log_p.gather(-1, targets[..., None])[..., 0]

@@ -1,5 +1,5 @@
-"""Protects token merging: which neighbours and frames go into a token, and that partial cells and
-groups average only what is there."""
+"""Token merging: which neighbours and frames go into a token; partial cells and groups average only the
+tokens and frames they have."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_spatial_pool_is_the_mean_of_the_tokens_of_each_cell(rng, side, factor, 
 
 
 def test_bfloat16_means_round_once(rng):
-    """Values of one sign in long sums: rounding within the sum would show."""
+    """Long sums of values with one sign, so that rounding within the sum would show."""
     x = jnp.asarray(rng.uniform(1, 2, (2, 100, 9, WIDTH)), jnp.bfloat16)
     frame_group = np.repeat([[0, 1]] * 2, 50, axis=1)
     exact = np.asarray(x, np.float64)
@@ -112,7 +112,7 @@ def test_bfloat16_means_round_once(rng):
 
 
 @pytest.mark.parametrize("pool", [pixel_shuffle, spatial_pool])
-def test_tokens_that_are_no_square_grid_are_refused(rng, pool):
+def test_tokens_that_do_not_form_a_square_grid_are_rejected(rng, pool):
     with pytest.raises(ValueError, match="6 tokens do not form a square grid"):
         pool(draw(rng, 2, 6, WIDTH), 2)
 
@@ -134,7 +134,7 @@ def test_a_clip_pooled_in_blocks_gives_the_groups_of_one_pass(rng, cuts, size):
     assert (np.asarray(group.num_frames) == 9 % size).all()
 
 
-def test_rows_of_a_block_may_stand_at_different_frames_of_their_group(rng):
+def test_rows_may_be_at_different_frames_of_their_group(rng):
     x = rng.standard_normal((2, 5, 1, 1)).astype(np.float32)
     group = pooling.PartialGroup(np.ones((2, 1, 1), np.float32), np.array([2, 0], np.int32))
     means, full, group = pooling.temporal_pool_block(x, group, 3)

@@ -1,6 +1,5 @@
-"""Protects the selective scan: values and gradients of every implementation, whatever the length,
-direction, segments and initial state, under vmap and shard_map, and its promise that memory grows
-with the inputs and not with the states."""
+"""The selective scan: values and gradients of every implementation, for any length, direction, segments
+and initial state, under vmap and shard_map; and memory that grows with the inputs, not the states."""
 
 from __future__ import annotations
 
@@ -30,9 +29,11 @@ from storm_jax.sharding import make_mesh
 BFLOAT16 = {"rtol": 2**-8, "atol": 1e-5}  # one rounding of the output
 BATCH, WIDTH, STATE = 2, 3, 4
 ALL = ("dt_bias", "h0", "segment_ids")
+DEFAULT_CHUNK = dict(CHUNK)
+SMALL_CHUNK = {"sequential": 8, "chunked": 16}  # short sequences, which compile and run faster
 
 XLA = [name for name in IMPLEMENTATIONS if name not in KERNELS]
-# Interpreted kernels take half a minute in some tests.
+# Interpreted kernels compile slowly.
 kernels_slowly = pytest.mark.parametrize(
     "implementation", [*XLA, *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS)]
 )
@@ -41,8 +42,20 @@ each_direction = pytest.mark.parametrize("reverse", [False, True], ids=["forward
 scan = jax.jit(selective_scan, static_argnames=("reverse", "implementation"))
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    for name, steps in SMALL_CHUNK.items():
+        monkeypatch.setitem(CHUNK, name, steps)
+
+
+@pytest.fixture
+def default_chunks(monkeypatch, small_chunks):
+    for name, steps in DEFAULT_CHUNK.items():
+        monkeypatch.setitem(CHUNK, name, steps)
+
+
 def make_inputs(rng, length, options=(), reverse=False):
-    """Float32 arrays by argument name; decays are slow enough for states to cross chunks."""
+    """Returns fp32 arrays by argument name; decays are slow enough for states to cross chunks."""
     bias = "dt_bias" in options
     step = (BATCH, length, WIDTH)
     inputs = {
@@ -66,7 +79,7 @@ def make_inputs(rng, length, options=(), reverse=False):
 
 
 def widen(inputs, times):
-    """The inputs with every channel repeated."""
+    """Repeats every channel."""
     axis = {"x": 2, "dt": 2, "A": 0, "D": 0, "dt_bias": 0, "h0": 1}
     return {
         name: np.repeat(v, times, axis[name]) if name in axis else v for name, v in inputs.items()
@@ -74,11 +87,11 @@ def widen(inputs, times):
 
 
 def make_segments(length, reverse):
-    """Boundaries, counted from where the scan starts, inside chunks, on their edges and one step
-    apart; an id comes back."""
+    """Returns ids that change inside chunks, at their edges, and at adjacent steps; an id recurs."""
     t = np.arange(length)
-    chunk_edges = 1 + sum((t >= q) + (t >= q + 1) + (t >= 2 * q) for q in CHUNK.values())
-    inside = np.where((t >= 10) & (t < 100), 2, 1)
+    chunks = (*SMALL_CHUNK.values(), *DEFAULT_CHUNK.values())  # kernels have chunks of 64 and 128
+    chunk_edges = 1 + sum((t >= q) + (t >= q + 1) + (t >= 2 * q) for q in chunks)
+    inside = np.where((t >= 5) & (t < 100), 2, 1)
     ids = np.stack([chunk_edges, inside]).astype(np.int32)
     return ids[:, ::-1] if reverse else ids
 
@@ -88,7 +101,7 @@ def scan_order(length, reverse):
 
 
 def reference(x, dt, A, B, C, D, dt_bias=None, h0=None, segment_ids=None, reverse=False):
-    """The recurrence of the module's docstring in float64, one step and row at a time."""
+    """Computes the recurrence of the module docstring in float64, one step and row at a time."""
     x, dt, A, B, C, D = (np.asarray(v, np.float64) for v in (x, dt, A, B, C, D))
     if dt_bias is not None:
         dt = np.logaddexp(0, dt + np.asarray(dt_bias, np.float64))
@@ -108,7 +121,7 @@ def reference(x, dt, A, B, C, D, dt_bias=None, h0=None, segment_ids=None, revers
 
 
 def reference_gradients(inputs, dy, dh, reverse):
-    """Float64 gradients of sum(y * dy) + sum(h_last * dh), by torch through the same recurrence."""
+    """Returns float64 gradients of sum(y * dy) + sum(h_last * dh), by torch autograd."""
     leaves = {
         name: torch.tensor(np.asarray(value, np.float64), requires_grad=True)
         for name, value in inputs.items()
@@ -135,7 +148,7 @@ def reference_gradients(inputs, dy, dh, reverse):
 
 @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
 def outputs_and_gradients(inputs, dy, dh, *, reverse, implementation):
-    """y and h_last, and the gradients of sum(y * dy) + sum(h_last * dh)."""
+    """Returns (y, h_last) and the gradients of sum(y * dy) + sum(h_last * dh)."""
     segments = {name: inputs[name] for name in inputs if name == "segment_ids"}
 
     def loss(floats):
@@ -159,10 +172,17 @@ def assert_outputs(outputs, inputs, reverse):
 
 
 def lengths(implementation):
-    if implementation in KERNELS:  # interpreted, and so slow; the gradient's tests have more
+    if implementation in KERNELS:  # slow; the tests of gradients use more lengths
         return 1, 128
-    chunk = CHUNK.get(implementation, 64)
-    return 1, 2, chunk - 1, chunk, chunk + 1, {64: 149, 256: 523}[chunk]
+    if implementation == "associative":
+        return 1, 2, 65
+    chunk = SMALL_CHUNK[implementation]
+    return 1, 2, chunk - 1, chunk, chunk + 1, 2 * chunk + 5
+
+
+def several_chunks(implementation):
+    """A length of several chunks, of which the last one is partial."""
+    return 150 if implementation in KERNELS else 45
 
 
 @pytest.mark.parametrize(
@@ -175,19 +195,31 @@ def test_values_equal_the_recurrence(rng, length, reverse, implementation):
     assert_outputs(outputs, inputs, reverse)
 
 
-GRADIENT_CASES = {
-    "forward": (300, ALL, False),
-    "reverse": (300, ALL, True),
-    "forward, nothing optional": (60, (), False),
-    "reverse, no segments": (257, ("dt_bias", "h0"), True),
+GRADIENT_CASES = {  # length for kernels and for others, options, reverse
+    "forward": (300, 45, ALL, False),
+    "reverse": (300, 45, ALL, True),
+    "forward, nothing optional": (60, 12, (), False),
+    "reverse, no segments": (257, 33, ("dt_bias", "h0"), True),
 }
 
 
 @each_implementation
 @pytest.mark.parametrize(
-    ("length", "options", "reverse"), GRADIENT_CASES.values(), ids=GRADIENT_CASES
+    ("kernel_length", "length", "options", "reverse"), GRADIENT_CASES.values(), ids=GRADIENT_CASES
 )
-def test_gradients_equal_the_recurrence(rng, length, options, reverse, implementation):
+def test_gradients_equal_the_recurrence(
+    rng, kernel_length, length, options, reverse, implementation
+):
+    length = kernel_length if implementation in KERNELS else length
+    check_gradients(rng, length, options, reverse, implementation)
+
+
+@pytest.mark.parametrize("implementation", DEFAULT_CHUNK)
+def test_gradients_with_the_default_chunk_equal_the_recurrence(rng, implementation, default_chunks):
+    check_gradients(rng, DEFAULT_CHUNK[implementation] + 50, ALL, False, implementation)
+
+
+def check_gradients(rng, length, options, reverse, implementation):
     inputs = make_inputs(rng, length, options, reverse)
     cotangents = make_cotangents(rng, length)
     outputs, got = outputs_and_gradients(
@@ -202,9 +234,9 @@ def test_gradients_equal_the_recurrence(rng, length, options, reverse, implement
 @pytest.mark.parametrize("implementation", XLA)
 @each_direction
 def test_a_single_row_gives_what_it_gives_in_a_batch(rng, reverse, implementation):
-    """One row is solved without a batch axis."""
-    inputs = make_inputs(rng, 150, ALL, reverse)
-    cotangents = make_cotangents(rng, 150)
+    """A single row is computed without a batch axis."""
+    inputs = make_inputs(rng, 45, ALL, reverse)
+    cotangents = make_cotangents(rng, 45)
     run = functools.partial(outputs_and_gradients, reverse=reverse, implementation=implementation)
     shared = ("A", "D", "dt_bias")
     rows, summed = [], dict.fromkeys(shared, 0.0)
@@ -219,18 +251,18 @@ def test_a_single_row_gives_what_it_gives_in_a_batch(rng, reverse, implementatio
 
 @kernels_slowly
 @each_direction
-def test_segments_equal_running_each_apart(rng, reverse, implementation):
-    size, count = CHUNK.get(implementation, 64) + 6, 2
+def test_segments_equal_running_each_separately(rng, reverse, implementation):
+    size, count = several_chunks(implementation), 2
     inputs = make_inputs(rng, count * size, ("dt_bias",))
     ids = np.repeat(np.arange(1, count + 1, dtype=np.int32), size)
     run = functools.partial(scan, reverse=reverse, implementation=implementation)
     y, h = run(**inputs, segment_ids=np.stack([ids] * BATCH))
-    apart = []
+    separate = []
     for segment in range(1, count + 1):
         steps = {name: inputs[name][:, ids == segment] for name in ("x", "dt", "B", "C")}
-        apart.append(run(**(inputs | steps)))
-    np.testing.assert_allclose(y, np.concatenate([one[0] for one in apart], axis=1), **TOLERANCE)
-    np.testing.assert_allclose(h, apart[0 if reverse else -1][1], **TOLERANCE)
+        separate.append(run(**(inputs | steps)))
+    np.testing.assert_allclose(y, np.concatenate([one[0] for one in separate], axis=1), **TOLERANCE)
+    np.testing.assert_allclose(h, separate[0 if reverse else -1][1], **TOLERANCE)
 
 
 def round_to_bfloat16(inputs):
@@ -242,8 +274,9 @@ def round_to_bfloat16(inputs):
 
 @each_implementation
 def test_bfloat16_rounds_only_inputs_outputs_and_gradients(rng, implementation):
-    inputs = round_to_bfloat16(make_inputs(rng, 150, ALL))
-    dy, dh = make_cotangents(rng, 150)
+    length = several_chunks(implementation)
+    inputs = round_to_bfloat16(make_inputs(rng, length, ALL))
+    dy, dh = make_cotangents(rng, length)
     dy = np.asarray(jnp.asarray(dy, jnp.bfloat16), np.float32)
     (y, h), got = outputs_and_gradients(
         inputs, dy, dh, reverse=False, implementation=implementation
@@ -262,7 +295,7 @@ def test_bfloat16_rounds_only_inputs_outputs_and_gradients(rng, implementation):
 
 @kernels_slowly
 def test_a_step_of_any_size_gives_finite_values_and_gradients(rng, implementation):
-    """Decays of exp(-1600) and of nearly one, and steps beyond where softplus turns linear."""
+    """Decays from exp(-1600) to nearly one, and step sizes in the linear range of softplus."""
     inputs = make_inputs(rng, 40, ("dt_bias", "h0"))
     inputs["A"] *= 100
     inputs["dt"] = np.resize(np.float32([-1e4, -30, 0, 30, 1e4]), inputs["dt"].shape)
@@ -276,10 +309,12 @@ def test_a_step_of_any_size_gives_finite_values_and_gradients(rng, implementatio
 
 @kernels_slowly
 def test_two_parts_with_the_state_between_equal_one_pass(rng, implementation):
-    inputs = make_inputs(rng, 150, ("dt_bias", "h0"))
+    length = several_chunks(implementation)
+    cut = length // 2
+    inputs = make_inputs(rng, length, ("dt_bias", "h0"))
     y, h = scan(**inputs, implementation=implementation)
     parts, state = [], inputs["h0"]
-    for part in (slice(0, 70), slice(70, 71), slice(71, 150)):
+    for part in (slice(0, cut), slice(cut, cut + 1), slice(cut + 1, length)):
         steps = {name: inputs[name][:, part] for name in ("x", "dt", "B", "C")}
         out, state = scan(**(inputs | steps | {"h0": state}), implementation=implementation)
         parts.append(out)
@@ -289,8 +324,9 @@ def test_two_parts_with_the_state_between_equal_one_pass(rng, implementation):
 
 @kernels_slowly
 def test_vmap_gives_what_a_loop_gives(rng, implementation):
-    many = [make_inputs(rng, 70, ("dt_bias", "h0")) for _ in range(2)]
-    dy, dh = zip(*[make_cotangents(rng, 70) for _ in many], strict=True)
+    length = several_chunks(implementation)
+    many = [make_inputs(rng, length, ("dt_bias", "h0")) for _ in range(2)]
+    dy, dh = zip(*[make_cotangents(rng, length) for _ in many], strict=True)
     run = functools.partial(outputs_and_gradients, reverse=True, implementation=implementation)
     stacked = {name: np.stack([one[name] for one in many]) for name in many[0]}
     together = jax.vmap(run)(stacked, np.stack(dy), np.stack(dh))
@@ -301,8 +337,8 @@ def test_vmap_gives_what_a_loop_gives(rng, implementation):
 @kernels_slowly
 @each_direction
 def test_shards_over_batch_and_width_give_what_one_device_gives(rng, reverse, implementation):
-    """B and C come whole to every shard of the width; their gradients are summed over it."""
-    inputs = widen(make_inputs(rng, 70, ALL, reverse), 8)
+    """B and C are replicated over shards of the width, and their gradients summed over them."""
+    inputs = widen(make_inputs(rng, several_chunks(implementation), ALL, reverse), 8)
     mesh = jax.make_mesh((2, 4), ("b", "e"), axis_types=(AxisType.Auto,) * 2)
     specs = {
         "x": P("b", None, "e"),
@@ -392,7 +428,7 @@ def test_the_kernel_is_chosen_under_a_mesh_and_inside_a_trace(backend):
 
 
 def state_of_every_step(x, dt, A, B, C, D, dt_bias):
-    """The scan as autodiff would have it: what the measure of memory has to find."""
+    """A scan that autodiff stores every state of, to check that the test measures that."""
 
     def step(h, now):
         x, dt, B, C = now
@@ -405,8 +441,8 @@ def state_of_every_step(x, dt, A, B, C, D, dt_bias):
     return y.swapaxes(0, 1) + D[None, None] * x, h
 
 
-def temporary_bytes(function, length, width=64, d_state=16):
-    """What XLA reserves for values and all gradients besides arguments and results."""
+def temporary_bytes(function, length, width=64, state=16):
+    """Returns XLA's temporary memory for values and all gradients."""
     shapes = [(1, length, width)] * 2 + [(width, state)] + [(1, length, state)] * 2 + [(width,)] * 2
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
@@ -419,7 +455,9 @@ def temporary_bytes(function, length, width=64, d_state=16):
 
 
 @pytest.mark.parametrize("implementation", ["sequential", "chunked"])
-def test_temporary_memory_grows_with_the_inputs_and_not_with_the_states(implementation):
+def test_temporary_memory_grows_with_the_inputs_and_not_with_the_states(
+    implementation, default_chunks
+):
     def run(x, dt, A, B, C, D, dt_bias):
         return selective_scan(x, dt, A, B, C, D, dt_bias=dt_bias, implementation=implementation)
 
@@ -430,7 +468,7 @@ def test_temporary_memory_grows_with_the_inputs_and_not_with_the_states(implemen
     assert plain / (long - short) > 16 * 64 * 4
 
 
-def test_unknown_implementation_is_refused(rng):
+def test_unknown_implementation_is_rejected(rng):
     with pytest.raises(ValueError, match="parallel"):
         selective_scan(**make_inputs(rng, 2), implementation="parallel")
 
@@ -443,6 +481,6 @@ def test_a_shape_that_does_not_fit_is_named(rng, name):
         selective_scan(**inputs)
 
 
-def test_a_sequence_without_steps_is_refused(rng):
+def test_a_sequence_without_steps_is_rejected(rng):
     with pytest.raises(ValueError, match="no steps"):
         selective_scan(**make_inputs(rng, 0))

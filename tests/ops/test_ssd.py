@@ -1,6 +1,6 @@
-"""Protects the scan of Mamba-2: values and gradients, whatever the length, direction, segments, initial
-state and groups of heads, under vmap and shard_map, and its promise that memory grows with the inputs
-and not with the states or the chunks' matrices."""
+"""SSD, the scan of Mamba-2: values and gradients for any length, direction, segments, initial state and
+groups of heads, under vmap and shard_map; and memory that grows with the inputs, not with the states or
+the matrices of chunks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from storm_jax.ops.ssd import ssd
 
 BATCH, HEADS, WIDTH, GROUPS, STATE = 2, 4, 3, 2, 5
 CHUNK = 8
-SHORT = 61  # steps, one span: quick to compile
+SHORT = 61  # steps, less than a span: compiles quickly
 SPAN = CHUNK * ssd_module.SIZES["cpu"][1]
 ALL = ("dt_bias", "h0", "segment_ids")
-EXACT = ("segment_ids",)  # no gradient
+NOT_DIFFERENTIABLE = ("segment_ids",)
 
 scan = functools.partial(jax.jit(ssd, static_argnames=("reverse", "chunk")), chunk=CHUNK)
 each_direction = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
 def make_inputs(rng, length, options=(), reverse=False, groups=GROUPS):
-    """Float32 arrays by argument name; decays are slow enough for states to cross spans."""
+    """Returns fp32 arrays by argument name; decays are slow enough for states to cross spans."""
     bias = "dt_bias" in options
     step = (BATCH, length, HEADS)
     inputs = {
@@ -54,8 +54,8 @@ def make_inputs(rng, length, options=(), reverse=False, groups=GROUPS):
 
 
 def make_segments(length, reverse):
-    """Boundaries, counted from where the scan starts: on edges of chunks and spans, inside, one step
-    apart, at the very second step; an id comes back."""
+    """Returns ids that change inside chunks, at the edges of chunks and spans, at adjacent steps and at the
+    second step; an id recurs."""
     t = np.arange(length)
     starts = (CHUNK, CHUNK + 1, 2 * CHUNK, 4 * CHUNK + 3, 4 * CHUNK + 5, SPAN, SPAN + 1)
     edges = sum((t >= start).astype(np.int32) for start in starts)
@@ -71,12 +71,12 @@ def make_cotangents(rng, length):
 
 
 def reference(inputs, cotangents, reverse=False):
-    """The recurrence of the module's docstring in float64, one step at a time: its outputs, and by
-    torch the gradients of sum(y * dy) + sum(h_last * dh)."""
+    """Computes the recurrence of the module docstring in float64, one step at a time, and the gradients of
+    sum(y * dy) + sum(h_last * dh) by torch autograd."""
     leaves = {
         name: torch.tensor(np.asarray(value, np.float64), requires_grad=True)
         for name, value in inputs.items()
-        if name not in EXACT
+        if name not in NOT_DIFFERENTIABLE
     }
     x, dt, A, B, C, D = (leaves[name] for name in ("x", "dt", "A", "B", "C", "D"))
     B, C = (v.repeat_interleave(x.shape[2] // v.shape[2], dim=2) for v in (B, C))
@@ -100,14 +100,14 @@ def reference(inputs, cotangents, reverse=False):
 
 
 def gradients_of(function, inputs, dy, dh):
-    """y and h_last, and the gradients of sum(y * dy) + sum(h_last * dh)."""
-    exact = {name: inputs[name] for name in inputs if name in EXACT}
+    """Returns (y, h_last) and the gradients of sum(y * dy) + sum(h_last * dh)."""
+    fixed = {name: inputs[name] for name in inputs if name in NOT_DIFFERENTIABLE}
 
     def loss(floats):
-        y, h = function(floats | exact)
+        y, h = function(floats | fixed)
         return jnp.sum(y.astype(jnp.float32) * dy) + jnp.sum(h * dh), (y, h)
 
-    floats = {name: inputs[name] for name in inputs if name not in exact}
+    floats = {name: inputs[name] for name in inputs if name not in fixed}
     grads, outputs = jax.grad(loss, has_aux=True)(floats)
     return outputs, grads
 
@@ -117,7 +117,7 @@ def outputs_and_gradients(inputs, dy, dh, *, reverse=False, chunk=CHUNK):
     return gradients_of(lambda kw: ssd(**kw, reverse=reverse, chunk=chunk), inputs, dy, dh)
 
 
-LENGTHS = {  # to compile is what takes time: not every one in both directions
+LENGTHS = {  # compiling is slow: not every length in both directions
     False: (1, CHUNK - 1, CHUNK + 1, 149),
     True: (2, CHUNK, 2 * SPAN, 149),
 }
@@ -133,7 +133,7 @@ def test_values_and_gradients_equal_the_recurrence(rng, reverse, length):
 
 
 @pytest.mark.parametrize(("options", "reverse"), [((), False), (("dt_bias", "segment_ids"), True)])
-def test_what_is_optional_may_be_left_out(rng, options, reverse):
+def test_optional_arguments_may_be_omitted(rng, options, reverse):
     inputs = make_inputs(rng, SHORT, options, reverse)
     cotangents = make_cotangents(rng, SHORT)
     got = outputs_and_gradients(inputs, *cotangents, reverse=reverse)
@@ -157,15 +157,15 @@ def test_the_default_chunk_is_as_good(rng):
 
 
 @each_direction
-def test_segments_equal_running_each_apart(rng, reverse):
+def test_segments_equal_running_each_separately(rng, reverse):
     size, count = CHUNK + 3, 2
     inputs = make_inputs(rng, count * size, ("dt_bias",))
     ids = np.repeat(np.arange(count, dtype=np.int32), size)
     run = functools.partial(scan, reverse=reverse)
     y, h = run(**inputs, segment_ids=np.stack([ids] * BATCH))
-    apart = [run(**(inputs | steps_of(inputs, ids == segment))) for segment in range(count)]
-    np.testing.assert_allclose(y, np.concatenate([one[0] for one in apart], axis=1), **TOLERANCE)
-    np.testing.assert_allclose(h, apart[0 if reverse else -1][1], **TOLERANCE)
+    separate = [run(**(inputs | steps_of(inputs, ids == segment))) for segment in range(count)]
+    np.testing.assert_allclose(y, np.concatenate([one[0] for one in separate], axis=1), **TOLERANCE)
+    np.testing.assert_allclose(h, separate[0 if reverse else -1][1], **TOLERANCE)
 
 
 def steps_of(inputs, part):
@@ -173,7 +173,7 @@ def steps_of(inputs, part):
 
 
 @each_direction
-def test_a_segment_hears_nothing_of_the_others_however_large_they_are(rng, reverse):
+def test_segments_do_not_affect_each_other_however_large_their_values_are(rng, reverse):
     inputs = make_inputs(rng, 30, ("h0",))
     inputs["segment_ids"] = np.tile(np.repeat(np.arange(3, dtype=np.int32), 10), (BATCH, 1))
     y, _ = scan(**inputs, reverse=reverse)
@@ -222,7 +222,7 @@ def relative_error(got, expected):
 
 @each_direction
 def test_a_step_of_any_size_gives_finite_values_and_gradients(rng, reverse):
-    """Decays of exp(-1600) and less and of nearly one, and steps beyond where softplus turns linear."""
+    """Decays from below exp(-1600) to nearly one, and step sizes in the linear range of softplus."""
     inputs = make_inputs(rng, 60, ALL, reverse)
     inputs["A"] *= 100
     inputs["dt"] = np.resize([-1e4, -30, 0, 30, 1e4, -3, 1], inputs["dt"].shape).astype("f4")
@@ -230,13 +230,13 @@ def test_a_step_of_any_size_gives_finite_values_and_gradients(rng, reverse):
     outputs, grads = outputs_and_gradients(inputs, *cotangents, reverse=reverse, chunk=60)
     expected_outputs, expected_grads = reference(inputs, cotangents, reverse)
     assert_close(outputs, expected_outputs)
-    for name, expected in expected_grads.items():  # those of a decay cancel terms of 1e4
+    for name, expected in expected_grads.items():  # gradients through a decay cancel terms of 1e4
         error = relative_error(grads[name], expected)
         assert error <= (1e-3 if name in ("A", "dt", "dt_bias") else 1e-5), name
 
 
 def test_large_steps_leave_the_decay_between_small_ones_precise(rng):
-    """In the sums of logs over a chunk the small ones would be rounded away."""
+    """A plain cumulative sum of log decays over the chunk would round the small ones away."""
     inputs = make_inputs(rng, 60)
     inputs["dt"][:, ::5] = 1e6
     inputs["x"][:, ::5] *= 1e-6
@@ -258,8 +258,8 @@ def test_vmap_equals_the_recurrence(rng):
 
 @pytest.mark.parametrize(("groups", "reverse"), [(1, True), (HEADS, False)])
 def test_shards_over_batch_and_heads_equal_the_recurrence(rng, groups, reverse):
-    """A single group's B and C come whole to every shard of the heads; their gradients are summed
-    over it."""
+    """With a single group, B and C are replicated over shards of the heads, and their gradients summed over
+    them."""
     inputs = make_inputs(rng, SHORT, ALL, reverse, groups=groups)
     mesh = jax.make_mesh((2, 4), ("b", "h"), axis_types=(AxisType.Auto,) * 2)
     by_step, by_head = P("b", None, "h"), P("h")
@@ -288,8 +288,7 @@ def test_shards_over_batch_and_heads_equal_the_recurrence(rng, groups, reverse):
 
 
 def all_chunks_at_once(x, dt, A, B, C, D):
-    """The same with the length in one span, differentiated by JAX as a whole: what the measure of
-    memory has to find."""
+    """SSD with a single span and JAX's own gradient, to check that the test measures its matrices."""
     options = ssd_module.Options(chunk=64, span=x.shape[1], reverse=False)
     params = ssd_module.Params(A, D, None)
     h = jnp.zeros((*x[:, 0].shape, B.shape[-1]))
@@ -297,7 +296,7 @@ def all_chunks_at_once(x, dt, A, B, C, D):
 
 
 def temporary_bytes(function, length, heads=4, width=16, state=32):
-    """What XLA reserves for values and all gradients besides arguments and results."""
+    """Returns XLA's temporary memory for values and all gradients."""
     steps = (1, length, heads)
     shapes = [(*steps, width), steps, (heads,), *[(1, length, 1, state)] * 2, (heads,)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -316,12 +315,12 @@ def test_temporary_memory_grows_with_the_inputs_and_not_with_states_or_matrices(
     short, long = 8192, 16384
     inputs = (
         4 * 16 + 4 + 2 * 32
-    )  # values a step of x, dt, B and C; the chunks' matrices have 4 * 64
+    )  # values per step of x, dt, B and C; a chunk's matrices have 4 * 64
     growth = (temporary_bytes(ssd, long) - temporary_bytes(ssd, short)) / (long - short)
     assert growth < 1.5 * inputs * 4
     assert temporary_bytes(all_chunks_at_once, short) / short > 8 * inputs * 4
 
 
-def test_heads_that_groups_do_not_divide_are_refused(rng):
+def test_heads_that_groups_do_not_divide_are_rejected(rng):
     with pytest.raises(ValueError, match="4 heads"):
         ssd(**make_inputs(rng, 2, groups=3))

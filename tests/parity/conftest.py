@@ -1,4 +1,4 @@
-"""The reference runs on one thread: on busy cores, more wait for each other for seconds."""
+"""Runs torch on one thread: on busy cores, several threads wait for each other."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Protects the decoder: every layer and the logits equal transformers' Qwen2, Llama and Qwen3 with
-equal random weights, with tied and untied embeddings, also where attention is cut into query chunks."""
+"""The decoder: every layer and the logits equal transformers' Qwen2, Llama and Qwen3 with the same random
+weights, with tied and untied embeddings, and with several query chunks."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ FAMILIES = {
         rope_scaling=RopeScalingConfig(
             factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=64
         ),
-    ),  # its 4 rates are kept, interpolated and stretched
+    ),  # its 4 frequencies are unchanged, interpolated and scaled
     "qwen3": dataclasses.replace(QWEN2, qkv_bias=False, qk_norm=True),
 }
 
 
 def torch_decoder(config: DecoderConfig, params: dict) -> torch.nn.Module:
-    """Transformers' model of the same family with the same weights."""
+    """Creates transformers' model of the same family with the same weights."""
     fields = decoder_json(config, "float32")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
     flat = flatten_dict({"decoder": params}, sep="/")
@@ -78,11 +78,11 @@ def test_every_layer_and_the_logits_equal_transformers(family, length, randomise
     for depth in range(1, config.depth + 1):
         part = dataclasses.replace(config, depth=depth)
         shallow = Decoder(part, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
-        cut = {**params, "layers": jax.tree.map(lambda x, depth=depth: x[:depth], params["layers"])}
-        shallow = nnx.merge(nnx.split(shallow)[0], cut)
+        layers = jax.tree.map(lambda x, depth=depth: x[:depth], params["layers"])
+        shallow = nnx.merge(nnx.split(shallow)[0], {**params, "layers": layers})
         hidden, _ = nnx.jit(lambda m: m(m.embed(tokens), positions))(shallow)
         after = expected.hidden_states[depth]
-        if depth < config.depth:  # transformers normalises the last one only
+        if depth < config.depth:  # transformers normalises only the last one
             with torch.no_grad():
                 after = theirs.model.norm(after)
         assert max_error(hidden, after) <= MAX_ERROR, depth

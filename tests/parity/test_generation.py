@@ -1,5 +1,5 @@
-"""Protects greedy generation: for every decoder family, the tokens of transformers' `generate`, for a
-batch of unequal prompts and with several end tokens; the rendered ids, those of the template."""
+"""Greedy generation equals transformers' `generate` for every decoder family, with prompts of different
+lengths and several end tokens. Rendered token ids equal those of the chat template."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def ours_of(path, prompts: list[np.ndarray], stops: tuple[int, ...]) -> list[lis
         "visual_index": jnp.full(rows.shape, -1, jnp.int32),
     }
     model = load_model(path)
-    nothing = jnp.zeros((len(prompts), 1, model.decoder.head().shape[0]))  # a visual table
-    run = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
-    tokens = run(
+    empty_table = jnp.zeros((len(prompts), 1, model.decoder.head().shape[0]))
+    jitted = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
+    tokens = jitted(
         model,
         batch,
-        nothing,
+        empty_table,
         jax.random.key(0),
         sampling=Sampling(max_new_tokens=NEW),
         stop_ids=stops,
@@ -75,7 +75,7 @@ def theirs_of(model, prompts: list[np.ndarray], stops: tuple[int, ...]) -> list[
 
 
 def until(row: list[int], stops: tuple[int, ...]) -> list[int]:
-    """The tokens up to and with the first that ends the answer."""
+    """Returns the tokens up to and including the first end token."""
     ends = [i for i, token in enumerate(row) if token in stops]
     return row[: ends[0] + 1] if ends else row
 

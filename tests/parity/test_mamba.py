@@ -1,5 +1,5 @@
-"""Protects the Mamba mixer and its scan: values and gradients of one and both directions, with and
-without clip boundaries, equal transformers' slow torch path with equal weights."""
+"""The Mamba mixer and its scan: values and gradients of one and both directions, with and without clip
+boundaries, equal transformers' torch implementation with the same weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from storm_jax.ops.selective_scan import selective_scan
 
 MAX_ERROR = 1e-4
 WIDTH = 20  # dt_rank 2
-LENGTHS = (1, 5, 64, 65, 130)  # one step, less and more than a chunk, three chunks
+LENGTHS = (1, 5, 64, 65, 130)  # a step, less than a chunk, one chunk, two and three chunks
 
 
 def to_torch(in_proj: dict, scan: dict, out_proj: dict) -> dict[str, np.ndarray]:
-    """Our parameters of one direction under the torch mixer's names."""
+    """Renames our parameters of one direction to those of the torch mixer."""
     return {
         "in_proj.weight": in_proj["kernel"].reshape(WIDTH, -1).T,
         "conv1d.weight": scan["conv_kernel"].T[:, None],
@@ -64,7 +64,9 @@ def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
     graphdef, state = nnx.split(mixer)
     params = jax.device_get(nnx.to_pure_dict(state))
     for name in {"forward", "backward"} & params.keys():
-        params[name]["dt_bias"] = params[name]["dt_bias"] - 3  # steps of 0.05: states live long
+        params[name]["dt_bias"] = (
+            params[name]["dt_bias"] - 3
+        )  # step sizes of 0.05, so that states decay slowly
     return nnx.merge(graphdef, params), params
 
 
@@ -84,7 +86,7 @@ def test_forward_mixer_equals_transformers_with_its_gradient(length, randomise, 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_both_directions_are_a_torch_mixer_each_way_with_their_gradient(length, randomise, rng):
-    """in_proj and gate are shared and out_proj is linear in the scans, so outputs add up."""
+    """in_proj and gate are shared and out_proj is linear, so the outputs of both directions add up."""
     mixer, params = jax_mixer(randomise, "both")
     u = rng.standard_normal((2, length, WIDTH)).astype(np.float32)
     weights = rng.standard_normal(u.shape).astype(np.float32)
@@ -98,9 +100,9 @@ def test_both_directions_are_a_torch_mixer_each_way_with_their_gradient(length, 
     assert max_error(gradient, torch_u.grad) <= MAX_ERROR
 
 
-def test_packed_clips_are_torch_mixers_of_their_own(randomise, rng):
+def test_packed_clips_equal_separate_torch_mixers(randomise, rng):
     mixer, params = jax_mixer(randomise, "both")
-    lengths = (1, 40, 2, 57)  # the last crosses a chunk
+    lengths = (1, 40, 2, 57)  # the last one crosses a chunk boundary
     u = rng.standard_normal((1, sum(lengths), WIDTH)).astype(np.float32)
     segment_ids = np.repeat([1, 2, 3, 4], lengths)[None]
     found = nnx.jit(lambda m: m(u, segment_ids)[0])(mixer)
@@ -127,16 +129,16 @@ def test_scan_equals_the_torch_recurrence(implementation, reverse, length, rng):
         )
     )(x, dt, A, B, C, D)
 
-    def reading(v: np.ndarray) -> torch.Tensor:  # time last, from where the scan starts
+    def to_torch_order(v: np.ndarray) -> torch.Tensor:  # time last, in scan order
         v = torch.from_numpy(v).transpose(1, 2)
         return v.flip(2) if reverse else v
 
     expected, state_after = mamba_selective_scan(
-        reading(x),
-        reading(dt),
+        to_torch_order(x),
+        to_torch_order(dt),
         torch.from_numpy(A),
-        reading(B),
-        reading(C),
+        to_torch_order(B),
+        to_torch_order(C),
         D=torch.from_numpy(D),
         delta_bias=torch.from_numpy(bias),
         delta_softplus=True,

@@ -1,5 +1,5 @@
-"""Protects the Mamba-2 mixer: values and gradients of one and both directions, with and without clip
-boundaries, equal transformers' slow torch path with equal weights."""
+"""The Mamba-2 mixer: values and gradients of one and both directions, with and without clip boundaries,
+equal transformers' torch implementation with the same weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from storm_jax.config import MambaConfig
 from storm_jax.models.mamba import MambaMixer
 
 MAX_ERROR = 1e-4
-WIDTH, HEADS, STATE = 20, 5, 16  # of 8 channels
-LENGTHS = (1, 5, 64, 65, 130)  # one step, less and more than a chunk, three chunks
+WIDTH, HEADS, STATE = 20, 5, 16  # heads of 8 channels
+LENGTHS = (1, 5, 64, 65, 130)  # a step, less than a chunk, one chunk, two and three chunks
 
 
 def make_config(direction: str) -> MambaConfig:
@@ -61,22 +61,23 @@ def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
     graphdef, state = nnx.split(randomise(mixer, scale=0.25))
     params = jax.device_get(nnx.to_pure_dict(state))
     for name in {"forward", "backward"} & params.keys():
-        params[name]["dt_bias"] = params[name]["dt_bias"] - 3  # steps of 0.05: states live long
+        params[name]["dt_bias"] = (
+            params[name]["dt_bias"] - 3
+        )  # step sizes of 0.05, so that states decay slowly
     return nnx.merge(graphdef, params), params
 
 
 def sum_of_directions(params: dict, clip: torch.Tensor) -> torch.Tensor:
-    """Both directions share gate, norm and out_proj, which follow their sum: torch's mixers give
-    what enters the norm."""
+    """Applies the shared gate, norm and out_proj to the sum of what enters the norm of two torch mixers."""
     mixers = {name: torch_mixer(params, name) for name in ("forward", "backward")}
     before_norm = {}
     for name, mixer in mixers.items():
         u = clip if name == "forward" else clip.flip(1)
 
-        def keep(module: torch.nn.Module, args: tuple, name: str = name) -> None:
+        def record(module: torch.nn.Module, args: tuple, name: str = name) -> None:
             before_norm[name] = args
 
-        mixer.norm.register_forward_pre_hook(keep)
+        mixer.norm.register_forward_pre_hook(record)
         mixer(u)
     y, gate = before_norm["forward"]
     y_backward, _ = before_norm["backward"]
@@ -103,7 +104,7 @@ def test_the_mixer_equals_transformers_with_its_gradient(length, direction, rand
     assert max_error(gradient, torch_u.grad) <= MAX_ERROR
 
 
-def test_packed_clips_are_torch_mixers_of_their_own(randomise, rng):
+def test_packed_clips_equal_separate_torch_mixers(randomise, rng):
     mixer, params = jax_mixer(randomise, "both")
     lengths = (1, 40, 2, 57)
     u = rng.standard_normal((1, sum(lengths), WIDTH)).astype(np.float32)

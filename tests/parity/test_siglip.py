@@ -1,5 +1,5 @@
-"""Protects SigLIP: every layer equals transformers' torch tower with equal random weights, from uint8
-frames on, whether or not patches cover the image and attention is cut into chunks of queries."""
+"""SigLIP: every layer equals transformers' tower with the same random weights, from uint8 frames, for images
+that patches do or do not cover and for several query chunks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ assert CONFIGS["two query chunks"].side ** 2 > QUERY_CHUNK
 
 
 def torch_tower(config: VisionConfig, params: dict) -> torch.nn.Module:
-    """Transformers' tower with the same weights."""
+    """Creates transformers' tower with the same weights."""
     theirs = SiglipVisionModel(AutoConfig.for_model(**vision_json(config, "float32"))).eval()
     flat = flatten_dict({"vision": params}, sep="/")
     weights = {
@@ -89,7 +89,7 @@ def images() -> dict[str, Image.Image]:
 @pytest.mark.parametrize("size", [384, 448])
 @pytest.mark.parametrize("kind", images())
 def test_pixels_equal_those_of_transformers(kind, size, tmp_path):
-    """Within 1/255 of the range, as the tower sees them."""
+    """Compares the normalised pixels, which may differ by 1/255."""
     image = images()[kind]
     image.save(tmp_path / "image.png")
     ours = (
@@ -102,21 +102,21 @@ def test_pixels_equal_those_of_transformers(kind, size, tmp_path):
     assert np.abs(ours - theirs).max() <= 1 / 255
     plain = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.NEAREST))
     if kind == "photograph":
-        assert np.abs(plain / 127.5 - 1 - theirs).max() > 0.1  # another filter is another picture
+        assert np.abs(plain / 127.5 - 1 - theirs).max() > 0.1  # the choice of filter matters
 
 
 def shallow(config: VisionConfig, params: dict, feature_layer: int) -> SigLIP:
-    """The tower with another feature layer and the same weights."""
+    """Returns a tower with a different feature layer and the same weights."""
     config = dataclasses.replace(config, feature_layer=feature_layer)
     tower = SigLIP(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
-    run = config.depth + 1 + feature_layer
+    num_layers = config.depth + 1 + feature_layer
     moved = {
         **params,
-        "layers": jax.tree.map(lambda x: x[:run], params["layers"]),
+        "layers": jax.tree.map(lambda x: x[:num_layers], params["layers"]),
         "unused": dict(params["unused"]),
     }
-    if run < config.depth:
-        moved["unused"]["layers"] = jax.tree.map(lambda x: x[run:], params["layers"])
+    if num_layers < config.depth:
+        moved["unused"]["layers"] = jax.tree.map(lambda x: x[num_layers:], params["layers"])
     return nnx.merge(nnx.split(tower)[0], moved)
 
 
