@@ -18,6 +18,7 @@ from storm_jax.data.records import parse_record
 from storm_jax.media.media import Media
 from storm_jax.media.video import read_video
 from storm_jax.tasks import shapes
+from storm_jax.tasks.shapes.__main__ import main
 
 FAMILIES = tuple(shapes.FAMILIES)
 VIDEO_FAMILIES = tuple(name for name in FAMILIES if not shapes.FAMILIES[name].is_image)
@@ -396,7 +397,7 @@ def test_folder_without_settings_is_a_value_error_that_names_it(tmp_path: pathli
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     monkeypatch.setattr("sys.argv", ["shapes", *args])
-    shapes.main()
+    main()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""Data sets of rendered samples on disk."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from storm_jax.media.video import write_video
+from storm_jax.progress import with_progress
+from storm_jax.tasks.shapes.families import FAMILIES
+from storm_jax.tasks.shapes.rendering import SPLITS, render
+from storm_jax.tasks.shapes.settings import Settings
+
+FPS = 8
+
+
+def read_settings(folder: str | pathlib.Path) -> Settings:
+    """The settings that a folder was rendered with.
+
+    Raises:
+      ValueError: when it holds no data set of this module.
+    """
+    path = pathlib.Path(folder) / "shapes.json"
+    try:
+        fields = json.loads(path.read_text())
+        return Settings(**{**fields, "families": tuple(fields["families"])})
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing: render the task with python -m storm_jax.tasks.shapes --out={folder}"
+        ) from None
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a shapes.json: {error}") from None
+
+
+def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
+    """Renders a data set; a complete one with equal settings is left as it is.
+
+    Raises:
+      ValueError: when the folder holds other settings or other files.
+    """
+    folder = pathlib.Path(folder)
+    complete = folder / "test.json"  # written last
+    if (folder / "shapes.json").exists():
+        found = read_settings(folder)
+        for field in dataclasses.fields(Settings):
+            there, here = getattr(found, field.name), getattr(settings, field.name)
+            if there != here:
+                raise ValueError(
+                    f"{folder} was rendered with {field.name}={there!r}, not {here!r}: "
+                    f"use another --out, or remove the folder"
+                )
+        if complete.exists():
+            print(f"{folder} is complete already")
+            return
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no shapes.json: use another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "shapes.json", dataclasses.asdict(settings))
+    counts = {split: settings.eval_clips * len(settings.families) for split in SPLITS}
+    counts["train"] = settings.clips
+    jobs = [(split, i) for split, count in counts.items() for i in range(count)]
+    records: dict[str, list] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        (folder / "media" / split).mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        made = pool.map(functools.partial(_write_sample, folder, settings), jobs, chunksize=32)
+        line = "rendered {done:,} of {total:,} samples, {left:.0f} s left"
+        shown = with_progress(made, len(jobs), line, every=1.0, tells_end=True)
+        for (split, _), record in zip(jobs, shown, strict=True):
+            records[split].append(record)
+    for split in SPLITS:
+        order = np.random.default_rng([settings.seed, SPLITS.index(split)]).permutation(
+            counts[split]
+        )
+        _write_json(folder / f"{split}.json", [records[split][i] for i in order])
+
+
+def _write_sample(folder: pathlib.Path, settings: Settings, job: tuple[str, int]) -> dict[str, Any]:
+    split, index = job
+    sample = render(settings, split, index)
+    kind = "image" if FAMILIES[sample.family].is_image else "video"
+    name = f"media/{split}/{index:06}{'.png' if kind == 'image' else '.mp4'}"
+    if kind == "image":
+        Image.fromarray(sample.frames[0]).save(folder / name)
+    else:
+        write_video(folder / name, sample.frames, FPS)
+    record = {
+        "id": f"{split}-{index:06}",
+        kind: name,
+        "conversations": [
+            {"from": "human", "value": f"<{kind}>\n{sample.question}"},
+            {"from": "gpt", "value": sample.answer},
+        ],
+        "family": sample.family,
+    }
+    return record | ({"options": list(sample.options)} if sample.options else {})
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.rename(path)

@@ -1,0 +1,56 @@
+"""Samples in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+
+import numpy as np
+
+from storm_jax.tasks.shapes.drawing import background
+from storm_jax.tasks.shapes.events import Event
+from storm_jax.tasks.shapes.families import FAMILIES
+from storm_jax.tasks.shapes.settings import Settings
+
+LETTERS = "ABCD"
+SPLITS = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A sample in memory: frames uint8 [F, S, S, 3] and its question."""
+
+    family: str
+    frames: np.ndarray
+    question: str
+    answer: str
+    options: tuple[str, ...]
+
+
+def render(settings: Settings, split: str, index: int) -> Rendered:
+    """Sample `index` of a split; it does not depend on how many others there are."""
+    rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
+    turn, which = divmod(index, len(settings.families))
+    name = settings.families[which]
+    family = FAMILIES[name]
+    answer = family.answers[turn % len(family.answers)]  # balanced exactly
+    events = _events_by_answer(name, settings)[answer]
+    event = events[rng.integers(len(events))]
+    frames = background(settings, 1 if family.is_image else settings.frames, rng)
+    family.draw(frames, event, rng)
+    question = str(rng.choice(family.questions[event.question]))
+    options: tuple[str, ...] = ()
+    if family.multiple_choice:
+        options = tuple(str(option) for option in rng.permutation(family.answers))
+        listed = "\n".join(f"{letter}. {o}" for letter, o in zip(LETTERS, options, strict=True))
+        question, answer = f"{question}\n{listed}", LETTERS[options.index(answer)]
+    return Rendered(family=name, frames=frames, question=question, answer=answer, options=options)
+
+
+@functools.lru_cache
+def _events_by_answer(family: str, settings: Settings) -> dict[str, list[Event]]:
+    by_answer = defaultdict(list)
+    for event in FAMILIES[family].events(settings):
+        by_answer[event.answer].append(event)
+    return dict(by_answer)
