@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from storm_jax.data.mixture import Mixture, Ref
-from storm_jax.data.rows import plan_rows, smallest_fit
+from storm_jax.data.packing import plan_rows, smallest_fit
 
 Row = list[Ref]
 

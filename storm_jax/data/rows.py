@@ -14,15 +14,13 @@ process and worker. `fill_row` fills one row; the arrays of a batch are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from storm_jax.compression import plan_clip, pooled_side, visual_index
 from storm_jax.config import CompressionConfig
 from storm_jax.text.conversation import Encoded
-
-OPEN_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,44 +53,6 @@ class RowSample:
 
     encoded: Encoded
     clips: Sequence[np.ndarray]
-
-
-def smallest_fit(lengths: np.ndarray, shapes: Sequence[RowShape]) -> np.ndarray:
-    """Index of the first shape that holds each of `lengths` int [M, 2] (tokens, frames)."""
-    slots = np.array([(shape.tokens, shape.frames) for shape in shapes])
-    return (lengths.reshape(-1, 1, 2) <= slots).all(axis=2).argmax(axis=1)
-
-
-def plan_rows(
-    lengths: np.ndarray, order: Iterable[int], shapes: Sequence[RowShape]
-) -> list[list[int]]:
-    """First fit of samples, taken in `order`, into rows of which `OPEN_ROWS` are open at a time.
-
-    A sample for which no open row has room opens one of the first shape that holds it.
-
-    Args:
-      lengths: int [M, 2], token and frame slots of each sample; none exceeds the last shape.
-
-    Returns:
-      Sample indices of each row. Each sample of `order` is in exactly one row, and rows close in
-      the order in which they opened.
-    """
-    rows: list[list[int]] = []
-    homes = smallest_fit(lengths, shapes)
-    free = np.zeros((0, 2), np.int64)  # of the open rows, oldest first
-    for index in order:
-        need = lengths[index]
-        fits = np.flatnonzero((free >= need).all(axis=1))
-        if len(fits):
-            slot = int(fits[0])
-        else:
-            rows.append([])
-            shape = shapes[homes[index]]
-            free = np.concatenate([free, [[shape.tokens, shape.frames]]])[-OPEN_ROWS:]
-            slot = len(free) - 1
-        free[slot] -= need
-        rows[len(rows) - len(free) + slot].append(int(index))
-    return rows
 
 
 def empty_rows(count: int, pad_id: int, shape: RowShape) -> dict[str, np.ndarray]:

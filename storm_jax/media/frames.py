@@ -7,13 +7,10 @@ how many          = compression.num_frames, or data.frames.fps times the duratio
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import re
 
 import numpy as np
 
 from storm_jax.config import FramesConfig
-from storm_jax.media.image import IMAGE_SUFFIXES, read_image
 from storm_jax.media.media import Media, MediaError
 
 
@@ -98,41 +95,3 @@ def fill_damage(
         taken[i] = good[np.abs(picks[good] - picks[i]).argmin()]
         frames[i] = frames[taken[i]]
     return Clip(frames, seconds[picks[taken]], damaged)
-
-
-def read_folder(medium: Media, num_frames: int, image_size: int, max_damage: float = 0.0) -> Clip:
-    """Frames of a folder of images, in the order of the numbers in their names, `medium.fps` a second.
-
-    Raises:
-      MediaError: when it holds no image, or one that is picked cannot be read.
-    """
-    files = frame_files(medium)
-    seconds = np.arange(len(files)) / medium.fps
-    picks = nearest(seconds, spread(medium, float(seconds[-1]), num_frames))
-    frames = np.empty((num_frames, image_size, image_size, 3), np.uint8)
-    readable, problem = np.ones(num_frames, bool), ""
-    for pick in np.unique(picks):
-        try:
-            frames[picks == pick] = read_image(Media.file("image", files[pick]), image_size)
-        except MediaError as error:
-            readable[picks == pick] = False
-            problem = problem or str(error)
-    return fill_damage(medium, frames, picks, seconds, readable, max_damage, "unreadable", problem)
-
-
-def folder_duration(medium: Media) -> float:
-    return (len(frame_files(medium)) - 1) / medium.fps
-
-
-def frame_files(medium: Media) -> list[pathlib.Path]:
-    """The images of a folder; frame_10 comes behind frame_9."""
-    assert medium.path is not None
-    try:
-        files = [path for path in medium.path.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    except OSError as error:
-        raise MediaError(medium, "unreadable", str(error)) from error
-    if not files:
-        raise MediaError(medium, "empty", "the folder holds no image")
-    return sorted(files, key=lambda path: [
-        int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)
-    ])  # fmt: skip

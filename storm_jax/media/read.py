@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from storm_jax.config import FramesConfig
+from storm_jax.media import frame_folder, video
 from storm_jax.media import frames as frames_lib
-from storm_jax.media import video
 from storm_jax.media.frames import Clip
 from storm_jax.media.image import read_image
 from storm_jax.media.media import Media
@@ -21,7 +21,7 @@ def read_media(medium: Media, num_frames: int, image_size: int, max_damage: floa
     if medium.kind == "image":
         return Clip(read_image(medium, image_size)[None], np.zeros(1))
     if _is_folder(medium):
-        return frames_lib.read_folder(medium, num_frames, image_size, max_damage)
+        return frame_folder.read_folder(medium, num_frames, image_size, max_damage)
     return video.read_video(medium, num_frames, image_size, max_damage)
 
 
@@ -35,7 +35,7 @@ def count_frames(medium: Media, num_frames: int, config: FramesConfig) -> int:
         return 1
     if not config.fps:
         return num_frames
-    last = frames_lib.folder_duration(medium) if _is_folder(medium) else video.duration(medium)
+    last = frame_folder.folder_duration(medium) if _is_folder(medium) else video.duration(medium)
     start, end = frames_lib.shown(medium, last)
     return frames_lib.count_frames(end - start, num_frames, config)
 

@@ -11,13 +11,12 @@ from rows_by_hand import build_row, build_rows
 
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
-from storm_jax.data import rows as module
+from storm_jax.data import packing
+from storm_jax.data.packing import plan_rows, smallest_fit
 from storm_jax.data.rows import (
     RowSample,
     RowShape,
     empty_rows,
-    plan_rows,
-    smallest_fit,
 )
 from storm_jax.text.conversation import Encoded
 
@@ -92,7 +91,7 @@ def test_no_row_is_over_its_capacity_and_the_smallest_shape_is_found(plan, shape
 def test_rows_are_first_fit_among_the_open_ones(plan, shapes, open_rows: int):
     lengths, order = plan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "OPEN_ROWS", open_rows)
+        patch.setattr(packing, "OPEN_ROWS", open_rows)
         made = plan_rows(lengths, order, shapes)
     assert made == first_fit(lengths, order, shapes, open_rows)
 

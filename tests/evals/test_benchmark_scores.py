@@ -19,7 +19,7 @@ from storm_jax.evals.checks import check_questions
 from storm_jax.evals.questions import BenchmarkError
 from storm_jax.evals.runner import run_benchmark
 from storm_jax.evals.settings import EvalSettings
-from storm_jax.media.frames import frame_files
+from storm_jax.media.frame_folder import frame_files
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import read_media
 

@@ -12,7 +12,8 @@ from media_files import barcode, numbers
 from PIL import Image
 
 from storm_jax.config import FramesConfig
-from storm_jax.media.frames import count_frames, fill_damage, nearest, read_folder, spread
+from storm_jax.media.frame_folder import read_folder
+from storm_jax.media.frames import count_frames, fill_damage, nearest, spread
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import count_frames as count_of_medium
 from storm_jax.media.read import read_media
