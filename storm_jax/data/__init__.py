@@ -1,1 +1,1 @@
-"""Samples to packed rows. Numpy only: nothing here imports JAX or a model."""
+"""Data sources to batches of packed rows. Everything here is NumPy: no module imports a model."""

@@ -1,14 +1,14 @@
-"""Looks at the data of a configuration without training, and without an accelerator.
+"""Inspects the data of a configuration without training or an accelerator.
 
-Read all of it: errors with file and line, missing media, lengths, what is cut or skipped, packing:
+Check all of it: errors with file and line, missing media, lengths, truncation, skips, packing:
 
     python -m storm_jax.data check --config=configs/tiny.py:stage=sft --out=OUT
 
-See one sample as the model does, as a picture and a text:
+Show one sample as the model sees it, as a picture and as text:
 
     python -m storm_jax.data show --config=configs/tiny.py:stage=sft --source=NAME --index=3 --out=OUT
 
-Every field of the configuration can be set: --config.data.rows[0].tokens=512
+Any field of the configuration can be overridden: --config.data.rows[0].tokens=512
 """
 
 from __future__ import annotations
@@ -34,15 +34,19 @@ from storm_jax.text.sample import SampleError
 from storm_jax.text.tokenizer import load_tokenizer, tokenizer_folder
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, with the stage: configs/NAME.py:stage=align|sft|long."
+    "config", None, "Configuration file and stage: configs/NAME.py:stage=align|sft|long."
 )
-OUT = flags.DEFINE_string("out", "data_report", "Folder for pictures and lists.")
-SPLIT = flags.DEFINE_enum("split", "train", ["train", "val"], "Which sources of the configuration.")
+OUT = flags.DEFINE_string("out", "data_report", "Output folder.")
+SPLIT = flags.DEFINE_enum(
+    "split", "train", ["train", "val"], "Which sources of the configuration to use."
+)
 READ_MEDIA = flags.DEFINE_integer(
-    "read_media", 0, "check: media to read of each source, not only to look for; -1 = all."
+    "read_media",
+    0,
+    "check: number of samples per source whose media are decoded, not only located; -1 = all.",
 )
-SOURCE = flags.DEFINE_string("source", "", "show: name of a source; the first by default.")
-INDEX = flags.DEFINE_integer("index", 0, "show: number of the sample in its source.", lower_bound=0)
+SOURCE = flags.DEFINE_string("source", "", "show: name of the source; defaults to the first.")
+INDEX = flags.DEFINE_integer("index", 0, "show: index of the sample in its source.", lower_bound=0)
 flags.mark_flag_as_required("config")
 
 

@@ -1,4 +1,4 @@
-"""What became of every sample that was read, by source."""
+"""Per-source counts of samples read, used and skipped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from storm_jax.data.skips import DataError, Skip, exceeds_limit, format_causes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one sample of a row.
+    """Result of reading one sample.
 
     Attributes:
-      skip: why it was left out; None = it was used.
+      source, sample: names of the source and the sample.
+      skip: why it was skipped; None if it was used.
       tokens, frames: slots that it fills.
-      is_cut: whether its last answer was cut.
-      damaged: frames that stand in for unreadable ones.
-      seconds: time that reading its media took.
+      is_truncated: whether its last answer was truncated.
+      damaged: unreadable frames that were replaced by a neighbour.
+      seconds: time spent reading it.
     """
 
     source: str
@@ -27,14 +28,17 @@ class Outcome:
     skip: Skip | None
     tokens: int = 0
     frames: int = 0
-    is_cut: bool = False
+    is_truncated: bool = False
     damaged: int = 0
     seconds: float = 0.0
 
 
 @dataclasses.dataclass(kw_only=True)
 class Totals:
-    """Sums over the outcomes of one source; `read` is `used` plus all of `skipped`."""
+    """Sums over the outcomes of one source.
+
+    `read` equals `used` plus the sum of `skipped`; `cut` counts truncated answers.
+    """
 
     read: int = 0
     used: int = 0
@@ -52,14 +56,14 @@ class Totals:
             self.skipped[outcome.skip.cause] += 1
             return
         self.used += 1
-        self.cut += outcome.is_cut
+        self.cut += outcome.is_truncated
         self.tokens += outcome.tokens
         self.frames += outcome.frames
         self.damaged += outcome.damaged
 
 
 class Accounting:
-    """Totals by source; `state` goes into checkpoints, so that they cover a run that was continued."""
+    """Totals by source. They are saved in checkpoints, so a resumed run continues its counts."""
 
     def __init__(self, sources: Sequence[str], state: Mapping[str, Any] | None = None):
         self.totals = {name: Totals() for name in sources}
@@ -71,13 +75,14 @@ class Accounting:
             self.totals[outcome.source].add(outcome)
 
     def state(self) -> dict[str, Any]:
+        """Returns the totals as plain JSON."""
         return {
             name: {**vars(totals), "skipped": dict(totals.skipped)}
             for name, totals in self.totals.items()
         }
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers such as "data/NAME/used", and "data/NAME/skipped/missing"."""
+        """Returns the totals by metric name: "data/NAME/used", "data/NAME/skipped/missing" and so on."""
         found: dict[str, float] = {}
         for name, values in self.state().items():
             skipped = values.pop("skipped")
@@ -86,8 +91,10 @@ class Accounting:
         return found
 
     def check(self, max_skip_fraction: float, subject: str) -> None:
-        """Raises DataError when more than the fraction of a source (of at least 100 samples) was
-        skipped."""
+        """Raises DataError if more than `max_skip_fraction` of any source was skipped.
+
+        Sources with fewer than 100 samples read are treated as having 100.
+        """
         for name, totals in self.totals.items():
             skipped = sum(totals.skipped.values())
             if exceeds_limit(skipped, totals.read, max_skip_fraction):
@@ -97,27 +104,27 @@ class Accounting:
                 )
 
     def table(self) -> str:
-        """One line a source."""
-        heads = (
+        """Returns a text table with one line per source."""
+        headers = (
             "source",
             "read",
             "used",
             "skipped",
-            "cut",
+            "truncated",
             "tokens",
             "frames",
             "damaged",
-            "read s",
+            "seconds",
         )
-        rows: list[tuple[str, ...]] = [heads]
+        rows: list[tuple[str, ...]] = [headers]
         for name, t in self.totals.items():
             counts = (t.read, t.used, sum(t.skipped.values()), t.cut, t.tokens, t.frames, t.damaged)
             rows.append((name, *(f"{n:,}" for n in counts), f"{t.seconds:,.1f}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(headers))]
         lines = []
         for row in rows:
             cells = [row[0].ljust(widths[0])]
             cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            causes = self.totals[row[0]].skipped if row is not heads else Counter()
+            causes = self.totals[row[0]].skipped if row is not headers else Counter()
             lines.append("  ".join(cells) + (f"   {format_causes(causes)}" if causes else ""))
         return "\n".join(lines)

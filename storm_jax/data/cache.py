@@ -1,4 +1,4 @@
-"""Arrays on disk that are made once and memory-mapped afterwards."""
+"""Arrays computed once, cached on disk and memory-mapped afterwards."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from storm_jax.files import digest
 
 
 def cached_arrays(
-    folder: pathlib.Path, name: str, key: str, make: Callable[[], Mapping[str, np.ndarray]]
+    folder: pathlib.Path, name: str, key: str, compute: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What `make` gives, read from `folder` when it was made for the same key before.
+    """Returns the arrays of `compute()`, cached in `folder` under `name` and `key`.
 
-    The folder may be deleted at any time; it appears whole or not at all.
+    The cache is written atomically and may be deleted at any time.
 
     Raises:
-      DataError: when it cannot be written.
+      DataError: the folder is not writable.
     """
     target = folder / f"{name}-{digest(key)}"
     arrays = _load(target)
     if arrays is None:
-        made = make()
+        computed = compute()
         try:
-            _write(target, made)
+            _write(target, computed)
         except OSError as error:
             raise DataError(
-                f"{folder} cannot be written ({error}): set data.index_dir to a folder that can"
+                f"{folder} is not writable ({error}): set data.index_dir to a writable folder"
             ) from error
         arrays = _load(target)
     assert arrays is not None
@@ -39,7 +39,7 @@ def cached_arrays(
 
 
 def _write(target: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Several processes may do this at once: the first one's arrays stay."""
+    """Writes the cache. If several processes do so at once, the first one wins."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         partial.mkdir(parents=True)
@@ -61,5 +61,5 @@ def _load(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
         return None
     try:
         return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
-    except (OSError, ValueError):  # cut off by a full disk
+    except (OSError, ValueError):  # truncated by a full disk
         return None

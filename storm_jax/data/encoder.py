@@ -1,4 +1,4 @@
-"""A sample to tokens: how many frames its media give, what stands for them, and the text around it."""
+"""Encodes a whole sample: how many frames its media have, and the tokens that they and the text become."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from storm_jax.media.read import count_frames
 from storm_jax.text.conversation import ConversationEncoder, Encoded, Pieces
 from storm_jax.text.sample import Caption, Sample
 
-# No video is longer; the text of a time has at most these digits.
+# Seconds. Longer than any video, so that a timestamp never has more digits than planned.
 _LONGEST = 99_999.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleEncoder:
-    """Encodes samples for a model of `side` x `side` tokens a frame before spatial pooling."""
+    """Encodes samples for a model with `side` x `side` tokens per frame before spatial pooling."""
 
     text: ConversationEncoder
     side: int
@@ -28,8 +28,10 @@ class SampleEncoder:
     frames: FramesConfig
 
     def frame_counts(self, media: Sequence[Media]) -> list[int]:
-        """Frames of each medium. Where that depends on a header that cannot be read, it is the most that
-        it can be: reading the medium will tell what is wrong."""
+        """Returns the number of frames of each medium.
+
+        If a header cannot be read, this is the maximum: the error is reported when the medium is read.
+        """
         return [self._frame_count(medium) for medium in media]
 
     def _frame_count(self, medium: Media) -> int:
@@ -40,8 +42,11 @@ class SampleEncoder:
             return limit
 
     def plan(self, sample: Sample, counts: Sequence[int]) -> Encoded:
-        """The sample with as many tokens as it can have, before anything is decoded: the text of a
-        time has no more tokens than bytes. Its tokens are not to be used where there is such text."""
+        """Encodes a sample before its media are decoded, to find its maximum length.
+
+        Timestamps are unknown, so their text is replaced by one token per byte, which is an upper bound.
+        Only the length is meaningful then, not the tokens.
+        """
         times = [np.full(count, _LONGEST) for count in counts]
         pieces = [
             [len(part.encode()) if isinstance(part, str) else part for part in parts]
@@ -50,7 +55,7 @@ class SampleEncoder:
         return self.text.encode(sample, pieces)
 
     def encode(self, sample: Sample, times: Sequence[np.ndarray]) -> Encoded:
-        """The sample whose n-th medium has frames at `times[n]` seconds."""
+        """Encodes a sample whose n-th medium has frames at `times[n]` seconds."""
         return self.text.encode(sample, self._pieces(sample, times))
 
     def _pieces(self, sample: Sample, times: Sequence[np.ndarray]) -> list[Pieces]:
@@ -60,7 +65,7 @@ class SampleEncoder:
     def _medium(
         self, medium: Media, times: np.ndarray, captions: Sequence[Caption]
     ) -> list[str | int]:
-        """Tokens of the pooled groups, with the text of their times and the captions between them."""
+        """Returns the slots of the pooled groups, with timestamps and captions between them."""
         plan = plan_clip(len(times), self.side, self.compression)
         style = self.frames.time_text if medium.kind == "video" else "none"
         pieces: list[str | int] = []

@@ -1,7 +1,7 @@
-"""The lengths index: tokens and frames of every sample of a source, measured once and kept.
+"""The lengths index: the number of tokens and frames of every sample of a source, measured once.
 
-Rows are planned on it before anything is decoded. It is made by all workers, kept in the source's index
-folder, and made again when the files, the tokenizer or what decides a sample's length change.
+Rows are planned from it before anything is decoded. It is computed by all workers, cached in the source's
+index folder, and recomputed if the files, the tokenizer or settings that affect lengths change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -28,25 +28,26 @@ from storm_jax.text.sample import SampleError
 from storm_jax.text.template import DATE
 from storm_jax.text.tokenizer import load_tokenizer
 
-_VERSION = 1
-_CHUNK = 1024  # samples measured in one call
+_VERSION = 2
+_CHUNK = 1024  # samples per call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Of M samples:
+    """Lengths of the M samples of a source.
 
     Attributes:
-      tokens: int32 [M], 0 where a sample cannot be used.
-      least: int32 [M], how many of them a row must hold: media and the start of an answer.
-      frames: int32 [M], of all media of a sample.
-      counts, ends: frames of every medium of all samples, and int64 [M], where each sample's end.
-      skips: by index, the samples that cannot be used.
-      digest: changes with the samples, their order, texts and lengths; media may move.
+      tokens: int32 [M], 0 for unusable samples.
+      min_tokens: int32 [M], tokens that a row must have room for: all media and the start of an answer.
+      frames: int32 [M], frames of all media of a sample.
+      counts: int32 [K], frames of every medium, sample after sample.
+      ends: int64 [M], where the media of each sample end in `counts`.
+      skips: the unusable samples, by index.
+      digest: changes with the samples, their order, texts or lengths, but not if media files move.
     """
 
     tokens: np.ndarray
-    least: np.ndarray
+    min_tokens: np.ndarray
     frames: np.ndarray
     counts: np.ndarray
     ends: np.ndarray
@@ -54,6 +55,7 @@ class Lengths:
     digest: str
 
     def counts_of(self, index: int) -> list[int]:
+        """Returns the number of frames of each medium of a sample."""
         start = self.ends[index - 1] if index else 0
         return self.counts[start : self.ends[index]].tolist()
 
@@ -65,10 +67,10 @@ def read_lengths(
     index_dir: str,
     pool: WorkerPool,
 ) -> Lengths:
-    """The index of a source, measured when there is none.
+    """Returns the lengths of a source, measuring them if they are not cached.
 
     Raises:
-      DataError: when it cannot be written.
+      DataError: the cache is not writable.
     """
     arrays = cached_arrays(
         index_folder(config, index_dir),
@@ -79,7 +81,7 @@ def read_lengths(
     skips = json.loads(arrays["skips"].tobytes())
     return Lengths(
         tokens=arrays["tokens"],
-        least=arrays["least"],
+        min_tokens=arrays["min_tokens"],
         frames=arrays["frames"],
         counts=arrays["counts"],
         ends=arrays["ends"],
@@ -95,14 +97,14 @@ def read_lengths(
 
 def _key(source: Source, encoder: SampleEncoder) -> str:
     frames, compression = encoder.frames, encoder.compression
-    facts = (
+    inputs = (
         _VERSION, source.stamp, encoder.text.digest, encoder.text.system, DATE, encoder.side,
         frames.fps, frames.time_text, compression,
     )  # fmt: skip
-    return repr(facts)
+    return repr(inputs)
 
 
-# One chunk: arrays by name, skips as (index, sample, where, cause, message), and its digest.
+# Arrays by name, skips as (index, sample, where, cause, message), and a digest.
 _Chunk = tuple[dict[str, np.ndarray], list[tuple], bytes]
 
 
@@ -114,7 +116,6 @@ def _measure_all(
     pool: WorkerPool,
 ) -> dict[str, np.ndarray]:
     starts = range(0, len(source), _CHUNK)
-    line = f"measuring {config.name}: {{done:,}} of {{total:,}} samples, {{left:.0f}} s left"
     if pool.count and len(starts) > 2:
         job = _Job(
             config=config, index_dir=index_dir, tokenizer=str(encoder.text.tokenizer.name_or_path), system=encoder.text.system,
@@ -122,9 +123,13 @@ def _measure_all(
         )  # fmt: skip
         with concurrent.futures.ThreadPoolExecutor(pool.count) as threads:
             chunks = threads.map(lambda start: pool.call(_measure_chunk, job, start), starts)
-            return _join([*with_progress(chunks, len(source), line, size=_CHUNK)])
-    measured = (_measure(source, encoder, start) for start in starts)
-    return _join([*with_progress(measured, len(source), line, size=_CHUNK)])
+            return _join([*_with_progress(chunks, source)])
+    return _join([*_with_progress((_measure(source, encoder, s) for s in starts), source)])
+
+
+def _with_progress(chunks: Iterable[_Chunk], source: Source) -> Iterator[_Chunk]:
+    total, description = len(source), f"measuring {source.name}"
+    return with_progress(chunks, total, description, unit="samples", size=_CHUNK)
 
 
 def _join(chunks: Sequence[_Chunk]) -> dict[str, np.ndarray]:
@@ -132,7 +137,7 @@ def _join(chunks: Sequence[_Chunk]) -> dict[str, np.ndarray]:
     skips = json.dumps([skip for chunk in chunks for skip in chunk[1]]).encode()
     whole = digest(b"".join(chunk[2] for chunk in chunks))
     return {
-        **{name: arrays[name] for name in ("tokens", "least", "frames", "counts")},
+        **{name: arrays[name] for name in ("tokens", "min_tokens", "frames", "counts")},
         "ends": np.cumsum(arrays["media"], dtype=np.int64),
         "skips": np.frombuffer(skips, np.uint8),
         "digest": np.frombuffer(whole.encode(), np.uint8),
@@ -141,7 +146,7 @@ def _join(chunks: Sequence[_Chunk]) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What another process needs to measure samples."""
+    """What a worker process needs to measure samples."""
 
     config: SourceConfig
     index_dir: str
@@ -167,25 +172,26 @@ def _prepare(job: _Job) -> tuple[Source, SampleEncoder]:
 
 def _measure(source: Source, encoder: SampleEncoder, start: int) -> _Chunk:
     indices = range(start, min(start + _CHUNK, len(source)))
-    tokens, least, frames, media = (np.zeros(len(indices), np.int32) for _ in range(4))
+    tokens, min_tokens, frames, media = (np.zeros(len(indices), np.int32) for _ in range(4))
     counts: list[int] = []
     skips: list[tuple] = []
-    told = hashlib.sha256()
+    content = hashlib.sha256()
     for row, index in enumerate(indices):
         try:
             sample = source.sample(index)
-            told.update(repr((sample.id, sample.turns)).encode())
-            of_media = encoder.frame_counts(sample.media)
-            encoded = encoder.plan(sample, of_media)
+            content.update(repr((sample.id, sample.turns)).encode())
+            frame_counts = encoder.frame_counts(sample.media)
+            encoded = encoder.plan(sample, frame_counts)
         except SampleError as error:
             skips.append((index, error.sample_id, source.where(index), error.cause, str(error)))
             continue
-        tokens[row], least[row], frames[row] = len(encoded), encoded.least, sum(of_media)
-        media[row] = len(of_media)
-        counts += of_media
-    told.update(tokens.tobytes() + frames.tobytes())
+        tokens[row], min_tokens[row] = len(encoded), encoded.min_tokens
+        frames[row] = sum(frame_counts)
+        media[row] = len(frame_counts)
+        counts += frame_counts
+    content.update(tokens.tobytes() + frames.tobytes())
     arrays = {
-        "tokens": tokens, "least": least, "frames": frames, "media": media,
+        "tokens": tokens, "min_tokens": min_tokens, "frames": frames, "media": media,
         "counts": np.array(counts, np.int32),
     }  # fmt: skip
-    return arrays, skips, told.digest()
+    return arrays, skips, content.digest()

@@ -1,10 +1,10 @@
-"""Several sources as one endless, seeded stream of samples in exact proportions.
+"""Mixes several sources into one endless, seeded stream of samples in exact proportions.
 
-    samples of a source in the first n windows = floor(n * window * share)
+    samples of a source in the first n windows = floor(n * window * proportion)
     position p in a source's own sequence      = sample p mod M of its epoch p div M
 
-so every sample of a source comes once before any comes again, and the stream is a function of the seed:
-the same for every number of processes and workers.
+Every sample of a source is used once before any is repeated. The stream depends only on the seed, not on
+the number of processes and workers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from storm_jax.media.workers import WorkerPool
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.sample import Sample
 
-# Samples whose rows are planned together, at most; an epoch when it is shorter.
+# Rows are planned in windows of this many samples, or of an epoch if that is shorter.
 WINDOW = 2**16
 
 
@@ -38,7 +38,7 @@ def open_mixture(
     tokenizer: transformers.PreTrainedTokenizerBase,
     pool: WorkerPool,
 ) -> Mixture:
-    """The mixture of `sources` for a run's model; temporal sampling is for test time only."""
+    """Opens the mixture of `sources` for a run's model. Temporal sampling is off: it is for test time only."""
     data, side = config.data, config.model.side
     compression = dataclasses.replace(config.compression, temporal_sample=1)
     size = config.model.vision.image_size
@@ -68,7 +68,7 @@ def open_mixture(
 
 
 class Ref(NamedTuple):
-    """A sample of a mixture: number of its source, and its number in it."""
+    """A sample of a mixture: the index of its source, and its index in the source."""
 
     source: int
     item: int
@@ -76,11 +76,12 @@ class Ref(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A source of a mixture, measured.
+    """An opened and measured source of a mixture.
 
     Attributes:
-      usable: indices of the samples that the mixture draws from, sorted.
-      amount: how many samples it gives relative to the other sources.
+      skips: samples that can never be used.
+      usable: sorted indices of the samples that the mixture draws from.
+      amount: number of samples relative to the other sources.
     """
 
     config: SourceConfig
@@ -92,10 +93,10 @@ class Part:
 
 
 class Mixture:
-    """The sources of `data.train` or `data.val`, opened and measured.
+    """The opened and measured sources of `data.train` or `data.val`.
 
     Raises:
-      DataError: when a source is missing, has no usable sample, or too many that are not.
+      DataError: a source is missing, or has no usable or too many unusable samples.
     """
 
     def __init__(
@@ -118,16 +119,16 @@ class Mixture:
             self.add(config)
 
     def add(self, config: SourceConfig) -> Part:
-        """Opens and measures one more source.
+        """Opens, measures and adds a source.
 
         Raises:
-          DataError: as the mixture does; it stays as it was.
+          DataError: as for the mixture, which is then unchanged.
         """
         number, index_dir = len(self.parts), self._index_dir
         source = open_source(config, index_dir)
         lengths = read_lengths(config, source, self.encoder, index_dir, self._pool)
         largest = self.shapes[-1]
-        fits = (lengths.least <= largest.tokens) & (lengths.frames <= largest.frames)
+        fits = (lengths.min_tokens <= largest.tokens) & (lengths.frames <= largest.frames)
         too_long = np.flatnonzero(~fits)
         skips = [*lengths.skips.values()]
         for index in too_long.tolist():
@@ -136,7 +137,7 @@ class Mixture:
         usable = np.flatnonzero(fits & (lengths.tokens > 0))
         if not len(usable):
             raise DataError(
-                f"{config.path}: data source {config.name!r} has no usable sample; the first: "
+                f"{config.path}: data source {config.name!r} has no usable samples; the first error: "
                 f"{skips[0].message}"
             )
         chosen = len(usable)
@@ -165,13 +166,13 @@ class Mixture:
         name = source.sample(index).id
         return Skip(
             source=config.name, sample=name, where=source.where(index), cause="too_long",
-            message=f"sample {name!r}: {lengths.least[index]} tokens of media and prompt and "
-            f"{lengths.frames[index]} frames exceed the {largest.tokens} and {largest.frames} of the "
-            f"largest row (data.rows)",
+            message=f"sample {name!r}: {lengths.min_tokens[index]} tokens of media and prompt and "
+            f"{lengths.frames[index]} frames do not fit the largest row of data.rows "
+            f"({largest.tokens} tokens, {largest.frames} frames)",
         )  # fmt: skip
 
     def __len__(self) -> int:
-        """Usable samples of all sources."""
+        """Number of usable samples of all sources."""
         return sum(len(part.usable) for part in self.parts)
 
     @property
@@ -183,7 +184,7 @@ class Mixture:
         return self.parts[ref.source].source.sample(ref.item)
 
     def lengths(self, refs: Sequence[Ref]) -> np.ndarray:
-        """Token and frame slots of samples, int64 [n, 2]; what exceeds a row is cut."""
+        """Returns the (token, frame) slots of samples, int64 [n, 2], truncated to the largest row."""
         table = np.array(refs, np.int64).reshape(-1, 2)
         found = np.zeros((len(table), 2), np.int64)
         for number, part in enumerate(self.parts):
@@ -194,7 +195,7 @@ class Mixture:
         return found
 
     def fingerprint(self) -> dict[str, str]:
-        """By source; changes when its samples, their order, texts or lengths do."""
+        """Returns a digest by source, which changes with its samples, their order, texts or lengths."""
         return {part.config.name: part.lengths.digest for part in self.parts}
 
     @functools.cached_property
@@ -206,7 +207,7 @@ class Mixture:
         return [Fraction(len(p.usable)) if weighted else p.amount for p in self.parts]
 
     def draw(self, window: int) -> list[Ref]:
-        """The samples of one window of the stream, in order."""
+        """Returns the samples of one window of the stream, in order."""
         total = sum(part.amount for part in self.parts)
         refs: list[Ref] = []
         for number, part in enumerate(self.parts):
@@ -217,20 +218,20 @@ class Mixture:
         return [refs[i] for i in order]
 
     def _sequence(self, number: int, first: int, last: int) -> np.ndarray:
-        """Positions `first` up to `last` of a source's own sequence of samples."""
+        """Returns positions `first` to `last` (exclusive) of a source's own sequence of samples."""
         size = len(self.parts[number].usable)
-        taken = [np.zeros(0, np.int64)]
+        pieces = [np.zeros(0, np.int64)]
         while first < last:
             epoch, offset = divmod(first, size)
             stop = min(size, offset + last - first)
-            taken.append(self._epoch(number, epoch)[offset:stop])
+            pieces.append(self._epoch(number, epoch)[offset:stop])
             first += stop - offset
-        return np.concatenate(taken)
+        return np.concatenate(pieces)
 
     def _epoch(self, number: int, epoch: int) -> np.ndarray:
-        """The order of a source's samples in one epoch; that of the last one asked for is kept."""
-        kept = self._orders.get(number)
-        if kept is None or kept[0] != epoch:
+        """Returns the order of a source's samples in an epoch, and caches the last one."""
+        cached = self._orders.get(number)
+        if cached is None or cached[0] != epoch:
             rng = np.random.default_rng([self.seed, number, epoch, 1])
-            kept = self._orders[number] = (epoch, rng.permutation(self.parts[number].usable))
-        return kept[1]
+            cached = self._orders[number] = (epoch, rng.permutation(self.parts[number].usable))
+        return cached[1]

@@ -1,4 +1,7 @@
-"""Which samples share a row, decided on lengths alone."""
+"""Packs samples into rows by their lengths, before anything is decoded.
+
+The result is the same for every process and worker.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import numpy as np
 
 from storm_jax.data.rows import RowShape
 
-OPEN_ROWS = 64
+OPEN_ROWS = 64  # rows that may still receive samples
 
 
 def smallest_fit(lengths: np.ndarray, shapes: Sequence[RowShape]) -> np.ndarray:
-    """Index of the first shape that holds each of `lengths` int [M, 2] (tokens, frames)."""
+    """Returns the index of the first shape that fits each of `lengths` int [M, 2] (tokens, frames)."""
     slots = np.array([(shape.tokens, shape.frames) for shape in shapes])
     return (lengths.reshape(-1, 1, 2) <= slots).all(axis=2).argmax(axis=1)
 
@@ -20,16 +23,17 @@ def smallest_fit(lengths: np.ndarray, shapes: Sequence[RowShape]) -> np.ndarray:
 def plan_rows(
     lengths: np.ndarray, order: Iterable[int], shapes: Sequence[RowShape]
 ) -> list[list[int]]:
-    """First fit of samples, taken in `order`, into rows of which `OPEN_ROWS` are open at a time.
+    """Packs samples, in `order`, into rows by first fit, with at most `OPEN_ROWS` rows open at a time.
 
-    A sample for which no open row has room opens one of the first shape that holds it.
+    A sample that fits no open row opens a new one of the first shape that it fits. If too many rows are
+    open, the oldest is closed.
 
     Args:
       lengths: int [M, 2], token and frame slots of each sample; none exceeds the last shape.
 
     Returns:
-      Sample indices of each row. Each sample of `order` is in exactly one row, and rows close in
-      the order in which they opened.
+      Sample indices of each row, in the order in which rows were opened. Each sample of `order` is in
+      exactly one row.
     """
     rows: list[list[int]] = []
     homes = smallest_fit(lengths, shapes)

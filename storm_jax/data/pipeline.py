@@ -105,14 +105,14 @@ class _RowSource:
         shape = self._mixture.shapes[planned.shape]
         batch = self._batch(step, shape)
         samples, outcomes = [], []
-        room = batch["frames"][offset]  # that no sample has filled yet
+        out = batch["frames"][offset]  # that no sample has filled yet
         for ref in refs:
-            sample, outcome = read_sample(self._mixture, ref, self._reader, room)
-            room = room[outcome.frames :]
+            sample, outcome = read_sample(self._mixture, ref, self._reader, out)
+            out = out[outcome.frames :]
             samples.append(sample)
             outcomes.append(outcome)
         if None in samples:
-            room[:] = 0  # some of its frames may have been read
+            out[:] = 0  # some of its frames may have been read
         fill_row(batch, offset, samples, shape)
         return outcomes
 
@@ -130,12 +130,12 @@ class _RowSource:
 
 
 def read_sample(
-    mixture: Mixture, ref: Ref, reader: MediaReader, room: np.ndarray
+    mixture: Mixture, ref: Ref, reader: MediaReader, out: np.ndarray
 ) -> tuple[RowSample | None, Outcome]:
     """Parses, reads and encodes one sample; None when it has to be left out.
 
     Args:
-      room: uint8 [F, H, W, 3], where its frames belong: they are written there when a process read
+      out: uint8 [F, H, W, 3], where its frames belong: they are written there when a process read
         them.
     """
     part = mixture.parts[ref.source]
@@ -146,11 +146,11 @@ def read_sample(
         sample = mixture.sample(ref)
         name = sample.id
         counts = part.lengths.counts_of(ref.item)
-        clips = reader.read_all(sample.media, counts, room)
+        clips = reader.read_all(sample.media, counts, out)
         seconds = time.monotonic() - began
         encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
-        is_cut = len(encoded) > planned
-        if is_cut and planned < largest:
+        is_truncated = len(encoded) > planned
+        if is_truncated and planned < largest:
             raise SampleError(
                 name, "too_long", f"{len(encoded)} tokens, where {planned} were planned"
             )
@@ -168,9 +168,9 @@ def read_sample(
         return None, Outcome(
             source=part.config.name, sample=name, skip=skip, seconds=time.monotonic() - began
         )
-    encoded = encoded.cut(planned)
+    encoded = encoded.truncated(planned)
     outcome = Outcome(
-        source=part.config.name, sample=name, skip=None, tokens=len(encoded), frames=sum(counts), is_cut=is_cut,
+        source=part.config.name, sample=name, skip=None, tokens=len(encoded), frames=sum(counts), is_truncated=is_truncated,
         damaged=sum(clip.damaged for clip in clips), seconds=seconds,
     )  # fmt: skip
     return RowSample(encoded, [clip.frames for clip in clips]), outcome

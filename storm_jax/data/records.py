@@ -1,7 +1,7 @@
-"""One record of a dataset to a Sample: LLaVA's `conversations`, or `messages` as OpenAI writes them.
+"""Parses a record of a data set into a Sample: LLaVA `conversations` or OpenAI-style `messages`.
 
-Media are named by `image`, `images`, `video` or `videos` (one or a list) and stand where the text
-holds `<image>` or `<video>`; or they are parts of a message's content. docs/data.md has the schema.
+Media are listed in `image`, `images`, `video` or `videos` (one or a list) and placed at `<image>` or
+`<video>` in the text, or they are parts of a message's content. The schema is in docs/data.md.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _FIELDS = {"image": ("image", "images"), "video": ("video", "videos")}
 MEDIA_FIELDS = (*_FIELDS["image"], *_FIELDS["video"])
 _KNOWN = {"id", "conversations", "messages", *MEDIA_FIELDS}
 _TIMING = ("start", "end", "fps")
-# A placeholder of the text, and the value of its medium where the content itself has it.
-_Placed = tuple[str, Any]
+# The kind of a placeholder, and its medium's value if the message itself contains it.
+_Placeholder = tuple[str, Any]
 
 
 def parse_record(
@@ -34,30 +34,29 @@ def parse_record(
     index: int,
     members: Mapping[str, Media] | None = None,
 ) -> Sample:
-    """One record as a Sample.
+    """Parses one record.
 
     Args:
-      media_root: folder that the names of media files are relative to.
-      index: the sample's id when the record has none.
-      members: media that lie beside the record (in a tar shard), by name; names are looked up here
-        instead of in `media_root`.
+      media_root: folder that media file names are relative to.
+      index: id of the sample if the record has none.
+      members: media by name, for records from a tar shard; replaces `media_root`.
 
     Raises:
       SampleError: with cause "malformed", "empty_conversation" or "placeholder".
     """
     if not isinstance(record, Mapping):
-        raise SampleError(str(index), "malformed", f"record {index} is not an object")
+        raise SampleError(str(index), "malformed", f"record {index} is not a JSON object")
     sample_id = str(index if record.get("id") is None else record["id"])
     parser = _Parser(sample_id, media_root, members)
-    turns, placed = parser.turns(record)
+    turns, placeholders = parser.turns(record)
     files = {kind: parser.files(record, kind) for kind in _FIELDS}
-    media = parser.media(placed, files)
+    media = parser.media(placeholders, files)
     extra = {key: value for key, value in record.items() if key not in _KNOWN}
     return Sample(id=sample_id, turns=turns, media=media, extra=extra)
 
 
 class _Parser:
-    """Parses the fields of one record; every problem is a SampleError of that record."""
+    """Parses the fields of one record; every problem raises a SampleError with its id."""
 
     def __init__(
         self, sample_id: str, root: pathlib.Path, members: Mapping[str, Media] | None
@@ -67,17 +66,17 @@ class _Parser:
     def _error(self, cause: str, message: str) -> SampleError:
         return SampleError(self._id, cause, message)
 
-    def turns(self, record: Mapping[str, Any]) -> tuple[tuple[Turn, ...], list[_Placed]]:
-        """The turns, and the placeholders of their texts in order."""
+    def turns(self, record: Mapping[str, Any]) -> tuple[tuple[Turn, ...], list[_Placeholder]]:
+        """Returns the turns, and the placeholders in their texts in order."""
         name = "messages" if "messages" in record else "conversations"
         messages = record.get(name)
         if not isinstance(messages, Sequence) or not messages:
             raise self._error("empty_conversation", f"{name} is missing or empty")
-        turns, placed = [], []
+        turns, placeholders = [], []
         for message in messages:
             turn, found = self._turn(message)
             turns.append(turn)
-            placed += found
+            placeholders += found
         roles = [turn.role for turn in turns]
         if roles[0] == "system":
             roles = roles[1:]
@@ -87,46 +86,46 @@ class _Parser:
             )
         if not all(turn.text.strip() for turn in turns if turn.role == "assistant"):
             raise self._error("empty_conversation", "an answer is empty")
-        return tuple(turns), placed
+        return tuple(turns), placeholders
 
-    def _turn(self, message: Any) -> tuple[Turn, list[_Placed]]:
+    def _turn(self, message: Any) -> tuple[Turn, list[_Placeholder]]:
         try:
             is_llava = "from" in message
             role = _ROLES[message["from" if is_llava else "role"]]
-            text, placed = self._content(message["value" if is_llava else "content"])
-            text.encode()  # half of a surrogate pair cannot be tokenised
+            text, placeholders = self._content(message["value" if is_llava else "content"])
+            text.encode()  # a lone surrogate cannot be tokenised
         except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
             raise self._error(
                 "malformed",
                 f"turn {_short(message)} must be {{'from': 'human' or 'gpt', 'value': text}} or "
                 f"{{'role': 'user' or 'assistant', 'content': text or a list of parts}}",
             ) from None
-        return Turn(role, text), placed
+        return Turn(role, text), placeholders
 
-    def _content(self, content: Any) -> tuple[str, list[_Placed]]:
-        """Text, or a list of parts, each on its own line."""
+    def _content(self, content: Any) -> tuple[str, list[_Placeholder]]:
+        """Returns the text of a message and its placeholders. Parts of a list become lines."""
         if isinstance(content, str):
             return content, [(name.strip("<>"), None) for name in PLACEHOLDER.findall(content)]
-        texts, placed = [], []
+        texts, placeholders = [], []
         for part in content:
             kind = part["type"].removesuffix("_url")
             if kind == "text":
                 text, found = self._content(part["text"])
                 texts.append(text)
-                placed += found
+                placeholders += found
             elif kind in _FIELDS:
                 value = part.get(part["type"], part.get("path"))
                 if value is not None:
                     bounds = {key: part[key] for key in _TIMING if key in part}
                     value = {**(value if isinstance(value, Mapping) else {"path": value}), **bounds}
                 texts.append(f"<{kind}>")
-                placed.append((kind, value))
+                placeholders.append((kind, value))
             else:
                 raise KeyError(kind)
-        return "\n".join(texts), placed
+        return "\n".join(texts), placeholders
 
     def files(self, record: Mapping[str, Any], kind: str) -> list[Any]:
-        """The values of the record's own fields of one kind."""
+        """Returns the values of the record's media fields of one kind."""
         found = []
         for field in _FIELDS[kind]:
             value = record.get(field)
@@ -134,10 +133,15 @@ class _Parser:
             found += [each for each in values if each is not None and each != ""]
         return found
 
-    def media(self, placed: Sequence[_Placed], files: Mapping[str, list[Any]]) -> tuple[Media, ...]:
-        """One medium per placeholder. With one kind of file, either placeholder may stand for it (some
-        data sets write <image> for videos); with both, each takes the next file of its kind."""
-        open_kinds = [kind for kind, value in placed if value is None]
+    def media(
+        self, placeholders: Sequence[_Placeholder], files: Mapping[str, list[Any]]
+    ) -> tuple[Media, ...]:
+        """Returns one medium per placeholder.
+
+        If the record has only images or only videos, either placeholder is accepted (some data sets write
+        <image> for videos). Otherwise each placeholder takes the next file of its kind.
+        """
+        open_kinds = [kind for kind, value in placeholders if value is None]
         present = [kind for kind, values in files.items() if values]
         kinds = present * len(open_kinds) if len(present) == 1 else open_kinds
         if Counter(kinds) != Counter({kind: len(values) for kind, values in files.items()}):
@@ -146,13 +150,13 @@ class _Parser:
                 f"{len(open_kinds)} placeholders ({', '.join(open_kinds)}) in the text for "
                 f"{len(files['image'])} images and {len(files['video'])} videos",
             )
-        left = {kind: iter(values) for kind, values in files.items()}
+        remaining = {kind: iter(values) for kind, values in files.items()}
         order = iter(kinds)
         media = []
-        for kind, value in placed:
+        for kind, value in placeholders:
             if value is None:
                 kind = next(order)
-                value = next(left[kind])
+                value = next(remaining[kind])
             media.append(self._medium(kind, value))
         return tuple(media)
 
@@ -162,7 +166,7 @@ class _Parser:
         if not isinstance(value, Mapping):
             raise self._error(
                 "malformed",
-                f"{kind}={_short(value)} must be a file name, an object or a list of them",
+                f"{kind}={_short(value)} must be a file name, an object, or a list of them",
             )
         name, data = value.get("path") or value.get("url"), value.get("bytes")
         if isinstance(data, bytes) or callable(data):
@@ -170,16 +174,19 @@ class _Parser:
             name = f"{name or 'bytes'} of sample {self._id}"
             return self._timed(Media(kind=kind, name=name, path=path, data=data), value)
         if not isinstance(name, str) or not name:
-            raise self._error("malformed", f"{kind}={_short(value)} names no file")
+            raise self._error("malformed", f"{kind}={_short(value)} has no `path`")
         if "://" in name and not name.startswith("file://"):
             raise self._error(
-                "malformed", f"{kind} {_short(name)} is not here: download it and name the file"
+                "malformed",
+                f"{kind} {_short(name)} is a URL: download it and give a file name instead",
             )
         name = name.removeprefix("file://")
         if self._members is None:
             return self._timed(Media.file(kind, self._root / name), value)
         if name not in self._members:
-            raise self._error("malformed", f"{kind} {name!r} is not beside the record")
+            raise self._error(
+                "malformed", f"{kind} {name!r} is not in the shard next to the record"
+            )
         member = self._members[name]
         return self._timed(dataclasses.replace(member, kind=kind), value)
 
@@ -192,7 +199,7 @@ class _Parser:
                 raise self._error("malformed", f"{key}={number} must be positive")
         if timing.get("end", math.inf) < timing.get("start", 0):
             raise self._error(
-                "malformed", f"start={timing.get('start', 0)} lies behind end={timing['end']}"
+                "malformed", f"start={timing.get('start', 0)} is after end={timing['end']}"
             )
         return dataclasses.replace(medium, **timing)
 

@@ -84,20 +84,20 @@ def fill_row(
     """Fills one row of a batch of padding. None is a sample that failed to decode: it leaves nothing
     behind. Frames may stand in their place in the batch already."""
     row = {name: array[number] for name, array in batch.items()}
-    token, taken = 0, Taken()
+    token, used = 0, UsedSlots()
     for segment, sample in enumerate(samples, start=1):
         if sample is None:
             continue
         indices = place_clips(
-            row, sample.clips, shape.num_groups, shape.side, shape.compression, taken
+            row, sample.clips, shape.num_groups, shape.side, shape.compression, used
         )
         _fill_text(row, sample.encoded, token, segment, indices)
         token += len(sample.encoded)
 
 
 @dataclasses.dataclass
-class Taken:
-    """What clips have taken of a row: frame slots, group slots, clip ids."""
+class UsedSlots:
+    """What clips have used of a row: frame slots, group slots, clip ids."""
 
     frames: int = 0
     groups: int = 0
@@ -110,9 +110,9 @@ def place_clips(
     num_groups: int,
     side: int,
     compression: CompressionConfig,
-    taken: Taken,
+    used: UsedSlots,
 ) -> list[np.ndarray]:
-    """Puts clips behind those that a row has, and counts them in `taken`.
+    """Puts clips behind those that a row has, and counts them in `used`.
 
     Args:
       row: its `frames`, `frame_clip` and `frame_group`.
@@ -124,17 +124,17 @@ def place_clips(
     indices = []
     for frames in clips:
         plan = plan_clip(len(frames), side, compression)
-        taken.clips += 1
-        slots = slice(taken.frames, taken.frames + len(frames))
+        used.clips += 1
+        slots = slice(used.frames, used.frames + len(frames))
         if not np.may_share_memory(row["frames"][slots], frames):  # else they are there already
             row["frames"][slots] = frames
-        row["frame_clip"][slots] = taken.clips
+        row["frame_clip"][slots] = used.clips
         row["frame_group"][slots] = np.where(
-            plan.frame_group < 0, -1, plan.frame_group + taken.groups
+            plan.frame_group < 0, -1, plan.frame_group + used.groups
         )
-        indices.append(visual_index(plan, taken.groups, num_groups, side, compression.spatial_pool))
-        taken.frames += len(frames)
-        taken.groups += plan.num_groups
+        indices.append(visual_index(plan, used.groups, num_groups, side, compression.spatial_pool))
+        used.frames += len(frames)
+        used.groups += plan.num_groups
     return indices
 
 

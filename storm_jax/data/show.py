@@ -1,26 +1,29 @@
-"""One sample as the model sees it: frames, tokens, and what is learned."""
+"""Shows one sample as the model sees it: its frames, its tokens, and which tokens are trained on."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from storm_jax.data.mixture import Mixture, Ref
-from storm_jax.media.contact_sheet import draw_frames, sheet_height
+from storm_jax.media.contact_sheet import MAX_FRAMES, draw_frames, sheet_height
+from storm_jax.media.frames import Clip
 from storm_jax.media.reader import MediaReader
 from storm_jax.text.conversation import Encoded
 
-LEARNED, GIVEN, VISUAL = "#bfe8bf", "#eeeeee", "#bcd4f5"
-_COLUMNS = 175  # characters in a line of the picture
+TRAINED, CONTEXT, VISUAL = "#bfe8bf", "#eeeeee", "#bcd4f5"
+_COLUMNS = 175  # characters per line of the picture
 _LINES = 60
-_INCH = 0.17  # height of a line
+_LINE_HEIGHT = 0.17  # inches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token, or a run of visual tokens, and what it is to the model: one of the colours above."""
+    """A text token, or adjacent visual tokens of one medium; the colour is one of those above."""
 
     position: int
     text: str
@@ -29,22 +32,22 @@ class Token:
 
 
 def show(mixture: Mixture, ref: Ref, reader: MediaReader, out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes a picture and a text of one sample into `out`.
+    """Writes a text file and a picture of one sample to `out` and returns their paths.
 
     Raises:
-      DataError, MediaError, SampleError: when it cannot be used.
+      MediaError, SampleError: the sample cannot be used.
     """
     part = mixture.parts[ref.source]
     sample = mixture.sample(ref)
     clips = reader.read_all(sample.media, part.lengths.counts_of(ref.item))
     encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
-    is_cut = len(encoded) > mixture.shapes[-1].tokens
-    encoded = encoded.cut(mixture.shapes[-1].tokens)
+    is_truncated = len(encoded) > mixture.shapes[-1].tokens
+    encoded = encoded.truncated(mixture.shapes[-1].tokens)
     tokens = describe(encoded, mixture)
     title = f"{part.config.name} {ref.item}: sample {sample.id}, {part.source.where(ref.item)}"
     facts = (
-        f"{len(encoded):,} tokens{', cut' if is_cut else ''}, {int((encoded.media >= 0).sum()):,} of "
-        f"them visual, {int(encoded.answer.sum()):,} learned"
+        f"{len(encoded):,} tokens{', truncated' if is_truncated else ''}, {int((encoded.media >= 0).sum()):,} of "
+        f"them visual, {int(encoded.answer.sum()):,} trained on"
     )
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{part.config.name}_{ref.item}"
@@ -54,12 +57,26 @@ def show(mixture: Mixture, ref: Ref, reader: MediaReader, out: pathlib.Path) -> 
               for m, clip in zip(sample.media, clips, strict=True)]  # fmt: skip
     lines += ["", "position       id  loss  text"]
     lines += [
-        f"{token.position:>8} {token.ids:>8}  {'*' if token.colour == LEARNED else ' ':>4}  {token.text!r}"
+        f"{token.position:>8} {token.ids:>8}  {'*' if token.colour == TRAINED else ' ':>4}  {token.text!r}"
         for token in tokens
     ]
     text.write_text("\n".join(lines) + "\n")
-    _draw(picture, f"{title}\n{facts}", [(c.frames, c.times) for c in clips], tokens)
+    legend = "green: trained on; blue: visual tokens"
+    _draw(picture, f"{title}\n{facts} ({legend})", _sheets(clips), tokens)
     return [text, picture]
+
+
+def _sheets(clips: Sequence[Clip]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Returns (frames, times) of the contact sheets: one per video; adjacent images share them."""
+    sheets: list[tuple[np.ndarray, np.ndarray | None]] = []
+    for is_image, group in itertools.groupby(clips, key=lambda clip: len(clip.frames) == 1):
+        if is_image:
+            images = np.concatenate([clip.frames for clip in group])
+            starts = range(0, len(images), MAX_FRAMES)
+            sheets += [(images[start : start + MAX_FRAMES], None) for start in starts]
+        else:
+            sheets += [(clip.frames, clip.times) for clip in group]
+    return sheets
 
 
 def _listed(times: np.ndarray) -> str:
@@ -67,7 +84,7 @@ def _listed(times: np.ndarray) -> str:
 
 
 def describe(encoded: Encoded, mixture: Mixture) -> list[Token]:
-    """The tokens in order; visual tokens of one medium that touch are one entry."""
+    """Returns the tokens in order, with adjacent visual tokens of one medium as one entry."""
     tokenizer = mixture.encoder.text.tokenizer
     found: list[Token] = []
     position = 0
@@ -75,7 +92,7 @@ def describe(encoded: Encoded, mixture: Mixture) -> list[Token]:
         medium = encoded.media[position]
         if medium < 0:
             number = int(encoded.tokens[position])
-            colour = LEARNED if encoded.answer[position] else GIVEN
+            colour = TRAINED if encoded.answer[position] else CONTEXT
             found.append(
                 Token(
                     position=position,
@@ -98,7 +115,7 @@ def describe(encoded: Encoded, mixture: Mixture) -> list[Token]:
 def _draw(
     path: pathlib.Path,
     title: str,
-    clips: list[tuple[np.ndarray, np.ndarray]],
+    sheets: Sequence[tuple[np.ndarray, np.ndarray | None]],
     tokens: list[Token],
 ) -> None:
     import matplotlib
@@ -107,11 +124,13 @@ def _draw(
     from matplotlib import pyplot
 
     lines = _wrapped(tokens)
-    heights = [sheet_height(len(frames)) for frames, _ in clips] + [_INCH * len(lines) + 0.3]
+    heights = [sheet_height(len(frames)) for frames, _ in sheets] + [
+        _LINE_HEIGHT * len(lines) + 0.3
+    ]
     figure = pyplot.figure(figsize=(11, sum(heights) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=9)
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
-    for part, (frames, times) in zip(parts, clips, strict=False):
+    for part, (frames, times) in zip(parts, sheets, strict=False):
         draw_frames(part, frames, times)
     axis = parts[-1].subplots()
     axis.set(xlim=(0, _COLUMNS), ylim=(len(lines), 0))
@@ -127,7 +146,7 @@ def _draw(
 
 
 def _wrapped(tokens: list[Token]) -> list[list[tuple[int, str, str]]]:
-    """Tokens in lines of (column, text, colour); what does not fit the picture is left out."""
+    """Wraps tokens into lines of (column, text, colour), up to the height of the picture."""
     lines: list[list[tuple[int, str, str]]] = [[]]
     column = 0
     for token in tokens:
@@ -136,7 +155,9 @@ def _wrapped(tokens: list[Token]) -> list[list[tuple[int, str, str]]]:
             lines.append([])
             column = 0
         if len(lines) > _LINES:
-            lines[-1] = [(0, f"... from position {token.position} on: see the text", GIVEN)]
+            lines[-1] = [
+                (0, f"... continues at position {token.position}: see the text file", CONTEXT)
+            ]
             return lines
         lines[-1].append((column, text, token.colour))
         column += len(text)

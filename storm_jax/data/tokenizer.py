@@ -1,6 +1,6 @@
 """Trains a small byte-level BPE tokenizer with a ChatML template on the text of a data set.
 
-For models trained from scratch, such as the `tiny` preset; a pretrained decoder brings its own.
+For models trained from scratch, such as the `tiny` preset; a pretrained decoder comes with a tokenizer.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from storm_jax.text.sample import PLACEHOLDER, SampleError
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m storm_jax.data.tokenizer", description=__doc__)
     parser.add_argument(
-        "--data", required=True, help="data set whose text is learned, such as a LLaVA JSON file"
+        "--data", required=True, help="data set to train on, such as a LLaVA JSON file"
     )
-    parser.add_argument("--out", required=True, help="folder to write the tokenizer to")
+    parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument(
-        "--vocab_size", type=int, default=512, help="entries (at least 259); default 512"
+        "--vocab_size",
+        type=int,
+        default=512,
+        help="maximum number of entries, at least 259; default 512",
     )
     args = parser.parse_args()
     if args.vocab_size < 259:
         parser.error(
-            f"--vocab_size={args.vocab_size}: 256 bytes and 3 special tokens are the least"
+            f"--vocab_size={args.vocab_size} must be at least 259: 256 bytes and 3 special tokens"
         )
     texts = ["system\nuser\nassistant\nYou are a helpful assistant"]
     try:
@@ -43,12 +46,14 @@ def main() -> None:
             continue
         texts += [PLACEHOLDER.sub("", turn.text) for turn in turns]
     if unusable == len(source):
-        parser.error(f"{args.data}: all {unusable} samples are malformed (docs/data.md)")
+        parser.error(
+            f"{args.data}: all {unusable} samples are malformed; the format is in docs/data.md"
+        )
     if unusable:
-        print(f"{args.data}: {unusable} of {len(source)} samples are malformed and left out")
+        print(f"{args.data}: skipped {unusable} of {len(source)} samples, which are malformed")
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(pathlib.Path(args.out))
-    print(f"{args.out}: a tokenizer of {len(tokenizer)} entries from {len(texts) - 1} texts")
+    print(f"{args.out}: tokenizer with {len(tokenizer)} entries, trained on {len(texts) - 1} texts")
 
 
 if __name__ == "__main__":

@@ -162,8 +162,8 @@ def _ask_all(
         return
     predictions = _predict(load_model(), benchmark, by_media, settings, writer, batch_size)
     total = sum(map(len, by_media.values()))
-    line = "{done:,} of {total:,} questions, {left:.0f} s left"
-    for question, prediction in with_progress(predictions, total, line, tells_end=True):
+    progress = with_progress(predictions, total, "answering", unit="questions")
+    for question, prediction in progress:
         writer.add(question.id, prediction)
 
 

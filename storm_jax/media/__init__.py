@@ -1,1 +1,1 @@
-"""Files to frames: videos, images, folders of frames."""
+"""Media files to frames: videos, images, folders of frames."""

@@ -1,4 +1,4 @@
-"""Folders of numbered images that are read as videos."""
+"""Folders of numbered images, read as videos."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import re
 
 import numpy as np
 
-from storm_jax.media.frames import Clip, fill_damage, nearest, spread
+from storm_jax.media.frames import Clip, fill_damage, nearest_frames, sample_times
 from storm_jax.media.image import IMAGE_SUFFIXES, read_image
 from storm_jax.media.media import Media, MediaError
 
 
 def read_folder(medium: Media, num_frames: int, image_size: int, max_damage: float = 0.0) -> Clip:
-    """Frames of a folder of images, in the order of the numbers in their names, `medium.fps` a second.
+    """Samples frames from a folder of images, ordered by the numbers in their names.
+
+    Frames are `1 / medium.fps` seconds apart.
 
     Raises:
-      MediaError: when it holds no image, or one that is picked cannot be read.
+      MediaError: the folder contains no image, or too many of the sampled ones are unreadable.
     """
     files = frame_files(medium)
     seconds = np.arange(len(files)) / medium.fps
-    picks = nearest(seconds, spread(medium, float(seconds[-1]), num_frames))
+    picks = nearest_frames(seconds, sample_times(medium, float(seconds[-1]), num_frames))
     frames = np.empty((num_frames, image_size, image_size, 3), np.uint8)
     readable, problem = np.ones(num_frames, bool), ""
     for pick in np.unique(picks):
@@ -33,18 +35,19 @@ def read_folder(medium: Media, num_frames: int, image_size: int, max_damage: flo
 
 
 def folder_duration(medium: Media) -> float:
+    """Returns the seconds from the first to the last frame."""
     return (len(frame_files(medium)) - 1) / medium.fps
 
 
 def frame_files(medium: Media) -> list[pathlib.Path]:
-    """The images of a folder; frame_10 comes behind frame_9."""
+    """Returns the images of a folder in numeric order: frame_10 comes after frame_9."""
     assert medium.path is not None
     try:
         files = [path for path in medium.path.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     except OSError as error:
         raise MediaError(medium, "unreadable", str(error)) from error
     if not files:
-        raise MediaError(medium, "empty", "the folder holds no image")
+        raise MediaError(medium, "empty", "the folder contains no images")
     return sorted(files, key=lambda path: [
         int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)
     ])  # fmt: skip

@@ -1,7 +1,7 @@
-"""Which frames of a video are taken, and when they are shown; folders of frames.
+"""Frame sampling: which frames of a video are used, and their timestamps.
 
-frames of a video = spread over [start, end] in time, nearest frame to each
-how many          = compression.num_frames, or data.frames.fps times the duration where that is less
+Frames are evenly spaced in time over [start, end]; the nearest frame to each time is used. Their number
+is compression.num_frames, or, if data.frames.fps is set, fps times the duration when that is smaller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Clip:
     Attributes:
       frames: uint8 [F, H, W, 3].
       times: float64 [F], seconds from the first frame of the video.
-      damaged: how many of them stand in for one that could not be read.
+      damaged: number of unreadable frames that were replaced by a neighbour.
     """
 
     frames: np.ndarray
@@ -30,34 +30,39 @@ class Clip:
 
 
 def count_frames(duration: float, num_frames: int, config: FramesConfig) -> int:
-    """Frames taken of `duration` seconds of video: one every 1/fps seconds, the first and the last
-    included, at most `num_frames`, which are then spread over the whole. An fps of 0 is always
-    `num_frames`."""
+    """Returns the number of frames to sample from `duration` seconds of video.
+
+    One frame every 1/fps seconds, including the first and the last frame, capped at `num_frames`. An
+    fps of 0 disables the rate: the result is always `num_frames`.
+    """
     if not config.fps:
         return num_frames
     return max(1, min(num_frames, round(duration * config.fps) + 1))
 
 
-def shown(medium: Media, last: float) -> tuple[float, float]:
-    """The seconds of a video that are shown, of one whose last frame is at `last`.
+def clip_bounds(medium: Media, last: float) -> tuple[float, float]:
+    """Returns (start, end) in seconds of the part of a video to use; its last frame is at `last`.
 
     Raises:
-      MediaError: when it ends before they start.
+      MediaError: the video ends before `medium.start`.
     """
     if medium.start > last + 1e-3:
         raise MediaError(
-            medium, "truncated", f"it ends at {last:.2f} s, before start={medium.start:g}"
+            medium, "truncated", f"the video ends at {last:.2f} s, before start={medium.start:g}"
         )
     return min(medium.start, last), last if medium.end is None else min(medium.end, last)
 
 
-def spread(medium: Media, last: float, num_frames: int) -> np.ndarray:
-    """The times of `num_frames` frames, float64 [num_frames], of a video whose last is at `last`."""
-    return np.linspace(*shown(medium, last), num_frames)
+def sample_times(medium: Media, last: float, num_frames: int) -> np.ndarray:
+    """Returns `num_frames` evenly spaced times, float64 [num_frames]; the video's last frame is at `last`."""
+    return np.linspace(*clip_bounds(medium, last), num_frames)
 
 
-def nearest(seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Index of the frame nearest to each of `times`, the earlier of two; `seconds` is sorted."""
+def nearest_frames(seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Returns the index of the frame nearest to each of `times`, the earlier one in a tie.
+
+    `seconds` are the sorted timestamps of all frames.
+    """
     if len(seconds) == 1:
         return np.zeros(len(times), np.int64)
     after = np.searchsorted(seconds, times).clip(1, len(seconds) - 1)
@@ -75,20 +80,23 @@ def fill_damage(
     cause: str,
     problem: str,
 ) -> Clip:
-    """The clip of the picked frames, with the nearest readable one where one is not.
+    """Returns the sampled frames as a clip, with unreadable ones replaced by the nearest readable one.
 
     Args:
-      frames: uint8 [F, H, W, 3]; what is not readable is overwritten.
-      picks: int [F], their numbers, sorted.
-      seconds: float [n], when each number is shown.
+      frames: uint8 [F, H, W, 3]; unreadable entries are overwritten in place.
+      picks: int [F], sorted frame numbers.
+      seconds: float [n], timestamp of every frame number.
       readable: bool [F].
+      max_damage: largest fraction of unreadable frames that is tolerated.
 
     Raises:
-      MediaError: with `cause` when more than `max_damage` of them are not.
+      MediaError: with `cause`, if a larger fraction, or every frame, is unreadable.
     """
     damaged = int((~readable).sum())
     if damaged > max_damage * len(picks) or not readable.any():
-        raise MediaError(medium, cause, f"{damaged} of {len(picks)} frames are lost: {problem}")
+        raise MediaError(
+            medium, cause, f"{damaged} of {len(picks)} frames are unreadable: {problem}"
+        )
     good = np.flatnonzero(readable)
     taken = np.arange(len(picks))
     for i in np.flatnonzero(~readable):

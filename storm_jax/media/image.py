@@ -7,18 +7,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from storm_jax.media.media import Media, MediaError
 
-# Of files that are images when nothing else says so; a GIF is taken for a video.
+# Files with these suffixes are images unless stated otherwise; GIFs are treated as videos.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def read_image(medium: Media, image_size: int) -> np.ndarray:
-    """An image as uint8 [H, W, 3], upright, resized (bicubic) to `image_size` x `image_size`.
+    """Reads an image as uint8 [H, W, 3], resized (bicubic) to `image_size` x `image_size`.
 
-    Transparent pixels become white; 16-bit grey is scaled to 8 bits; of an animation it is the first
-    picture.
+    The EXIF orientation is applied. Transparent pixels become white, 16-bit grey is scaled to 8 bits,
+    and only the first frame of an animation is read.
 
     Raises:
-      MediaError: for a missing, broken or suspiciously large file.
+      MediaError: the file is missing, broken or suspiciously large.
     """
     try:
         with Image.open(medium.open()) as file:
@@ -28,7 +28,7 @@ def read_image(medium: Media, image_size: int) -> np.ndarray:
     except FileNotFoundError as error:
         raise MediaError(medium, "missing", "no such file") from error
     except UnidentifiedImageError as error:
-        raise MediaError(medium, "unreadable", "it is no image of a known kind") from error
+        raise MediaError(medium, "unreadable", "unsupported image format") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(medium, "unreadable", str(error)) from error
 

@@ -1,4 +1,4 @@
-"""An image or a video by name, and the error of one that cannot be read."""
+"""A reference to an image or a video, and the error for one that cannot be read."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from collections.abc import Callable
 
 
 class MediaError(ValueError):
-    """A medium that cannot be read; `cause` is the word its sample is counted under."""
+    """A medium that cannot be read; `cause` is the category that skips are counted by."""
 
     def __init__(self, medium: Media, cause: str, message: str):
         super().__init__(f"{medium.kind} {medium.name} is {cause}: {message}")
         self.medium, self.cause, self.message = medium, cause, message
 
-    def __reduce__(self) -> tuple:  # it crosses processes
+    def __reduce__(self) -> tuple:  # errors are pickled between processes
         return MediaError, (self.medium, self.cause, self.message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Media:
-    """An image or a video: a file, a folder of frames, a part of a file, or bytes.
+    """An image or a video: a file, a folder of frames, a byte range of a file, or bytes.
 
     Attributes:
       kind: "image" or "video".
-      name: what errors call it.
-      path: the file that holds it, or a folder of frames; None when `data` does.
-      span: offset and size of it inside the file, in bytes; None = all of it.
-      data: the encoded bytes when its record holds them, or a function that reads them; one that gives
-        None leaves it to `path`.
-      start, end: seconds of a video that are shown, counted from its first frame; None = to its end.
+      name: name used in error messages.
+      path: file that contains it, or a folder of frames; None if `data` contains it.
+      span: (offset, size) in bytes within the file; None for the whole file.
+      data: encoded bytes, or a function that reads them. If the function returns None, `path` is read.
+      start, end: part of a video to use, in seconds from its first frame; an `end` of None is the last
+        frame.
       fps: frames per second of a folder of frames.
     """
 
@@ -48,10 +48,10 @@ class Media:
         return cls(kind=kind, name=str(path), path=pathlib.Path(path))
 
     def open(self) -> str | io.BytesIO:
-        """What PyAV and Pillow open: a path, or bytes.
+        """Returns what PyAV and Pillow can open: a path, or bytes.
 
         Raises:
-          OSError: when the file around it cannot be read.
+          OSError: the file that contains it cannot be read.
         """
         data = self.data() if callable(self.data) else self.data
         if data is not None:

@@ -1,4 +1,4 @@
-"""Any medium to frames. Worker processes import this: it must stay light."""
+"""Reads any medium into frames. Worker processes import this module, so it must stay light."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from storm_jax.media.media import Media
 
 
 def read_media(medium: Media, num_frames: int, image_size: int, max_damage: float) -> Clip:
-    """`num_frames` frames of a video file or of a folder of frames; an image is one frame.
+    """Reads `num_frames` frames of a video file or a folder of frames, or the one frame of an image.
 
     Raises:
-      MediaError: when it cannot be read.
+      MediaError: the medium cannot be read.
     """
     if medium.kind == "image":
         return Clip(read_image(medium, image_size)[None], np.zeros(1))
@@ -26,17 +26,17 @@ def read_media(medium: Media, num_frames: int, image_size: int, max_damage: floa
 
 
 def count_frames(medium: Media, num_frames: int, config: FramesConfig) -> int:
-    """Frames that are taken of a medium; where that depends on its duration, its header is read.
+    """Returns the number of frames to sample. Reads the file's header if it depends on the duration.
 
     Raises:
-      MediaError: when the header cannot be read.
+      MediaError: the header cannot be read.
     """
     if medium.kind == "image":
         return 1
     if not config.fps:
         return num_frames
     last = frame_folder.folder_duration(medium) if _is_folder(medium) else video.duration(medium)
-    start, end = frames_lib.shown(medium, last)
+    start, end = frames_lib.clip_bounds(medium, last)
     return frames_lib.count_frames(end - start, num_frames, config)
 
 

@@ -1,4 +1,4 @@
-"""Reads media in worker processes, with a time limit for each file."""
+"""Reads media in worker processes, with a time limit per file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import read_media
 from storm_jax.media.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
 
-# Causes of what is not tried again in this run or in one that continues it.
+# Media that failed for these causes are not retried, not even after a run is resumed.
 LASTING = ("timeout", "crashed")
 
 
 class MediaReader:
-    """Reads media in the processes of a pool. What hung or crashed once is not tried again.
+    """Reads media in the processes of a pool. A file that timed out or crashed is not retried.
 
     Args:
       size: height and width of the frames in pixels.
-      lasting: causes by name, of media that hung or crashed before.
+      lasting: media that timed out or crashed before: cause by name.
     """
 
     def __init__(
@@ -33,42 +33,55 @@ class MediaReader:
         lasting: Mapping[str, str] | None = None,
     ):
         self._pool, self._size, self._config = pool, size, config
-        before = "as it did before (skipped.jsonl)"
+        before = "it failed before and is not retried (skipped.jsonl)"
         self._lasting = {name: (cause, before) for name, cause in (lasting or {}).items()}
 
+    @property
+    def num_threads(self) -> int:
+        """Threads that keep the processes busy; 0 if media are read in the calling thread.
+
+        There are two per process: one prepares text while the other waits for its process.
+        """
+        return 2 * self._pool.count
+
     def read_options(self, ahead: int) -> grain.ReadOptions:
-        """How Grain reads `ahead` items through this reader. Twice as many threads as processes keep
-        these busy: a thread prepares text while its process rests. With none, nothing is read ahead."""
-        threads = 2 * self._pool.count
+        """Returns Grain's options to prefetch `ahead` items; without processes nothing is prefetched."""
+        threads = self.num_threads
         return grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0
         )
 
     def read_all(
-        self, media: Sequence[Media], counts: Sequence[int], room: np.ndarray | None = None
+        self, media: Sequence[Media], counts: Sequence[int], out: np.ndarray | None = None
     ) -> list[Clip]:
-        """Clips of `counts[n]` frames of the n-th medium, one after another in `room` as in `read`."""
+        """Reads `counts[n]` frames of the n-th medium.
+
+        If `out` is given, the clips are written to it one after another, as in `read`.
+        """
         ends = np.cumsum(counts, dtype=int)
         return [
-            self.read(medium, count, None if room is None else room[end - count : end])
+            self.read(medium, count, None if out is None else out[end - count : end])
             for medium, count, end in zip(media, counts, ends, strict=True)
         ]
 
-    def read(self, medium: Media, num_frames: int, room: np.ndarray | None = None) -> Clip:
-        """As `read_media`; frames from another process are written into `room` uint8 [F, H, W, 3].
+    def read(self, medium: Media, num_frames: int, out: np.ndarray | None = None) -> Clip:
+        """Reads a medium as `read_media` does, in a worker process.
+
+        Args:
+          out: uint8 [F, H, W, 3] buffer. Frames that come from a worker process are written to it.
 
         Raises:
-          MediaError: also with cause "timeout" or "crashed".
+          MediaError: as `read_media`, or with cause "timeout" or "crashed".
         """
         if medium.name in self._lasting:
             raise MediaError(medium, *self._lasting[medium.name])
         limit, max_damage = self._config.time_limit, self._config.max_damage
         try:
             return self._pool.call(
-                read_media, medium, num_frames, self._size, max_damage, limit=limit, room=room
+                read_media, medium, num_frames, self._size, max_damage, limit=limit, out=out
             )
         except WorkerTimeoutError:
-            problem = "timeout", f"not read in data.frames.time_limit={limit:g} s"
+            problem = "timeout", f"not decoded within data.frames.time_limit={limit:g} s"
         except WorkerCrashError as error:
             problem = "crashed", str(error)
         self._lasting[medium.name] = problem

@@ -1,8 +1,8 @@
 """Video files to frames and back, with PyAV.
 
-`read_video` finds the times of all frames without decoding, picks by time, and decodes the groups of
-pictures that hold what was picked: exact for constant and variable frame rates. Every bad file, a cut
-one included, is one `MediaError`.
+`read_video` reads all timestamps without decoding, samples frames by time, and decodes only the groups of
+pictures that contain them. It is exact for constant and variable frame rates. Every unusable file, including
+a truncated one, raises `MediaError`.
 """
 
 from __future__ import annotations
@@ -19,28 +19,27 @@ from typing import Any
 import av
 import numpy as np
 
-from storm_jax.media.frames import Clip, fill_damage, nearest, spread
+from storm_jax.media.frames import Clip, fill_damage, nearest_frames, sample_times
 from storm_jax.media.media import Media, MediaError
 
-# A header that asks for larger frames than 16k x 8k is damaged, or meant to exhaust memory.
+# A header with frames larger than 16k x 8k is damaged, or meant to exhaust memory.
 MAX_PIXELS = 2**27
-# Containers whose index leads to any keyframe; others are read from their start.
+# Containers whose index allows seeking to any keyframe; others are decoded from the start.
 _SEEKABLE = ("mp4", "matroska")
-# Jumping to a keyframe costs about as much as decoding this many frames.
+# Seeking to a keyframe costs about as much as decoding this many frames.
 _JUMP = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Timeline:
-    """When a video's frames are shown.
+    """Timestamps of a video's frames.
 
     Attributes:
       stamps: int64 [n], sorted, in units of `base` seconds.
-      keyframes: those of keyframes, sorted; empty where decoding must begin at the start.
-      numbered: whether frames are known by their number in order of display, not by their own
-        timestamps, which the container lacks.
-      last: when the last frame should be shown, in seconds.
-      damage: why the file holds less than it should; "" = it is whole.
+      keyframes: timestamps of the keyframes, sorted; empty if decoding must begin at the start.
+      numbered: True if the container stores no timestamps, so frames are identified by display order.
+      last: declared time of the last frame, in seconds.
+      damage: what is missing from the file; "" if it is complete.
     """
 
     stamps: np.ndarray
@@ -56,19 +55,20 @@ class _Timeline:
 
     @functools.cached_property
     def numbers(self) -> dict[int, int]:
-        """Numbers of frames by their timestamps."""
+        """Frame number by timestamp."""
         return {stamp: number for number, stamp in enumerate(self.stamps.tolist())}
 
 
 def read_video(medium: Media, num_frames: int, image_size: int, max_damage: float = 0.0) -> Clip:
-    """Exactly `num_frames` frames, evenly spaced in time over the part of the video that is shown.
+    """Reads exactly `num_frames` frames, evenly spaced in time between `medium.start` and `medium.end`.
 
-    The frame nearest to each time is taken, so short videos give duplicates. Frames are upright and
-    resized (bicubic) to `image_size` x `image_size`, whatever their aspect, as SigLIP's preprocessing
-    does. Up to `max_damage` of the frames may be unreadable: the nearest readable one stands in.
+    The frame nearest to each time is used, so short videos repeat frames. Frames are rotated upright and
+    resized (bicubic) to `image_size` x `image_size` regardless of aspect ratio, as in SigLIP's
+    preprocessing. Up to a fraction `max_damage` of unreadable frames is replaced by the nearest readable
+    one.
 
     Raises:
-      MediaError: for a missing, broken, empty or truncated file, or one that ends before `start`.
+      MediaError: the file is missing, broken, empty or truncated, or ends before `medium.start`.
     """
     with _reading(medium), _opened(medium) as video:
         timeline = _read_timeline(video)
@@ -76,20 +76,20 @@ def read_video(medium: Media, num_frames: int, image_size: int, max_damage: floa
             raise MediaError(medium, "truncated", timeline.damage)
         seconds = timeline.seconds - timeline.seconds[0]
         last = timeline.last - float(timeline.seconds[0])
-        times = spread(medium, last, num_frames)
-        picks = nearest(seconds, times)
+        times = sample_times(medium, last, num_frames)
+        picks = nearest_frames(seconds, times)
         step = seconds[-1] / max(1, len(seconds) - 1)
         lost = times > seconds[-1] + step + 0.1
-        found = _Frames(picks, image_size)
+        found = _FrameBuffer(picks, image_size)
         errors = _decode(video, timeline, found)
     cause = "unreadable" if errors else "truncated"
     readable = np.isin(picks, list(found.numbers)) & ~lost
-    problem = [*errors, timeline.damage or "it has no such frames"][0]
+    problem = [*errors, timeline.damage or "the frames are not in the file"][0]
     return fill_damage(medium, found.frames, picks, seconds, readable, max_damage, cause, problem)
 
 
 def duration(medium: Media) -> float:
-    """Seconds from the first to about the last frame, from the header where it says so.
+    """Returns the approximate seconds from the first to the last frame, from the header if possible.
 
     Raises:
       MediaError: as `read_video`.
@@ -105,7 +105,7 @@ def duration(medium: Media) -> float:
 
 @contextlib.contextmanager
 def _reading(medium: Media) -> Iterator[None]:
-    """Whatever is raised for a bad file, as a MediaError."""
+    """Converts errors of PyAV and the file system to MediaError."""
     try:
         yield
     except MediaError:
@@ -113,11 +113,11 @@ def _reading(medium: Media) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MediaError(medium, "missing", "no such file") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(medium, "unreadable", _told(error)) from error
+        raise MediaError(medium, "unreadable", _message(error)) from error
 
 
-def _told(error: Exception) -> str:
-    """What an error says, without the number and the file that FFmpeg's errors have around it."""
+def _message(error: Exception) -> str:
+    """Returns the text of an error, without the error number and file name that FFmpeg adds."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -151,19 +151,19 @@ def _open(medium: Media) -> tuple[av.container.InputContainer, av.VideoStream]:
     container = av.open(medium.open(), "r")
     try:
         if not container.streams.video:
-            raise MediaError(medium, "empty", "it has no video stream")
+            raise MediaError(medium, "empty", "no video stream")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise MediaError(medium, "unreadable", "its header is incomplete")
+            raise MediaError(medium, "unreadable", "incomplete header")
         if stream.width * stream.height > MAX_PIXELS:
             size = f"{stream.width} x {stream.height}"
-            raise MediaError(medium, "unreadable", f"frames of {size} pixels")
+            raise MediaError(medium, "unreadable", f"frames of {size} pixels are too large")
     except MediaError:
         container.close()
         raise
-    # Files are decoded beside each other; and frame threads would hide one that ends early.
+    # Files are decoded in parallel instead, and frame threads would hide a truncated file.
     stream.codec_context.thread_count = 1
-    # A damaged frame is an error, not something that looks like a frame.
+    # Raise an error for a damaged frame instead of returning an approximation.
     stream.codec_context.options = {"err_detect": "explode"}
     return container, stream
 
@@ -175,33 +175,33 @@ def _read_timeline(video: _Video) -> _Timeline:
     try:
         packets += (packet for packet in video.container.demux(stream) if packet.size)
     except av.error.FFmpegError as error:
-        damage = _told(error)
+        damage = _message(error)
     if not packets:
-        raise MediaError(medium, "empty", "it has no frames")
+        raise MediaError(medium, "empty", "no frames")
     base, end = stream.time_base, _declared_end(stream)
-    # An MP4's index leaves out what was trimmed away; its header counts it.
+    # An MP4's index excludes trimmed frames; its header counts them.
     is_mp4 = "mp4" in video.container.format.name
     declared = len(stream.index_entries) if is_mp4 else stream.frames
-    # What was trimmed away without encoding again is still in the file, but not to be shown.
+    # Frames trimmed without re-encoding are still in the file but must not be shown.
     stamps: Sequence[int | None] = [packet.pts for packet in packets if not packet.is_discard]
-    numbered = video.is_avi or None in stamps  # AVI knows only the order of decoding
+    numbered = video.is_avi or None in stamps  # AVI stores only the decoding order
     if numbered:
         base = base if video.is_avi and base else 1 / (stream.average_rate or Fraction(25))
         decoded = {packet.dts for packet in packets if packet.dts is not None}
         stamps = sorted(decoded) if len(decoded) == len(packets) else list(range(len(packets)))
     times = np.unique(np.array(stamps, np.int64))
     if not len(times) or base is None:
-        raise MediaError(medium, "empty", "it has no frames")
+        raise MediaError(medium, "empty", "no frames")
     keys = [packet.pts for packet in packets if packet.is_keyframe and not numbered]
     seconds = times * float(base)
     step = (seconds[-1] - seconds[0]) / max(1, len(times) - 1)
     last = seconds[-1]
     shown_until = max(((p.pts or 0) + (p.duration or 0) for p in packets), default=0)
-    if declared > len(packets) + 1:  # some muxers count one frame more than they write
-        damage = damage or f"it has {len(packets)} of {declared} frames"
+    if declared > len(packets) + 1:  # some muxers count one frame too many
+        damage = damage or f"{len(packets)} of {declared} frames"
         last = seconds[0] + step * (declared - 1)
     if end is not None and max(last, float(shown_until * base)) + 2 * step + 0.1 < end:
-        damage = damage or f"it ends at {last:.2f} of {end:.2f} s"
+        damage = damage or f"the file ends at {last:.2f} of {end:.2f} s"
         last = end - step
     keyframes = np.unique(np.array(keys if video.is_seekable else [], np.int64))
     return _Timeline(
@@ -215,7 +215,7 @@ def _read_timeline(video: _Video) -> _Timeline:
 
 
 def _declared_end(stream: av.VideoStream) -> float | None:
-    """When the stream should end, in seconds, as Matroska notes it for each track."""
+    """Returns the end of the stream in seconds, which Matroska declares per track."""
     try:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
@@ -223,14 +223,16 @@ def _declared_end(stream: av.VideoStream) -> float | None:
         return None
 
 
-class _Frames:
-    """Room for the frames of the picked numbers, a number once or more; what was found of them."""
+class _FrameBuffer:
+    """Buffer for the sampled frames; a frame number may occur several times in `picks`."""
 
     def __init__(self, picks: np.ndarray, size: int):
         self.picks, self.size = picks, size
         self.frames = np.empty((len(picks), size, size, 3), np.uint8)
         self.numbers: set[int] = set()
-        self._reformat = av.video.reformatter.VideoReformatter().reformat  # set up once
+        self._reformat = (
+            av.video.reformatter.VideoReformatter().reformat
+        )  # reused, because setting it up is slow
 
     def put(self, number: int, frame: av.VideoFrame) -> None:
         image = self._reformat(frame, self.size, self.size, "rgb24", interpolation="BICUBIC")
@@ -239,12 +241,12 @@ class _Frames:
         self.numbers.add(number)
 
 
-def _decode(video: _Video, timeline: _Timeline, found: _Frames) -> list[str]:
-    """Decodes the frames of the picked numbers; returns the errors that left some out."""
+def _decode(video: _Video, timeline: _Timeline, found: _FrameBuffer) -> list[str]:
+    """Decodes the sampled frames into `found` and returns the decoding errors."""
     errors: list[str] = []
 
     def take(start: int | None, wanted: set[int]) -> None:
-        if start is None:  # only from the beginning, which such files have to be opened again for
+        if start is None:  # decode from the beginning: reopen the file
             video.container.close()
             video.container, video.stream = _open(video.medium)
         else:
@@ -262,19 +264,21 @@ def _decode(video: _Video, timeline: _Timeline, found: _Frames) -> list[str]:
         take(start, set(members))
     missing = set(picks.tolist()) - found.numbers
     if missing and any(start is not None for start, _ in jumps):
-        # An index that leads elsewhere, or frames behind a keyframe that build on earlier ones.
+        # The index is wrong, or frames after a keyframe depend on frames before it (open GOP).
         errors.clear()
         take(None, missing)
     return errors
 
 
 def _readable(video: _Video, start: int | None, errors: list[str]) -> Iterator[av.VideoFrame]:
-    """Frames from the keyframe at `start` on, in order of display. After an error the next is that of
-    another keyframe: those between may build on what is lost."""
+    """Yields frames in display order, from the keyframe at `start`.
+
+    After an error, resumes at the next keyframe: the frames in between may depend on what was lost.
+    """
     lost = False
     try:
         for packet in video.container.demux(video.stream):
-            # Behind a keyframe may come frames that are shown before it and build on earlier ones.
+            # Frames displayed before the keyframe may follow it in the stream and depend on earlier ones.
             is_early = start is not None and packet.pts is not None and packet.pts < start
             if is_early or (lost and packet.size and not packet.is_keyframe):
                 continue
@@ -282,15 +286,15 @@ def _readable(video: _Video, start: int | None, errors: list[str]) -> Iterator[a
             try:
                 yield from packet.decode()
             except av.error.FFmpegError as error:
-                errors.append(_told(error))
+                errors.append(_message(error))
                 video.stream.codec_context.flush_buffers()
                 lost = True
     except av.error.FFmpegError as error:
-        errors.append(_told(error))
+        errors.append(_message(error))
 
 
 def _jumps(timeline: _Timeline, picks: np.ndarray) -> Iterator[tuple[int | None, list[int]]]:
-    """The keyframes to jump to and the picks to decode from each; None = read on from the start."""
+    """Yields (keyframe to seek to, frame numbers to decode from it); None decodes from the start."""
     if not len(timeline.keyframes):
         yield None, picks.tolist()
         return
@@ -313,7 +317,7 @@ def _jumps(timeline: _Timeline, picks: np.ndarray) -> Iterator[tuple[int | None,
 def _numbered(
     frames: Iterator[av.VideoFrame], timeline: _Timeline
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Frames with their numbers in order of display."""
+    """Yields (frame number in display order, frame)."""
     if timeline.numbered:
         yield from enumerate(frames)
         return
@@ -323,7 +327,7 @@ def _numbered(
 
 
 def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turns and mirrors a square image [S, S, 3] as the frame's display matrix says, by quarters."""
+    """Applies the frame's display matrix (quarter turns, mirroring) to a square image [S, S, 3]."""
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return image
@@ -336,9 +340,9 @@ def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 
 def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: int) -> None:
-    """Writes uint8 [F, H, W, 3] as H.264 in MP4; the same frames give the same bytes.
+    """Writes uint8 [F, H, W, 3] as H.264 in MP4. Equal frames produce equal bytes.
 
-    The file appears under its name only when it is complete.
+    The file is written under a temporary name and renamed when complete.
     """
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -347,7 +351,7 @@ def write_video(path: str | pathlib.Path, frames: np.ndarray, fps: int) -> None:
             stream = container.add_stream("libx264", rate=fps)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            # mbtree makes the bytes of small videos differ from run to run.
+            # mbtree makes the output of small videos nondeterministic.
             stream.options = {
                 "crf": "12",
                 "preset": "veryfast",

@@ -1,8 +1,8 @@
-"""Processes that call functions with a time limit, so that a hang or a crash costs one call.
+"""A pool of worker processes with a time limit per call, so that a hang or a crash costs one call.
 
-They are programs of their own, not forks (JAX has threads) and not multiprocessing's children (which
-import the main script, and JAX with it). Calls and small results go through a socket, arrays through
-memory that both sides map.
+Workers are separate programs: forking is unsafe because JAX starts threads, and multiprocessing's spawned
+children would import the main script, and JAX with it. Calls and small results go through a socket,
+arrays through shared memory.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from typing import Any
 import numpy as np
 
 START_LIMIT = 120.0  # seconds
-# A process ends after so many calls: decoders leak a kilobyte or two with every file.
+# A worker is replaced after this many calls: decoders leak 1 to 2 kB per file.
 CALLS = 4000
 _PATIENCE = 10.0  # seconds
 
 
 class WorkerTimeoutError(TimeoutError):
-    """A call took longer than its limit; its process was killed."""
+    """A call exceeded its time limit; its process was killed."""
 
 
 class WorkerCrashError(RuntimeError):
-    """The process of a call died."""
+    """The process that ran a call died."""
 
 
 class WorkerPool:
-    """`count` processes; with 0, calls run in the calling thread and have no limit.
+    """A pool of `count` processes. With 0, calls run in the calling thread without a time limit.
 
-    `call` may be used from any number of threads; each waits for a free process.
+    `call` is thread-safe; each caller waits for a free process.
     """
 
     def __init__(self, count: int):
@@ -58,19 +58,21 @@ class WorkerPool:
         function: Callable,
         *args: Any,
         limit: float | None = None,
-        room: np.ndarray | None = None,
+        out: np.ndarray | None = None,
     ) -> Any:
-        """`function(*args)`; function, arguments and result must be picklable, and the function
-        importable by name. What it raises is raised here.
+        """Returns `function(*args)`, evaluated in a worker process.
+
+        The function must be importable by name, and its arguments and result picklable. Its exceptions
+        are raised here.
 
         Args:
-          limit: seconds.
-          room: contiguous memory that the first array of the result is written into, and is then a view
-            of, when it has that size and comes from another process.
+          limit: time limit in seconds; None disables it.
+          out: contiguous buffer for the first array of the result. If the sizes match and the result
+            comes from a worker process, the array is written to `out` and shares its memory.
 
         Raises:
-          WorkerTimeoutError: after `limit` seconds.
-          WorkerCrashError: when the process died.
+          WorkerTimeoutError: the call took longer than `limit`.
+          WorkerCrashError: the process died.
         """
         if not self.count:
             return function(*args)
@@ -79,16 +81,16 @@ class WorkerPool:
             self._idle.put(worker)
             raise WorkerCrashError("the pool is closed")
         try:
-            return worker.call(function, args, limit, room)
+            return worker.call(function, args, limit, out)
         except RuntimeError as error:
-            if self._closed:  # which may have been while the process started
+            if self._closed:  # the pool may close while a process starts
                 raise WorkerCrashError("the pool is closed") from error
             raise
         finally:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Ends the processes; later calls raise WorkerCrashError."""
+        """Stops all processes; later calls raise WorkerCrashError."""
         if self._closed:
             return
         self._closed = True
@@ -96,10 +98,10 @@ class WorkerPool:
             worker.kill()
         stopped = []
         with contextlib.suppress(queue.Empty):
-            for _ in self._workers:  # a call that was interrupted gives its worker back
+            for _ in self._workers:  # interrupted calls return their workers
                 stopped.append(self._idle.get(timeout=_PATIENCE))
                 stopped[-1].stop()
-        for worker in stopped:  # those that wait for one are told, one after another
+        for worker in stopped:  # wakes waiting callers one by one
             self._idle.put(worker)
 
     def __enter__(self) -> WorkerPool:
@@ -110,7 +112,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process, started at its first call and again after each that it did not survive."""
+    """One process, started by the first call and restarted after a call that killed it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
@@ -119,7 +121,7 @@ class _Worker:
         self._calls = 0
 
     def call(
-        self, function: Callable, args: tuple, limit: float | None, room: np.ndarray | None
+        self, function: Callable, args: tuple, limit: float | None, out: np.ndarray | None
     ) -> Any:
         if self._process is None:
             self._start()
@@ -134,13 +136,11 @@ class _Worker:
             raise
         except (EOFError, OSError) as error:
             code = self.stop()
-            raise WorkerCrashError(
-                f"the process that read it ended with {_status(code)}"
-            ) from error
-        except BaseException:  # Ctrl-C: its answer would be taken for that of the next call
+            raise WorkerCrashError(f"the worker process exited with {_status(code)}") from error
+        except BaseException:  # Ctrl-C: the pending answer must not go to the next call
             self.stop()
             raise
-        result = pickle.loads(payload, buffers=self._shared.read(sizes, room))
+        result = pickle.loads(payload, buffers=self._shared.read(sizes, out))
         self._calls += 1
         if self._calls >= CALLS:
             self.stop()
@@ -168,18 +168,22 @@ class _Worker:
             raise RuntimeError(f"a worker process did not start: {_status(self.stop())}")
 
     def kill(self) -> None:
-        """Ends the process, whoever waits for it."""
+        """Kills the process; safe to call while another thread waits for its answer."""
         process = self._process
         if process is not None:
             process.kill()
 
     def stop(self) -> int | None:
-        """Ends the process and forgets it; for whoever took the worker from the pool. Gives the status
-        of one that died by itself."""
+        """Stops the process and returns its exit status if it had already died.
+
+        Only the thread that took the worker from the pool may call this.
+        """
         code = None
         if self._process is not None:
             assert self._connection is not None and self._shared is not None
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one that died has its own status
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # keeps the status of one that already died
                 code = self._process.wait(0.1)
             self._process.kill()
             self._process.wait()
@@ -193,14 +197,14 @@ class _Worker:
 
 
 class _SharedMemory:
-    """A file without a name that both processes map; it grows with the largest result."""
+    """An anonymous file that both processes map; it grows to the size of the largest result."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
         self._map: mmap.mmap | None = None
 
     def write(self, buffers: list[pickle.PickleBuffer]) -> list[int]:
-        """Puts buffers one after another; returns their sizes."""
+        """Writes buffers one after another and returns their sizes."""
         raw = [buffer.raw() for buffer in buffers]
         total = sum(view.nbytes for view in raw)
         if total:
@@ -212,22 +216,20 @@ class _SharedMemory:
                 offset += view.nbytes
         return [view.nbytes for view in raw]
 
-    def read(self, sizes: list[int], room: np.ndarray | None) -> list[Any]:
-        """Copies of buffers of these sizes, the first of them in `room` when it has that size."""
+    def read(self, sizes: list[int], out: np.ndarray | None) -> list[np.ndarray]:
+        """Returns copies of buffers of these sizes; the first is copied to `out` if the size matches."""
         if not sum(sizes):
-            return [bytearray() for _ in sizes]
-        copies: list[Any] = []
-        offset = 0
-        with memoryview(self._mapped(sum(sizes))) as view:
-            for size in sizes:
-                part = view[offset : offset + size]
-                if room is not None and not copies and size == room.nbytes:
-                    room.reshape(-1).view(np.uint8)[:] = part
-                    copies.append(room)
-                else:
-                    copies.append(bytearray(part))
-                part.release()
-                offset += size
+            return [np.empty(0, np.uint8) for _ in sizes]
+        data = np.frombuffer(self._mapped(sum(sizes)), np.uint8)
+        ends = np.cumsum(sizes)
+        copies = []
+        for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+            if number == 0 and out is not None and out.nbytes == size:
+                copy = out.reshape(-1).view(np.uint8)
+            else:
+                copy = np.empty(size, np.uint8)
+            copy[:] = data[end - size : end]
+            copies.append(copy)
         return copies
 
     def _mapped(self, size: int) -> mmap.mmap:
@@ -244,7 +246,7 @@ class _SharedMemory:
 
 
 def _anonymous_file() -> int:
-    # Not limited by the size of /dev/shm, which is small in containers.
+    # Unlike /dev/shm, which is small in containers, this has no size limit.
     if hasattr(os, "memfd_create"):
         return os.memfd_create("storm-frames")
     with tempfile.TemporaryFile() as file:
@@ -258,7 +260,7 @@ def _status(code: int | None) -> str:
 
 
 def _serve(connection: Connection, shared: _SharedMemory) -> None:
-    """Answers calls until the other side is gone."""
+    """Answers calls until the parent closes the connection."""
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -275,14 +277,14 @@ def _serve(connection: Connection, shared: _SharedMemory) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A call that hangs must not outlive a parent that was killed."""
+    """Exits when the parent dies, so that a hanging call does not outlive it."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection, descriptor = (int(text) for text in sys.argv[1:])
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):

@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer with a ChatML template, trained on texts."""
+"""Trains a small byte-level BPE tokenizer with a ChatML template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHATML = (
 )
 
 
-# Words with their leading space, single digits, punctuation, white space: as Qwen2 splits text.
+# Qwen2's pre-tokenization: words with their leading space, single digits, punctuation, white space.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,7 +23,7 @@ _SPLIT = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> transformers.PreTrainedTokenizerBase:
-    """A tokenizer of at most `vocab_size` entries, 3 of them special; deterministic."""
+    """Trains a tokenizer of at most `vocab_size` entries, including 3 special tokens; deterministic."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.normalizer = tokenizers.normalizers.NFC()

@@ -1,10 +1,9 @@
-"""Conversations to token ids, with the spans that carry loss and the slots of visual tokens.
+"""Tokenises conversations, with a loss mask and slots for visual tokens.
 
-The text comes from the tokenizer's own chat template. Each answer with its end marker is a span of
-that text, found by rendering the conversation up to it; spans are tokenised apart, so an answer has
-the ids that it has after a prompt at inference. Media placeholders never reach the tokenizer: they
-are cut out, and what stands for a medium takes their place: slots of visual tokens, and text that
-tells when they are shown.
+The text is rendered by the tokenizer's own chat template. Each answer, with its end marker, is one span of
+that text, located by rendering the conversation up to it. Spans are tokenised separately, so an answer has
+the same ids as after a prompt at inference. Media placeholders never reach the tokenizer: each is replaced
+by slots for its visual tokens and, optionally, text with their timestamps.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from storm_jax.files import digest
 from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError
 from storm_jax.text.template import end_of_turn, render
 
-# What stands for a medium: text, and numbers of slots.
+# What replaces a medium's placeholder: text, and numbers of visual slots.
 Pieces = Sequence[str | int]
 
 
@@ -30,9 +29,9 @@ class Encoded:
     """A tokenised conversation of n tokens.
 
     Attributes:
-      tokens: int32 [n]; the pad id where a visual token stands.
-      answer: bool [n], tokens to learn: answers and their end markers.
-      media: int32 [n], index of the medium whose visual token stands here, -1 = text.
+      tokens: int32 [n]; the pad id at visual tokens.
+      answer: bool [n], True for the tokens to train on: answers and their end markers.
+      media: int32 [n], index of the medium that a visual token belongs to; -1 for text.
     """
 
     tokens: np.ndarray
@@ -43,27 +42,30 @@ class Encoded:
         return len(self.tokens)
 
     @property
-    def least(self) -> int:
-        """How many tokens from the start must be kept: all media, and the first of an answer."""
+    def min_tokens(self) -> int:
+        """Length of the shortest usable prefix: all media and the first token of an answer."""
         answers, media = np.flatnonzero(self.answer), np.flatnonzero(self.media >= 0)
         first = answers[0] + 1 if len(answers) else len(self)
         return int(max(first, media[-1] + 1 if len(media) else 0))
 
-    def cut(self, length: int) -> Encoded:
-        """The first `length` tokens; an answer that is cut has no end marker to learn."""
+    def truncated(self, length: int) -> Encoded:
+        """Returns the first `length` tokens. A truncated answer has no end marker to train on."""
         return Encoded(self.tokens[:length], self.answer[:length], self.media[:length])
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversationEncoder:
-    """Encodes samples with one tokenizer; `system` goes in front unless the sample has its own."""
+    """Encodes samples with one tokenizer.
+
+    `system` is prepended to samples that have no system turn; an empty text disables it.
+    """
 
     tokenizer: transformers.PreTrainedTokenizerBase
     system: str
 
     def __post_init__(self) -> None:
         if PLACEHOLDER.search(self.system):
-            raise ConfigError(f"data.system={self.system!r} must not hold <image> or <video>")
+            raise ConfigError(f"data.system={self.system!r} must not contain <image> or <video>")
         if self.system:
             try:
                 rendered = render(
@@ -71,20 +73,20 @@ class ConversationEncoder:
                     [{"role": "system", "content": self.system}, {"role": "user", "content": "?"}],
                     opened=True,
                 )
-            except Exception as error:  # whatever the template's own code raises
+            except Exception as error:  # templates can raise anything
                 raise ConfigError(
-                    f"data.system={self.system!r}: the chat template takes no system turn ({error}); "
+                    f"data.system={self.system!r}: the chat template rejects a system turn ({error}); "
                     f"set data.system to an empty text"
                 ) from error
             if self.system.strip() not in rendered:
                 raise ConfigError(
-                    f"data.system={self.system!r}: the chat template leaves it out; set data.system "
-                    f"to an empty text"
+                    f"data.system={self.system!r}: the chat template drops the system turn; set "
+                    f"data.system to an empty text"
                 )
 
     @functools.cached_property
     def digest(self) -> str:
-        """Changes with the tokenizer and its template."""
+        """Digest of the tokenizer and its chat template."""
         tokenizer = self.tokenizer
         return digest(tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template))
 
@@ -93,14 +95,14 @@ class ConversationEncoder:
         return end_of_turn(self.tokenizer)
 
     def encode(self, sample: Sample, media: Sequence[Pieces]) -> Encoded:
-        """Tokenises a sample; `media[n]` stands for its n-th medium.
+        """Tokenises a sample; `media[n]` replaces its n-th placeholder.
 
-        A sample that ends with a question (see `Sample.prompt`) ends with the template's opening of
-        the assistant's turn and the sample's own opening of the answer.
+        If the sample ends with a question (see `Sample.prompt`), the result ends with the template's
+        generation prompt and the sample's `opening`.
 
         Raises:
-          SampleError: when it has no turn, its placeholders are not as many as its media, or the template
-            does not render it turn by turn.
+          SampleError: the sample has no turns, its numbers of placeholders and media differ, or the
+            template does not render it turn by turn.
         """
         placeholders = sum(len(PLACEHOLDER.findall(turn.text)) for turn in sample.turns)
         if not sample.turns or placeholders != len(media):
@@ -115,7 +117,7 @@ class ConversationEncoder:
         return parts.encoded()
 
     def _spans(self, sample: Sample) -> list[tuple[str, bool]]:
-        """The rendered text in pieces (text, whether it is an answer with its end marker)."""
+        """Returns the rendered text as (text, is an answer with its end marker) spans."""
         messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]
         if self.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
@@ -145,7 +147,7 @@ class ConversationEncoder:
 
 
 class _Parts:
-    """Collects token ids span by span."""
+    """Accumulates token ids span by span."""
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, pieces: Sequence[Pieces]):
         self.tokenizer, self.pieces = tokenizer, pieces
@@ -168,7 +170,7 @@ class _Parts:
                 self._extend(self._ids(piece), is_answer, -1)
 
     def _ids(self, text: str) -> list[int]:
-        # Without what the tokenizer's own call adds around it, which takes longer than the work.
+        # Bypasses the transformers wrapper, whose overhead exceeds the tokenisation itself.
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def _extend(self, ids: list[int], is_answer: bool, medium: int) -> None:

@@ -1,4 +1,4 @@
-"""What every source gives: a conversation about media, and the errors of samples that cannot be used."""
+"""A sample: a conversation about media, and the error for samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLACEHOLDER = re.compile("<image>|<video>")
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used; `cause` is the word it is counted under."""
+    """A sample that cannot be used; `cause` is the category that skips are counted by."""
 
     def __init__(self, sample_id: str, cause: str, message: str):
         super().__init__(f"sample {sample_id!r}: {message}")
@@ -30,7 +30,7 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """Text that stands among the tokens of a video, behind the frames that are shown by `time` (s)."""
+    """Text placed among a video's tokens, after the frames shown up to `time` (seconds)."""
 
     time: float
     text: str
@@ -38,11 +38,14 @@ class Caption:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A conversation about media. The n-th placeholder of its text stands for the n-th of `media`.
+    """A conversation about media.
 
-    `extra` keeps the record's other fields (a benchmark's family or options). Where it ends with a
-    question, the answer to it begins with `opening`. `captions`, in order of time, are those of its only
-    medium."""
+    Attributes:
+      media: the n-th placeholder in the text refers to the n-th medium.
+      extra: all other fields of the record, such as a benchmark's family or options.
+      opening: forced start of the answer, if the sample ends with a question.
+      captions: captions of the only medium, sorted by time.
+    """
 
     id: str
     turns: tuple[Turn, ...]
@@ -52,8 +55,9 @@ class Sample:
     captions: tuple[Caption, ...] = ()
 
     def prompt(self) -> Sample:
-        """The sample up to its last answer, which is left out."""
+        """Returns the sample without its last answer."""
         return dataclasses.replace(self, turns=self.turns[:-1])
 
     def answer(self) -> str:
+        """Returns the text of the last turn."""
         return self.turns[-1].text

@@ -1,20 +1,22 @@
-"""A tokenizer's chat template: what it renders, and what it ends an answer with."""
+"""A tokenizer's chat template: rendering, and the token that ends an answer."""
 
 from __future__ import annotations
 
 import transformers
 
-# Llama 3's templates show today's date unless they are given one; this is their own default.
+# Llama 3's templates insert today's date unless one is passed; this is their own default.
 DATE = "26 Jul 2024"
 
 
 def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
-    """The special token that the chat template puts behind an answer; it need not be eos_token,
-    which in base models ends a document."""
+    """Returns the special token that the chat template puts after an answer, or None.
+
+    It may differ from eos_token, which ends a document in base models.
+    """
     messages = [{"role": role, "content": text} for role, text in exchange("text")]
-    behind = render(tokenizer, messages, opened=False).rpartition("text")[2]
-    found = [token for token in tokenizer.get_added_vocab() if token in behind]
-    return min(found, key=behind.find, default=None)
+    rest = render(tokenizer, messages, opened=False).rpartition("text")[2]
+    found = [token for token in tokenizer.get_added_vocab() if token in rest]
+    return min(found, key=rest.find, default=None)
 
 
 def render(
@@ -23,8 +25,10 @@ def render(
     *,
     opened: bool,
 ) -> str:
-    """The text of a conversation; `opened` adds the start of an answer. The date is always `DATE`: a
-    sample must not change over night."""
+    """Renders a conversation as text; `opened` adds the generation prompt.
+
+    The date is always `DATE`, so that samples do not change from day to day.
+    """
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=opened, date_string=DATE
     )
@@ -32,4 +36,5 @@ def render(
 
 
 def exchange(text: str) -> list[tuple[str, str]]:
+    """Returns a question and an answer, as (role, text), to probe a template with."""
     return [("user", f"question {text}"), ("assistant", f"answer {text}")]

@@ -1,4 +1,4 @@
-"""Tokenizer folders: read, checked and saved; the ids that end an answer."""
+"""Tokenizer folders: loading, checking, saving, and the ids that end an answer."""
 
 from __future__ import annotations
 
@@ -15,60 +15,65 @@ from storm_jax.text.template import end_of_turn, exchange
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    """A tokenizer with a chat template from a local folder.
+    """Loads a tokenizer with a usable chat template from a local folder.
 
     Raises:
-      ConfigError: naming the folder and what it lacks.
+      ConfigError: the tokenizer is missing or unusable.
     """
     tokenizer = read_tokenizer(folder)
     check_tokenizer(tokenizer, folder)
-    if tokenizer.pad_token_id is None:  # any will do: padding is neither seen nor learned
+    if tokenizer.pad_token_id is None:  # any token will do: padding is masked
         tokenizer.pad_token = end_of_turn(tokenizer)
     return tokenizer
 
 
 def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, as it is; code that lies beside it is not run.
+    """Loads the tokenizer of a local folder unchecked; code in the folder is never executed.
 
     Raises:
-      ConfigError: when there is none, or it is damaged.
+      ConfigError: the tokenizer is missing or damaged.
     """
     if not (pathlib.Path(folder) / "tokenizer_config.json").is_file():
         raise ConfigError(
-            f"{folder} holds no tokenizer: set data.tokenizer to a folder with tokenizer.json and "
+            f"{folder} contains no tokenizer: set data.tokenizer to a folder with tokenizer.json and "
             f"tokenizer_config.json, or train one (python -m storm_jax.data.tokenizer --help)"
         )
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # of whatever kind: tokenizers raises bare Exceptions
+    except Exception as error:  # tokenizers raises bare Exceptions
         raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 
 
 def check_tokenizer(
     tokenizer: transformers.PreTrainedTokenizerBase, folder: str | pathlib.Path
 ) -> None:
-    """Raises ConfigError, naming the folder it came from, for a chat template that cannot be used."""
+    """Raises ConfigError, naming the tokenizer's folder, if its chat template cannot be used."""
     if tokenizer.chat_template is None:
         raise ConfigError(f"{folder}: the tokenizer has no chat template")
     try:
         check_template(tokenizer)
-    except Exception as error:  # whatever the template's own code raises
+    except Exception as error:  # templates can raise anything
         raise ConfigError(f"{folder}: {error}") from error
 
 
 def save_tokenizer(
     tokenizer: transformers.PreTrainedTokenizerBase, source: pathlib.Path, folder: pathlib.Path
 ) -> None:
-    """Saves a tokenizer, and the generation_config.json of the folder it came from; nothing else, for
-    the folder of a model has weights and a config.json beside them."""
+    """Saves a tokenizer loaded from `source`, with the generation_config.json found there.
+
+    Nothing else is copied: `source` may also contain a model's weights and config.json.
+    """
     tokenizer.save_pretrained(folder)
     if (source / "generation_config.json").exists():
         shutil.copy(source / "generation_config.json", folder)
 
 
 def tokenizer_folder(config: RunConfig) -> pathlib.Path:
-    """Where a new run takes its tokenizer from: `data.tokenizer`, the run of `init_from`, or the folder
-    beside the first source."""
+    """Returns the tokenizer folder for a new run.
+
+    The first of: `data.tokenizer`, the tokenizer of the `init_from` run, and `tokenizer/` next to the
+    first source.
+    """
     if config.data.tokenizer:
         return pathlib.Path(config.data.tokenizer)
     if config.init_from:
@@ -77,15 +82,15 @@ def tokenizer_folder(config: RunConfig) -> pathlib.Path:
 
 
 def check_template(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Raises an error unless answers can be told apart in what the chat template renders.
+    """Checks that answers can be located in the text that the chat template renders.
 
     Raises:
-      ValueError: when nothing ends an answer, or earlier answers are rendered differently.
+      ValueError: no token ends an answer, or earlier answers are rendered differently.
     """
     if end_of_turn(tokenizer) is None:
         raise ValueError(
-            "the chat template ends an answer with no special token, so no answer would ever stop; "
-            "it must put an end-of-turn token behind each"
+            "the chat template does not end an answer with a special token, so generation would never "
+            "stop; it must put an end-of-turn token after each answer"
         )
     turns = tuple(Turn(role, text) for text in "ab" for role, text in exchange(text))
     ConversationEncoder(tokenizer, "").encode(
@@ -96,11 +101,13 @@ def check_template(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
 def stop_ids(
     folder: str | pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    """Ids that end an answer: the template's end of turn, eos_token, and those that a
-    generation_config.json in the tokenizer's folder lists.
+    """Returns the ids that end an answer.
+
+    These are the template's end-of-turn token, eos_token, and the eos_token_id entries of
+    generation_config.json in the tokenizer's folder.
 
     Raises:
-      ConfigError: when that file lists none as it should.
+      ConfigError: generation_config.json is damaged or lists an invalid id.
     """
     ids = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer) or ""), tokenizer.eos_token_id]
     path = pathlib.Path(folder) / "generation_config.json"
@@ -112,6 +119,8 @@ def stop_ids(
         listed = listed if isinstance(listed, list) else [listed]
         wrong = [i for i in listed if i is not None and (type(i) is not int or i < 0)]
         if wrong:
-            raise ConfigError(f"{path}: eos_token_id has {wrong[0]!r}, which is no token id")
+            raise ConfigError(
+                f"{path}: eos_token_id contains {wrong[0]!r}, which is not a valid token id"
+            )
         ids += listed
     return tuple(dict.fromkeys(i for i in ids if i is not None))

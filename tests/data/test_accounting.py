@@ -23,7 +23,14 @@ def skip(cause: str = "missing", source: str = "a") -> Skip:
 
 OUTCOMES = [
     Outcome(
-        source="a", sample="1", skip=None, tokens=10, frames=2, is_cut=True, damaged=1, seconds=0.5
+        source="a",
+        sample="1",
+        skip=None,
+        tokens=10,
+        frames=2,
+        is_truncated=True,
+        damaged=1,
+        seconds=0.5,
     ),
     Outcome(source="a", sample="2", skip=skip(), seconds=0.25),
     Outcome(source="b", sample="3", skip=None, tokens=7),

@@ -107,7 +107,7 @@ def test_slots_are_the_models_tokens_and_plans_are_never_too_short(
     encoded, planned = made.encode(item, times), made.plan(item, [1, frames])
     assert (encoded.media == 1).sum() == plan_clip(frames, 3, compression).num_tokens
     assert (encoded.media == 0).sum() == 9
-    assert len(encoded) <= len(planned) and encoded.least <= planned.least
+    assert len(encoded) <= len(planned) and encoded.min_tokens <= planned.min_tokens
     if style == "none":
         np.testing.assert_array_equal(encoded.tokens, planned.tokens)
 
@@ -116,8 +116,8 @@ def test_a_cut_answer_has_no_end_marker(tokenizer):
     made = encoder(tokenizer, "none", CompressionConfig(num_frames=4))
     whole = made.encode(sample(answer="so " * 30), [np.zeros(4)])
     assert whole.answer[-2] and not whole.answer[-1]  # the marker, and the template's line break
-    cut = whole.cut(whole.least + 3)
-    assert len(cut) == whole.least + 3 and cut.answer.sum() == 4
+    cut = whole.truncated(whole.min_tokens + 3)
+    assert len(cut) == whole.min_tokens + 3 and cut.answer.sum() == 4
     np.testing.assert_array_equal(cut.tokens, whole.tokens[: len(cut)])
     assert tokenizer.eos_token_id not in cut.tokens[cut.answer]
 
@@ -126,5 +126,5 @@ def test_a_cut_answer_has_no_end_marker(tokenizer):
 def test_least_holds_the_media_and_the_start_of_the_answer(tokenizer, text: str):
     made = encoder(tokenizer, "none", CompressionConfig(num_frames=4))
     encoded = made.encode(sample(text), [np.zeros(4)])
-    least = encoded.cut(encoded.least)
+    least = encoded.truncated(encoded.min_tokens)
     assert least.answer.sum() == 1 and (least.media == 0).sum() == (encoded.media == 0).sum()

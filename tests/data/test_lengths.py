@@ -57,7 +57,7 @@ def test_lengths_are_those_of_the_encoded_samples(read, tmp_path: pathlib.Path):
     for i in (0, 2, 3):
         sample = source.sample(i)
         encoded = encoder.encode(sample, [np.zeros(n) for n in found.counts_of(i)])
-        assert (found.tokens[i], found.least[i]) == (len(encoded), encoded.least)
+        assert (found.tokens[i], found.min_tokens[i]) == (len(encoded), encoded.min_tokens)
         assert found.frames[i] == sum(found.counts_of(i))
     assert found.tokens[[1, 4]].tolist() == [0, 0]
     assert {i: (skip.sample, skip.cause) for i, skip in found.skips.items()} == {
@@ -74,7 +74,7 @@ def test_processes_measure_what_one_does(read, tmp_path: pathlib.Path):
         (tmp_path / folder).mkdir()
     alone, _, _ = read(write(tmp_path / "one", records))
     shared, _, _ = read(write(tmp_path / "two", records), count=2)
-    for name in ("tokens", "least", "frames", "counts", "ends", "digest"):
+    for name in ("tokens", "min_tokens", "frames", "counts", "ends", "digest"):
         np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name))
     assert list(alone.skips) == list(shared.skips) == list(range(50, 2550, 51))
 

@@ -142,7 +142,7 @@ def test_evaluation_pads_the_last_batch_with_empty_rows(mixture: Mixture):
 def test_a_cut_answer_fills_its_row_and_is_counted(make_mixture, tmp_path: pathlib.Path):
     mixture = make_mixture(write(tmp_path, [record("long", answer="so " * 500)]))
     (batch,) = read(mixture, steps=range(1), size=1)
-    assert batch.outcomes[0].is_cut and batch.outcomes[0].tokens == mixture.shapes[0].tokens
+    assert batch.outcomes[0].is_truncated and batch.outcomes[0].tokens == mixture.shapes[0].tokens
     arrays = batch.arrays
     assert (arrays["segment_ids"] == 1).all()
     learned = arrays["targets"][arrays["loss_weights"] > 0]

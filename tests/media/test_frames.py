@@ -1,4 +1,4 @@
-"""Protects which frames are taken: how many, which, and when; folders of frames; tolerated damage."""
+"""Frame sampling: how many, which and when; folders of frames; tolerated damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from storm_jax.config import FramesConfig
 from storm_jax.media.frame_folder import read_folder
-from storm_jax.media.frames import count_frames, fill_damage, nearest, spread
+from storm_jax.media.frames import count_frames, fill_damage, nearest_frames, sample_times
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import count_frames as count_of_medium
 from storm_jax.media.read import read_media
@@ -27,13 +27,13 @@ from storm_jax.media.read import read_media
         (10.0, 0.5, 6),
         (10.0, 2.0, 21),
         (31.0, 1.0, 32),
-        (1000.0, 1.0, 32),  # the cap spreads over the whole
+        (1000.0, 1.0, 32),  # capped: spread over the whole video
         (0.0, 1.0, 1),
         (0.3, 1.0, 1),
         (0.6, 1.0, 2),
     ],
 )
-def test_how_many_frames(seconds: float, fps: float, count: int):
+def test_number_of_frames(seconds: float, fps: float, count: int):
     assert count_frames(seconds, 32, FramesConfig(fps=fps)) == count
 
 
@@ -47,19 +47,19 @@ def test_the_tail_is_never_dropped(seconds: list[float], count: int, fps: float)
     times -= times[0]
     chosen = count_frames(times[-1], count, FramesConfig(fps=fps))
     assert 1 <= chosen <= count
-    targets = spread(Media(kind="video", name="a"), times[-1], chosen)
-    picks = nearest(times, targets)
+    targets = sample_times(Media(kind="video", name="a"), times[-1], chosen)
+    picks = nearest_frames(times, targets)
     assert len(picks) == chosen and (np.diff(picks) >= 0).all()
     assert picks[0] == 0 and (chosen == 1 or picks[-1] == len(times) - 1)
     best = np.abs(times[:, None] - targets).min(0)
     np.testing.assert_array_equal(np.abs(times[picks] - targets), best)
-    if 1 < chosen < count:  # at the asked rate, but for rounding to whole frames
+    if 1 < chosen < count:  # the requested rate, up to rounding to whole frames
         assert abs(targets[1] - 1 / fps) <= 0.5 / fps / (chosen - 1) + 1e-9
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Twelve frames, whose names do not sort as their numbers do."""
+    """Twelve frames whose names sort differently from their numbers."""
     for i in range(12):
         Image.fromarray(barcode(i)).save(tmp_path / f"frame_{i}.png")
     (tmp_path / "notes.txt").write_text("no frame")
@@ -84,7 +84,7 @@ def test_a_folder_of_frames_is_a_video(folder: pathlib.Path):
 
 def test_a_broken_frame_of_a_folder(folder: pathlib.Path):
     (folder / "frame_4.png").write_bytes(b"no picture")
-    with pytest.raises(MediaError, match=r"1 of 4 frames are lost: .*frame_4.png"):
+    with pytest.raises(MediaError, match=r"1 of 4 frames are unreadable: .*frame_4.png"):
         read_media(medium(folder), 4, 32, 0.0)
     clip = read_media(medium(folder), 4, 32, 0.25)
     assert numbers(clip.frames) == [0, 7, 7, 11] and clip.damaged == 1
@@ -92,7 +92,7 @@ def test_a_broken_frame_of_a_folder(folder: pathlib.Path):
 
 
 def test_an_empty_folder_is_an_error(tmp_path: pathlib.Path):
-    with pytest.raises(MediaError, match="holds no image"):
+    with pytest.raises(MediaError, match="contains no images"):
         read_folder(medium(tmp_path), 4, 32)
 
 
@@ -107,7 +107,9 @@ def test_exactly_n_frames_or_an_error(readable: list[bool], max_damage: float):
     arguments = (medium(pathlib.Path("a")), frames, picks, seconds, np.array(readable), max_damage)
     lost = readable.count(False)
     if lost > max_damage * len(readable) or not any(readable):
-        with pytest.raises(MediaError, match=f"{lost} of {len(readable)} frames are lost: why"):
+        with pytest.raises(
+            MediaError, match=f"{lost} of {len(readable)} frames are unreadable: why"
+        ):
             fill_damage(*arguments, "truncated", "why")
         return
     clip = fill_damage(*arguments, "truncated", "why")

@@ -1,5 +1,5 @@
-"""Protects image files: transparency, depth and orientation become upright 8-bit RGB, and every bad
-file is one `MediaError`."""
+"""Image files: transparency, bit depth and orientation are converted to upright 8-bit RGB, and every bad
+file raises `MediaError`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_listed_suffix_is_readable(tmp_path: pathlib.Path, suffix: str):
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0, 255), (255, 0), (128, 127)])
-def test_transparency_is_over_white(tmp_path: pathlib.Path, alpha: int, expected: int):
+def test_transparency_is_blended_over_white(tmp_path: pathlib.Path, alpha: int, expected: int):
     for mode, colour in (("RGBA", (255, 0, 0, alpha)), ("LA", (0, alpha))):
         image = read_image(save(Image.new(mode, (SIDE, SIDE), colour), tmp_path / "a.png"), SIDE)
         np.testing.assert_allclose(image[..., 1:], expected, atol=1)
@@ -71,7 +71,7 @@ def test_16_bit_grey_is_scaled_to_8_bits(tmp_path: pathlib.Path):
     assert (got == got[..., :1]).all() and got[-1, -1, 0] == 255
 
 
-def test_an_animation_is_its_first_picture(tmp_path: pathlib.Path):
+def test_only_the_first_frame_of_an_animation_is_read(tmp_path: pathlib.Path):
     first, second = (Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue"))
     path = save(first, tmp_path / "a.gif", save_all=True, append_images=[second])
     assert (read_image(path, SIDE) == (255, 0, 0)).all()
@@ -109,7 +109,7 @@ def test_exif_orientation_is_applied(
 
 
 def _bomb() -> bytes:
-    """A few bytes of PNG that claim 400 million pixels."""
+    """A few bytes of PNG that declare 400 million pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
@@ -123,7 +123,7 @@ def _bomb() -> bytes:
         (None, "missing"),
         ("a directory", "unreadable"),
         (b"", "unreadable"),
-        (b"This is no image.\n" * 100, "unreadable"),
+        (b"This is not an image.\n" * 100, "unreadable"),
         (_bomb(), "unreadable"),
     ],
     ids=["missing", "directory", "empty", "text", "decompression bomb"],
@@ -140,15 +140,15 @@ def test_bad_file_is_an_image_error_with_its_cause(tmp_path: pathlib.Path, conte
     assert caught.value.medium.path == path and str(path) in str(caught.value)
 
 
-def test_decompression_bomb_is_named_as_one(tmp_path: pathlib.Path):
+def test_decompression_bomb_is_reported_as_one(tmp_path: pathlib.Path):
     (tmp_path / "bomb.png").write_bytes(_bomb())
     with pytest.raises(MediaError, match="decompression bomb"):
         read_image(tmp_path / "bomb.png", SIDE)
 
 
-@pytest.mark.filterwarnings("ignore:::PIL")  # it warns about what is damaged
+@pytest.mark.filterwarnings("ignore:::PIL")  # Pillow warns about damaged files
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
-def test_file_cut_anywhere_is_an_image_error(
+def test_file_truncated_anywhere_is_an_image_error(
     tmp_path: pathlib.Path, rng: np.random.Generator, kind: str
 ):
     path = tmp_path / "a"

@@ -1,4 +1,4 @@
-"""Protects video files: which frames are picked, that bytes repeat, and that every bad file is one
+"""Video files: the right frames are sampled, written bytes are reproducible, and every bad file raises
 `MediaError` with the right cause."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read(path: pathlib.Path, num_frames: int, size: int, damage: float = 0.0, **
 
 
 def numbered(count: int = COUNT, height: int = 32, width: int = 32) -> np.ndarray:
-    """Frames whose brightness is their number."""
+    """Frames whose brightness encodes their number."""
     levels = (np.arange(count) * STEP).astype(np.uint8)
     return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
 
@@ -61,7 +61,7 @@ def test_round_trip_keeps_content_count_and_times(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, COUNT - 1, COUNT, COUNT + 1, 3 * COUNT])
-def test_exactly_the_asked_number_of_evenly_spaced_frames(video: pathlib.Path, count: int):
+def test_exactly_the_requested_number_of_evenly_spaced_frames(video: pathlib.Path, count: int):
     clip = read(video, count, 32)
     picks = numbers(clip.frames)
     assert len(picks) == len(clip.times) == count
@@ -114,7 +114,7 @@ def test_frames_come_in_display_order_from_every_container(
     encode_video, tmp_path: pathlib.Path, name: str, codec: str, options: dict[str, str]
 ):
     frames = numbered()
-    frames[:, ::7, ::5] = 90  # something to predict, so that B-frames are made
+    frames[:, ::7, ::5] = 90  # something to predict, so that B-frames are used
     clip = read(encode_video(tmp_path / name, frames, codec, **options), COUNT, 32)
     distance = np.abs(clip.frames[:, None].astype(int) - frames[None]).mean((2, 3, 4))
     assert distance.argmin(1).tolist() == list(range(COUNT))
@@ -151,10 +151,10 @@ def test_frames_are_turned_upright(tmp_path: pathlib.Path, matrix: tuple, bright
 
 
 @pytest.mark.parametrize("interval", [2, COUNT])
-def test_video_trimmed_without_encoding_starts_at_the_cut(
+def test_video_trimmed_without_reencoding_starts_at_the_trim_point(
     encode_video, tmp_path: pathlib.Path, interval: int
 ):
-    """As phones trim: frames before the cut stay in the file, but are not shown."""
+    """As phones trim: frames before the start stay in the file but are not shown."""
     video = encode_video(tmp_path / "whole.mp4", numbered(), g=str(interval), bf="0")
     with av.open(str(video)) as source, av.open(str(tmp_path / "a.mp4"), "w") as target:
         stream = source.streams.video[0]
@@ -168,7 +168,7 @@ def test_video_trimmed_without_encoding_starts_at_the_cut(
     assert numbers(clip.frames) == list(range(5, COUNT))
 
 
-def test_video_that_holds_its_last_frame_is_whole(tmp_path: pathlib.Path):
+def test_video_with_a_long_last_frame_is_complete(tmp_path: pathlib.Path):
     path = tmp_path / "slides.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
@@ -202,7 +202,7 @@ FORMATS = [
     ("mp4", "libx264", {"bf": "3"}),
     ("mkv", "libx264", {"bf": "3"}),
     ("mov", "libx264", {"bf": "3"}),
-    ("avi", "libx264", {"bf": "3"}),  # stores the order of decoding only
+    ("avi", "libx264", {"bf": "3"}),  # stores only the decoding order
     ("ts", "libx264", {"bf": "3"}),
     ("mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1"}),
     ("mp4", "libx265", {"bf": "3"}),
@@ -219,10 +219,10 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("container", "codec", "options"), FORMATS)
-def test_every_format_gives_the_frames_that_were_asked_for(
+def test_every_format_returns_the_requested_frames(
     tmp_path: pathlib.Path, container: str, codec: str, options: dict[str, str]
 ):
-    """All of them, so that nothing is skipped; some, so that keyframes are jumped to; one."""
+    """All frames (sequential decoding), a few (seeking to keyframes), and one."""
     path = write_numbered(tmp_path / f"a.{container}", 60, codec, g="10", **options)
     for count in (60, 6, 1):
         clip = read(path, count, 32)
@@ -235,7 +235,7 @@ def test_every_format_gives_the_frames_that_were_asked_for(
 
 
 @pytest.mark.parametrize("options", [{"bf": "3"}, {"bf": "3", "x264-params": "open-gop=1"}])
-def test_jumping_to_keyframes_changes_no_frame(
+def test_seeking_to_keyframes_changes_no_frame(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
 ):
     path = write_numbered(tmp_path / "a.mp4", 120, g="12", **options)
@@ -313,8 +313,8 @@ def test_bounds_are_seconds_from_the_first_frame(video: pathlib.Path):
     assert numbers(read(video, 2, 32, end=99.0).frames) == [0, COUNT - 1]
 
 
-def test_bounds_behind_the_end_are_an_error(video: pathlib.Path):
-    with pytest.raises(MediaError, match=r"it ends at 2.38 s, before start=3"):
+def test_start_after_the_end_is_an_error(video: pathlib.Path):
+    with pytest.raises(MediaError, match=r"the video ends at 2.38 s, before start=3"):
         read(video, 4, 32, start=3.0)
 
 
@@ -327,11 +327,11 @@ def test_duration_is_about_that_of_the_frames(video: pathlib.Path, tmp_path: pat
         duration(Media.file("video", tmp_path / "none.mp4"))
 
 
-# Damage that may be tolerated.
+# Tolerated damage.
 
 
-def cut_in_its_frames(path: pathlib.Path, part: float, **options) -> pathlib.Path:
-    """A video that says it has 60 frames and ends before."""
+def write_truncated(path: pathlib.Path, part: float, **options) -> pathlib.Path:
+    """A video that declares 60 frames but is truncated."""
     write_numbered(path, 60, g="6", muxer={"movflags": "faststart"}, bf="0", **options)
     data = path.read_bytes()
     start = data.index(b"mdat") + 4
@@ -339,11 +339,11 @@ def cut_in_its_frames(path: pathlib.Path, part: float, **options) -> pathlib.Pat
     return path
 
 
-def test_a_damaged_tail_is_an_error_unless_it_is_tolerated(tmp_path: pathlib.Path):
-    path = cut_in_its_frames(tmp_path / "a.mp4", 0.7)
+def test_a_damaged_tail_is_an_error_unless_tolerated(tmp_path: pathlib.Path):
+    path = write_truncated(tmp_path / "a.mp4", 0.7)
     with pytest.raises(MediaError, match="truncated"):
         read(path, 12, 32)
-    with pytest.raises(MediaError, match=r"\d of 12 frames are lost"):
+    with pytest.raises(MediaError, match=r"\d of 12 frames are unreadable"):
         read(path, 12, 32, damage=0.1)
     clip = read(path, 12, 32, damage=0.5)
     want = np.linspace(0, 59, 12).round().astype(int).tolist()
@@ -401,7 +401,7 @@ def test_equal_frames_give_equal_bytes(video: pathlib.Path, tmp_path: pathlib.Pa
 
 
 class _Interrupted:
-    """Frames whose source fails when many are on disk already (encoders hold back dozens)."""
+    """Frames whose source fails after many are already on disk (encoders buffer dozens)."""
 
     shape = (200, 32, 32, 3)
 
@@ -415,13 +415,13 @@ class _Interrupted:
 @pytest.mark.parametrize(
     ("frames", "error"),
     [
-        (numbered(4, 33, 33), av.error.FFmpegError),  # odd sides are impossible in yuv420p
+        (numbered(4, 33, 33), av.error.FFmpegError),  # yuv420p requires even sides
         (numbered(4).astype(np.float32), ValueError),
         (_Interrupted(), KeyboardInterrupt),
     ],
     ids=["odd size", "wrong type", "interrupted"],
 )
-@pytest.mark.parametrize("old", [None, b"the video that was there"])
+@pytest.mark.parametrize("old", [None, b"an existing video"])
 def test_failed_write_leaves_the_folder_as_it_was(
     tmp_path: pathlib.Path, frames, error: type[BaseException], old: bytes | None
 ):
@@ -444,7 +444,7 @@ def _bad_file(kind: str, folder: pathlib.Path, good: pathlib.Path, encode_video)
     if kind == "directory":
         path.mkdir()
     elif kind == "text":
-        path.write_text("This is no video.\n" * 100)
+        path.write_text("This is not a video.\n" * 100)
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "half":
@@ -490,7 +490,7 @@ def test_bad_file_is_a_video_error_with_its_cause(
     assert caught.value.medium.path == path and str(path) in str(caught.value)
 
 
-def test_file_cut_anywhere_in_its_frames_is_a_video_error(
+def test_file_truncated_anywhere_in_its_frames_is_a_video_error(
     video: pathlib.Path, tmp_path: pathlib.Path
 ):
     data, path = video.read_bytes(), tmp_path / "cut.mp4"
@@ -500,7 +500,7 @@ def test_file_cut_anywhere_in_its_frames_is_a_video_error(
             read(path, 4, 32)
 
 
-def test_file_cut_in_its_header_is_a_video_error(video: pathlib.Path, tmp_path: pathlib.Path):
+def test_file_truncated_in_its_header_is_a_video_error(video: pathlib.Path, tmp_path: pathlib.Path):
     data, path = video.read_bytes(), tmp_path / "cut.mp4"
     for size in range(data.index(b"moov"), data.index(b"stsz"), 7):
         path.write_bytes(data[:size])
@@ -517,7 +517,7 @@ def test_file_cut_in_its_header_is_a_video_error(video: pathlib.Path, tmp_path: 
         ("a.webm", "libvpx-vp9", {}, {}),
     ],
 )
-def test_stream_cut_in_the_middle_is_a_video_error(
+def test_stream_truncated_in_the_middle_is_a_video_error(
     encode_video,
     tmp_path: pathlib.Path,
     rng: np.random.Generator,
@@ -526,7 +526,9 @@ def test_stream_cut_in_the_middle_is_a_video_error(
     muxer: dict,
     options: dict,
 ):
-    frames = rng.integers(0, 256, (COUNT, 32, 32, 3)).astype(np.uint8)  # the header is a small part
+    frames = rng.integers(0, 256, (COUNT, 32, 32, 3)).astype(
+        np.uint8
+    )  # so that the header is a small part of the file
     path = encode_video(tmp_path / name, frames, codec, muxer=muxer, **options)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])

@@ -1,4 +1,4 @@
-"""Protects the pool of processes: results arrive whole, and a hang, a crash or an error costs one call."""
+"""The worker pool: results arrive complete, and a hang, crash or error costs one call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storm_jax.media import workers
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
 
-# What the workers run; they import this module by its name.
+# Functions that run in the workers, which import this module by name.
 
 
 def array(size: int, value: int) -> dict:
@@ -48,30 +48,30 @@ def modules() -> list[str]:
 
 @pytest.fixture(scope="module")
 def pool():
-    with WorkerPool(1) as made:
-        yield made
+    with WorkerPool(1) as opened:
+        yield opened
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 200_000, 7])
-def test_arrays_come_back_as_they_were_and_stay(pool: WorkerPool, size: int):
+def test_arrays_are_returned_unchanged_and_stay_valid(pool: WorkerPool, size: int):
     got = pool.call(array, size, 7)
-    pool.call(array, size, 9)  # into the same memory
+    pool.call(array, size, 9)  # reuses the shared memory
     np.testing.assert_array_equal(got["a"], np.full((size, 3), 7))
     np.testing.assert_array_equal(got["b"][0], np.arange(size))
-    got["a"][:] = 1  # it is the caller's own
+    got["a"][:] = 1  # the array is a writable copy
 
 
-def test_the_first_array_may_have_its_room(pool: WorkerPool):
-    room = np.zeros((4, 10, 3), np.uint8)
-    got = pool.call(array, 10, 7, room=room[1])
-    assert np.shares_memory(got["a"], room) and (room[1] == 7).all()
-    assert not room[[0, 2, 3]].any()
+def test_the_first_array_is_written_to_out_if_its_size_matches(pool: WorkerPool):
+    out = np.zeros((4, 10, 3), np.uint8)
+    got = pool.call(array, 10, 7, out=out[1])
+    assert np.shares_memory(got["a"], out) and (out[1] == 7).all()
+    assert not out[[0, 2, 3]].any()
     np.testing.assert_array_equal(got["b"][0], np.arange(10))
-    other = pool.call(array, 9, 5, room=room[2])  # of another size
-    assert (other["a"] == 5).all() and not room[2].any()
+    other = pool.call(array, 9, 5, out=out[2])  # of another size
+    assert (other["a"] == 5).all() and not out[2].any()
 
 
-def test_calls_of_many_threads_do_not_mix():
+def test_calls_from_many_threads_do_not_mix():
     with WorkerPool(2) as pool, concurrent.futures.ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda i: pool.call(array, 1000 + i, i % 256), range(60)))
     assert len({result["pid"] for result in results} - {os.getpid()}) == 2
@@ -102,15 +102,15 @@ def test_a_hang_costs_one_call(pool: WorkerPool):
 
 
 @pytest.mark.parametrize(
-    ("how", "told"), [("exit", "status 3"), ("killed", "SIGKILL"), ("segfault", "SIGSEGV")]
+    ("how", "message"), [("exit", "status 3"), ("killed", "SIGKILL"), ("segfault", "SIGSEGV")]
 )
-def test_a_crash_costs_one_call_and_says_how(pool: WorkerPool, how: str, told: str):
-    with pytest.raises(WorkerCrashError, match=told):
+def test_a_crash_costs_one_call_and_is_described(pool: WorkerPool, how: str, message: str):
+    with pytest.raises(WorkerCrashError, match=message):
         pool.call(crash, how)
     assert pool.call(array, 2, 1)["a"].shape == (2, 3)
 
 
-def test_errors_cross_as_themselves_and_the_process_goes_on(pool: WorkerPool):
+def test_errors_are_raised_unchanged_and_the_process_survives(pool: WorkerPool):
     before = pool.call(array, 1, 1)["pid"]
     with pytest.raises(MediaError, match=r"video a.mp4 is truncated: too short") as caught:
         pool.call(fail)
@@ -133,7 +133,7 @@ def test_a_closed_pool_refuses_calls():
         os.kill(pid, 0)
 
 
-def test_closing_ends_calls_that_still_run():
+def test_closing_ends_running_calls():
     pool = WorkerPool(3)
     with concurrent.futures.ThreadPoolExecutor(6) as threads:
         calls = [threads.submit(pool.call, hang) for _ in range(6)]
@@ -154,7 +154,7 @@ def test_workers_that_decode_do_not_import_jax(pool: WorkerPool):
         with pytest.raises(MediaError):
             fresh.call(read_media, Media.file("video", "missing.mp4"), 1, 8, 0.0)
         names = fresh.call(modules)
-    # This module itself imports pytest, but not JAX.
+    # This module imports pytest, but not JAX.
     assert "av" in names and not {"jax", "grain", "transformers"} & set(names)
 
 
@@ -188,4 +188,4 @@ def test_a_hanging_worker_does_not_outlive_a_killed_parent():
         except ProcessLookupError:
             return
         time.sleep(0.1)
-    pytest.fail("the worker lives on")
+    pytest.fail("the worker outlives its parent")

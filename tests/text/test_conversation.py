@@ -1,5 +1,5 @@
-"""Protects what is learned: the loss covers answers and their end markers and nothing else, a prompt
-is what training saw before the answer, and visual tokens stand where their placeholder stood."""
+"""Conversations: the loss covers exactly answers and their end markers, a prompt equals what training
+sees before the answer, and visual tokens replace their placeholders."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def sample_of(*pairs: tuple[str, str], system: str = "", media: int = 0) -> Samp
     return Sample(id="a", turns=tuple(turns), media=files, extra={})
 
 
-def runs(tokenizer, encoded: Encoded) -> list[tuple[bool, str]]:
-    """The text of each unbroken stretch with or without loss; visual tokens left out."""
+def stretches(tokenizer, encoded: Encoded) -> list[tuple[bool, str]]:
+    """Text of each stretch of tokens with equal loss mask, without visual tokens."""
     text = encoded.media < 0
     pairs = zip(encoded.answer[text].tolist(), encoded.tokens[text].tolist(), strict=True)
     return [
@@ -54,20 +54,20 @@ def runs(tokenizer, encoded: Encoded) -> list[tuple[bool, str]]:
 
 
 def normal(text: str) -> str:
-    """What the tokenizer stores of a text: NFC of what stands between special tokens."""
+    """What the tokenizer stores of a text: the NFC of everything between special tokens."""
     pieces = re.split(r"(<\|im_end\|>|<\|im_start\|>|<\|endoftext\|>)", text)
     return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
 
 
 def chatml(*pairs: tuple[str, str], system: str = "") -> list[tuple[bool, str]]:
-    """The stretches that ChatML must give, written out by hand."""
+    """The expected stretches in ChatML, written by hand."""
     before = f"<|im_start|>system\n{system}{EOS}\n" if system else ""
-    stretches = []
+    expected = []
     for question, answer in pairs:
         before += f"<|im_start|>user\n{question}{EOS}\n<|im_start|>assistant\n"
-        stretches += [(False, before), (True, answer + EOS)]
+        expected += [(False, before), (True, answer + EOS)]
         before = "\n"
-    return [(learned, normal(text)) for learned, text in [*stretches, (False, before)]]
+    return [(learned, normal(text)) for learned, text in [*expected, (False, before)]]
 
 
 # Loss.
@@ -92,17 +92,17 @@ def chatml(*pairs: tuple[str, str], system: str = "") -> list[tuple[bool, str]]:
 )
 def test_loss_covers_exactly_answers_and_end_markers(tokenizer, system: str, pairs: list):
     encoded = ConversationEncoder(tokenizer, system).encode(sample_of(*pairs), [])
-    assert runs(tokenizer, encoded) == chatml(*pairs, system=system)
+    assert stretches(tokenizer, encoded) == chatml(*pairs, system=system)
 
 
 @PROPERTY
 @given(pairs=dialogues, system=st.sampled_from(["", "Be brief."]))
-def test_loss_covers_exactly_answers_whatever_the_text(tokenizer, pairs: list, system: str):
+def test_loss_covers_exactly_the_answers_of_any_text(tokenizer, pairs: list, system: str):
     encoded = ConversationEncoder(tokenizer, system).encode(sample_of(*pairs), [])
-    assert runs(tokenizer, encoded) == chatml(*pairs, system=system)
+    assert stretches(tokenizer, encoded) == chatml(*pairs, system=system)
 
 
-def test_end_marker_is_one_learned_token(tokenizer):
+def test_end_marker_is_one_trained_token(tokenizer):
     encoded = ConversationEncoder(tokenizer, "").encode(sample_of(("Why?", "So.")), [])
     learned = encoded.tokens[encoded.answer]
     assert learned[-1] == tokenizer.eos_token_id
@@ -112,10 +112,10 @@ def test_end_marker_is_one_learned_token(tokenizer):
 def test_sample_with_its_own_system_prompt_keeps_it(tokenizer):
     encoder = ConversationEncoder(tokenizer, "You are a helpful assistant")
     encoded = encoder.encode(sample_of(("Why?", "So."), system="Be brief."), [])
-    assert runs(tokenizer, encoded) == chatml(("Why?", "So."), system="Be brief.")
+    assert stretches(tokenizer, encoded) == chatml(("Why?", "So."), system="Be brief.")
 
 
-def test_arrays_are_of_one_length_and_their_documented_types(tokenizer):
+def test_arrays_have_equal_lengths_and_documented_types(tokenizer):
     encoded = ConversationEncoder(tokenizer, "").encode(sample_of(("Why?", "So.")), [])
     assert [a.dtype for a in (encoded.tokens, encoded.answer, encoded.media)] == [
         np.int32, np.bool_, np.int32,
@@ -161,7 +161,7 @@ def test_prompt_with_media_is_a_prefix_too(tokenizer):
         ("One <image> two\n<video> three <image>!", [3, 7, 1]),
     ],
 )
-def test_visual_slots_stand_where_the_placeholder_stood(tokenizer, question: str, counts: list):
+def test_visual_slots_replace_the_placeholder(tokenizer, question: str, counts: list):
     sample = sample_of((question, "So."), media=len(counts))
     encoded = ConversationEncoder(tokenizer, "Be brief.").encode(
         sample, [[count] for count in counts]
@@ -178,7 +178,7 @@ def test_visual_slots_stand_where_the_placeholder_stood(tokenizer, question: str
         expected_media += [-1] * len(ids)
     assert encoded.media.tolist() == expected_media
     assert encoded.tokens.tolist() == expected_tokens
-    assert runs(tokenizer, encoded)[1] == (True, "So." + EOS)
+    assert stretches(tokenizer, encoded)[1] == (True, "So." + EOS)
 
 
 def test_media_of_later_turns_keep_their_order_and_carry_no_loss(tokenizer):
@@ -197,7 +197,7 @@ def test_placeholder_never_reaches_the_tokenizer(tokenizer):
     assert "image" not in tokenizer.decode(encoded.tokens)
 
 
-def test_placeholder_in_the_system_prompt_is_an_error_that_says_so(tokenizer):
+def test_placeholder_in_the_system_prompt_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="system"):
         ConversationEncoder(tokenizer, "Look at <image>").encode(sample_of(("Why?", "So.")), [])
 
@@ -206,9 +206,9 @@ def test_placeholder_in_the_system_prompt_is_an_error_that_says_so(tokenizer):
 
 
 def with_template(template: str) -> transformers.PreTrainedTokenizerBase:
-    made = train_tokenizer(["Which way? left"], 280)
-    made.chat_template = template
-    return made
+    trained = train_tokenizer(["Which way? left"], 280)
+    trained.chat_template = template
+    return trained
 
 
 INST = (
@@ -220,9 +220,9 @@ INST = (
 
 
 def test_template_that_trims_and_has_no_opening_is_followed():
-    made = with_template(INST)
-    encoded = ConversationEncoder(made, "").encode(sample_of(("a", " b "), ("c", "d")), [])
-    assert runs(made, encoded) == [
+    trained = with_template(INST)
+    encoded = ConversationEncoder(trained, "").encode(sample_of(("a", " b "), ("c", "d")), [])
+    assert stretches(trained, encoded) == [
         (False, "[INST] a [/INST]"), (True, f" b {EOS}"),
         (False, "[INST] c [/INST]"), (True, f" d {EOS}"),
     ]  # fmt: skip
@@ -231,11 +231,11 @@ def test_template_that_trims_and_has_no_opening_is_followed():
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",  # rewrites answers
+        "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",  # modifies answers
         "{% for m in messages %}{{ '>' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}opening{% endif %}",  # opens what it does not continue
-        "{{ messages[-1]['content'] }}{% if add_generation_prompt %}!{% endif %}",  # forgets
-        INST.replace(" <|im_end|>", "\n"),  # never ends an answer
+        "{% if add_generation_prompt %}opening{% endif %}",  # the generation prompt is not part of the answer's turn
+        "{{ messages[-1]['content'] }}{% if add_generation_prompt %}!{% endif %}",  # drops earlier turns
+        INST.replace(" <|im_end|>", "\n"),  # no end marker
     ],
 )
 def test_template_that_does_not_continue_its_prompt_is_a_sample_error(template: str):
@@ -249,10 +249,10 @@ def test_template_that_does_not_continue_its_prompt_is_a_sample_error(template: 
 
 
 def test_loaded_tokenizer_encodes_as_the_trained_one(tmp_path: pathlib.Path):
-    made = train_tokenizer(["Which way? left"], 280)
-    made.save_pretrained(tmp_path)
+    trained = train_tokenizer(["Which way? left"], 280)
+    trained.save_pretrained(tmp_path)
     text = "Which way? left <|im_end|>"
-    assert load_tokenizer(tmp_path)(text)["input_ids"] == made(text)["input_ids"]
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == trained(text)["input_ids"]
 
 
 def test_damaged_tokenizer_is_refused_by_name(tmp_path: pathlib.Path):
@@ -263,14 +263,14 @@ def test_damaged_tokenizer_is_refused_by_name(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("eos", ["<|endoftext|>", None])
-def test_the_template_says_what_ends_an_answer(tmp_path: pathlib.Path, eos: str | None):
-    """Base Qwen2 has <|endoftext|> as eos_token, and ChatML."""
-    made = train_tokenizer(["Which way? left"], 280)
-    made.eos_token = eos
-    made.save_pretrained(tmp_path)
+def test_the_template_determines_what_ends_an_answer(tmp_path: pathlib.Path, eos: str | None):
+    """Base Qwen2 has the eos_token <|endoftext|> but a ChatML template."""
+    trained = train_tokenizer(["Which way? left"], 280)
+    trained.eos_token = eos
+    trained.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     encoded = ConversationEncoder(loaded, "").encode(sample_of(("Why?", "So.")), [])
-    assert runs(loaded, encoded) == chatml(("Why?", "So."))
+    assert stretches(loaded, encoded) == chatml(("Why?", "So."))
     turn, document = loaded.convert_tokens_to_ids([EOS, "<|endoftext|>"])
     assert stop_ids(tmp_path, loaded) == ((turn, document) if eos else (turn,))
     for listed, expected in ((document, {turn, document}), ([7, turn], {turn, 7})):
@@ -280,15 +280,15 @@ def test_the_template_says_what_ends_an_answer(tmp_path: pathlib.Path, eos: str 
         assert found[0] == turn
 
 
-def test_any_token_pads_where_none_is_named(tmp_path: pathlib.Path):
+def test_a_missing_pad_token_is_replaced(tmp_path: pathlib.Path):
     """Llama 3 has no pad token."""
-    made = train_tokenizer(["Which way? left"], 280)
-    made.pad_token = None
-    made.save_pretrained(tmp_path)
+    trained = train_tokenizer(["Which way? left"], 280)
+    trained.pad_token = None
+    trained.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token == EOS
 
 
-THINKING = (  # as Qwen3: an empty thought in front of the last answer, which earlier ones lose
+THINKING = (  # like Qwen3: an empty thought before the last answer only
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -300,7 +300,7 @@ THINKING = (  # as Qwen3: an empty thought in front of the last answer, which ea
     ("template", "message"),
     [
         (None, "has no chat template"),
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no answer would ever stop"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "generation would never stop"),
         (THINKING, "as a continuation of its prompt"),
         ("{{ raise_exception('not like this') }}", "not like this"),
         ("{% for m in messages %}", "unexpected|Unexpected"),
@@ -309,36 +309,36 @@ THINKING = (  # as Qwen3: an empty thought in front of the last answer, which ea
 def test_unusable_template_is_refused_by_name(
     tmp_path: pathlib.Path, template: str | None, message: str
 ):
-    made = train_tokenizer(["a"], 259)
-    made.chat_template = template
-    made.save_pretrained(tmp_path)
+    trained = train_tokenizer(["a"], 259)
+    trained.chat_template = template
+    trained.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_template_that_shows_the_date_gets_the_same_every_day():
-    """As Llama 3.2's, which asks the clock when it is given none."""
+def test_a_template_with_a_date_renders_the_same_every_day():
+    """Llama 3.2's template reads the clock if no date is passed."""
     clock = "{% set date_string = strftime_now('%d %b %Y') %}"
-    made = with_template(
+    trained = with_template(
         "{% if date_string is not defined %}" + clock + "{% endif %}{{ date_string }}" + INST
     )
-    encoded = ConversationEncoder(made, "").encode(sample_of(("a", "b")), [])
-    assert runs(made, encoded)[0] == (False, "26 Jul 2024[INST] a [/INST]")
+    encoded = ConversationEncoder(trained, "").encode(sample_of(("a", "b")), [])
+    assert stretches(trained, encoded)[0] == (False, "26 Jul 2024[INST] a [/INST]")
 
 
 @pytest.mark.parametrize(
     ("start", "message"),
-    [("{{ raise_exception('no system') }}", "no system"), ("", "leaves it out")],
+    [("{{ raise_exception('no system') }}", "no system"), ("", "drops the system turn")],
 )
-def test_a_system_text_that_the_template_cannot_show_is_refused(start: str, message: str):
+def test_a_system_text_that_the_template_cannot_render_is_refused(start: str, message: str):
     checked = "{% if messages[0]['role'] == 'system' %}" + start + "{% endif %}"
-    made = with_template(checked + INST)
+    trained = with_template(checked + INST)
     with pytest.raises(ConfigError, match=rf"data.system='Be brief.*{message}"):
-        ConversationEncoder(made, "Be brief.")
-    ConversationEncoder(made, "")
+        ConversationEncoder(trained, "Be brief.")
+    ConversationEncoder(trained, "")
 
 
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: pathlib.Path):
-    with pytest.raises(ConfigError, match=f"{tmp_path} holds no tokenizer"):
+    with pytest.raises(ConfigError, match=f"{tmp_path} contains no tokenizer"):
         load_tokenizer(tmp_path)

@@ -283,7 +283,7 @@ def test_a_damaged_generation_config_is_named(content, tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub", "qwen2")
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(
-        ConfigError, match=rf"{folder}/generation_config.json(: eos_token_id has| is damaged)"
+        ConfigError, match=rf"{folder}/generation_config.json(: eos_token_id contains| is damaged)"
     ):
         import_of(tmp_path / "run", tower, folder)
     assert not (tmp_path / "run").exists()
@@ -542,7 +542,7 @@ def test_a_tokenizer_without_template_or_markers_is_refused(tower, tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_reported(tower, tmp_path):
     folder = save(make_decoder("qwen2"), tmp_path / "hub")
-    with pytest.raises(ConfigError, match=f"{folder} holds no tokenizer"):
+    with pytest.raises(ConfigError, match=f"{folder} contains no tokenizer"):
         import_of(tmp_path / "run", tower, folder)
 
 

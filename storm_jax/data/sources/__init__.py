@@ -1,4 +1,4 @@
-"""Where samples come from. A new kind of source is one file here and one line in `open_source`."""
+"""Data sources. To add a kind of source, add a module here and a line in `open_source`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Source(Protocol):
     """Random access to the samples of one data set.
 
     Attributes:
-      name: from its configuration.
-      stamp: changes when the files do; cheap to know, so by their sizes and times of change.
+      name: name from the configuration.
+      stamp: changes with the files; derived from their sizes and modification times.
     """
 
     name: str
@@ -24,23 +24,23 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int) -> Sample:
-        """Parses one sample; media are named, not read.
+        """Parses one sample without reading its media.
 
         Raises:
-          SampleError: when it cannot be used.
+          SampleError: the sample cannot be used.
         """
         ...
 
     def where(self, index: int) -> str:
-        """File and line, or what else leads a person to the record."""
+        """Returns where to find the record, such as its file and line."""
         ...
 
 
 def open_source(config: SourceConfig, index_dir: str = "") -> Source:
-    """The source of a path: its kind follows from what is there.
+    """Opens the source at `config.path`; its kind is detected from the files.
 
     Raises:
-      DataError: when nothing is there, or nothing that is known.
+      DataError: the path is missing or contains no known kind of source.
     """
     path = pathlib.Path(config.path)
     folder = index_folder(config, index_dir)
@@ -53,7 +53,7 @@ def open_source(config: SourceConfig, index_dir: str = "") -> Source:
 
         return JsonFile(config, folder)
     if not path.is_dir():
-        raise DataError(f"{path} is missing: data source {config.name!r} names it as its path")
+        raise DataError(f"{path} does not exist: it is the path of data source {config.name!r}")
     if files := sorted(path.glob("**/*.parquet")):
         from storm_jax.data.sources.parquet import ParquetFolder
 
@@ -67,13 +67,13 @@ def open_source(config: SourceConfig, index_dir: str = "") -> Source:
 
         return TarShards(config, files, folder)
     raise DataError(
-        f"{path}: data source {config.name!r} is a folder without .parquet files, .tar shards or a "
-        f"TFDS dataset_info.json; for JSON, name the file"
+        f"{path}: the folder of data source {config.name!r} contains no .parquet files, .tar shards or "
+        f"TFDS dataset_info.json; for JSON, set the path to the file"
     )
 
 
 def index_folder(config: SourceConfig, index_dir: str) -> pathlib.Path:
-    """Where what was found out about a source is kept."""
+    """Returns the folder for a source's cached indices."""
     if index_dir:
         return pathlib.Path(index_dir) / config.name
     return pathlib.Path(config.path.rstrip("/") + ".index")

@@ -1,4 +1,4 @@
-"""LLaVA JSON (one list) and JSON lines: the file is memory-mapped, records are parsed when read."""
+"""LLaVA JSON (one list) and JSON lines. The file is memory-mapped; records are parsed on access."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from storm_jax.files import file_stamp
 from storm_jax.text.sample import Sample, SampleError
 
 _CHUNK = 2**26
-_MARK = b"\xef\xbb\xbf"  # byte order
-_SMALL = 2**24  # bytes that are searched in less time than an index is kept
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SMALL = 2**24  # bytes; indexing a smaller file is faster than caching its index
 
 
 class JsonFile:
-    """The records of one file; where each begins is found once and kept in `index_folder`."""
+    """The records of one file. The positions of records in a large file are cached in `index_folder`."""
 
     def __init__(self, config: SourceConfig, index_folder: pathlib.Path):
         self.name = config.name
@@ -33,19 +33,23 @@ class JsonFile:
         if self.path.stat().st_size < _SMALL:
             self._spans = find_records(self.path)
         else:
-            make = lambda: {"spans": find_records(self.path)}  # noqa: E731
-            self._spans = cached_arrays(index_folder, "records", self.stamp, make)["spans"]
+            find = lambda: {"spans": find_records(self.path)}  # noqa: E731
+            self._spans = cached_arrays(index_folder, "records", self.stamp, find)["spans"]
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def record(self, index: int) -> Any:
-        """The parsed JSON of one record."""
+        """Returns the parsed JSON of one record.
+
+        Raises:
+          SampleError: the record is not valid JSON.
+        """
         offset, size, _ = self._spans[index].tolist()
         try:
             return json.loads(self._bytes[offset : offset + size])
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise SampleError(str(index), "malformed", f"it is not JSON: {error}") from None
+            raise SampleError(str(index), "malformed", f"invalid JSON: {error}") from None
 
     def sample(self, index: int) -> Sample:
         return parse_record(self.record(index), self._root, index)
@@ -60,26 +64,28 @@ class JsonFile:
 
 
 def find_records(path: pathlib.Path) -> np.ndarray:
-    """Offset, size (bytes) and line of each record, int64 [M, 3].
+    """Returns offset and size in bytes and line number of each record, int64 [M, 3].
 
     Raises:
-      DataError: when the file is empty, cannot be read, or is a list that is not JSON.
+      DataError: the file is empty, cannot be read, or is a list with invalid JSON.
     """
     try:
         with path.open("rb") as file:
-            start = file.read(_CHUNK).removeprefix(_MARK).lstrip()[:1]
+            start = file.read(_CHUNK).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
         spans = _find_items(path) if start == b"[" else _find_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if start not in (b"[", b"{"):
-        raise DataError(f"{path} is not JSON: it begins with {start!r}, not with '[' or '{{'")
+        raise DataError(
+            f"{path} is not a JSON list or JSON lines: it begins with {start!r}, not '[' or '{{'"
+        )
     if not len(spans):
-        raise DataError(f"{path} holds no sample")
+        raise DataError(f"{path} contains no samples")
     return spans
 
 
 def _find_lines(path: pathlib.Path) -> np.ndarray:
-    """Records on lines of their own; blank lines are none."""
+    """Finds the records of JSON lines; blank lines are skipped."""
     newlines, offset = [], 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -100,34 +106,38 @@ def _read(file: Any, offset: int, size: int) -> bytes:
 
 
 def _find_items(path: pathlib.Path) -> np.ndarray:
-    """Records of one list; the file is read whole, once."""
+    """Finds the records of one list. The whole file is read."""
     data = path.read_bytes()
-    text = data.removeprefix(_MARK).decode()
+    text = data.removeprefix(_BYTE_ORDER_MARK).decode()
     decoder = json.JSONDecoder()
     spans: list[tuple[int, int, int]] = []
-    position, offset, line = text.index("[") + 1, len(data) - len(data.removeprefix(_MARK)), 1
-    seen = 0  # characters that `offset` and `line` are counted up to
-    expects = True
+    position, offset, line = (
+        text.index("[") + 1,
+        len(data) - len(data.removeprefix(_BYTE_ORDER_MARK)),
+        1,
+    )
+    counted = 0  # position in `text` that `offset` and `line` refer to
+    expects_item = True
     try:
         while True:
             while text[position] in " \t\r\n":
                 position += 1
-            if text[position] == "]" and not (expects and spans):
+            if text[position] == "]" and not (expects_item and spans):
                 break
-            if not expects:
+            if not expects_item:
                 if text[position] != ",":
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-                position, expects = position + 1, True
+                position, expects_item = position + 1, True
                 continue
             _, end = decoder.raw_decode(text, position)
-            offset += len(text[seen:position].encode())
-            line += text.count("\n", seen, position)
+            offset += len(text[counted:position].encode())
+            line += text.count("\n", counted, position)
             size = len(text[position:end].encode())
             spans.append((offset, size, line))
             line += text.count("\n", position, end)
-            offset, seen, position, expects = offset + size, end, end, False
+            offset, counted, position, expects_item = offset + size, end, end, False
     except (json.JSONDecodeError, IndexError, RecursionError) as error:
         where = text.count("\n", 0, position) + 1
-        told = "it ends before its list does" if isinstance(error, IndexError) else error
-        raise DataError(f"{path} line {where} is not JSON: {told}") from None
+        problem = "the file ends inside the list" if isinstance(error, IndexError) else error
+        raise DataError(f"{path} line {where}: invalid JSON: {problem}") from None
     return np.array(spans, np.int64).reshape(-1, 3)

@@ -1,6 +1,6 @@
-"""Hugging Face parquet folders: columns are the fields of a record, media their `{bytes, path}`.
+"""Hugging Face parquet folders: columns are the fields of a record; media are `{bytes, path}` cells.
 
-Text is read when a sample is parsed, bytes of media only where they are decoded.
+Text is read when a sample is parsed; media bytes are read only in the process that decodes them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from storm_jax.files import file_stamp
 from storm_jax.text.sample import Sample, SampleError
 
 _BYTES = "bytes"
-_READING = threading.Lock()  # a ParquetFile is for one thread at a time
+_READING = threading.Lock()  # ParquetFile is not thread-safe
 
 
 class ParquetFolder:
-    """The rows of all files of a folder, in the order of their names."""
+    """The rows of all files of a folder, sorted by file name."""
 
     def __init__(self, config: SourceConfig, files: Sequence[pathlib.Path]):
         self.name, self.stamp = config.name, file_stamp(files)
@@ -34,13 +34,13 @@ class ParquetFolder:
         self._groups = [group for file in files for group in self._groups_of(file)]
         self._ends = np.cumsum([rows for _, _, rows in self._groups], dtype=np.int64)
         if not len(self):
-            raise DataError(f"{config.path} holds no sample")
+            raise DataError(f"{config.path} contains no samples")
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _groups_of(self, file: pathlib.Path) -> list[tuple[str, int, int]]:
-        """(file, row group, rows); a file that cannot be read counts as one bad sample."""
+        """Returns (file, row group, rows). An unreadable file counts as one bad sample."""
         try:
             metadata = _open(str(file)).metadata
         except (OSError, ValueError) as error:
@@ -52,7 +52,9 @@ class ParquetFolder:
     def sample(self, index: int) -> Sample:
         file, group, row = self._find(index)
         if file in self._problems:
-            raise SampleError(file, "malformed", f"it is no parquet file: {self._problems[file]}")
+            raise SampleError(
+                file, "malformed", f"not a valid parquet file: {self._problems[file]}"
+            )
         record = dict(_text_rows(file, group)[row])
         for column, is_list in _media_columns(file).items():
             if record.get(column) is None:
@@ -75,7 +77,7 @@ class ParquetFolder:
 
 
 def read_cell(file: str, group: int, row: int, column: str, item: int) -> bytes | None:
-    """The bytes of one medium; None where the file only names it."""
+    """Returns the bytes of one medium, or None if the cell contains only a path."""
     cell = _media_cells(file, group, column)[row].as_py()
     return (cell[item] if isinstance(cell, list) else cell)[_BYTES]
 
@@ -86,14 +88,14 @@ def _open(file: str) -> pq.ParquetFile:
 
 
 def _leaves(file: str) -> list[str]:
-    """Dotted paths of the columns that values are stored in."""
+    """Returns the dotted paths of the leaf columns."""
     schema = _open(file).schema
     return [schema.column(i).path for i in range(len(schema))]
 
 
 @functools.lru_cache(64)
 def _media_columns(file: str) -> dict[str, bool]:
-    """Columns that hold media, and whether a cell is a list of them."""
+    """Returns the media columns, and whether their cells are lists of media."""
     leaves = [path.split(".") for path in _leaves(file)]
     return {leaf[0]: len(leaf) > 2 for leaf in leaves if leaf[-1] == _BYTES and len(leaf) > 1}
 

@@ -1,6 +1,6 @@
-"""WebDataset-style tar shards: KEY.json beside its media KEY.mp4, KEY.0.jpg and so on.
+"""WebDataset-style tar shards: KEY.json next to its media KEY.mp4, KEY.0.jpg and so on.
 
-Shards are indexed once; afterwards media are read from where they lie in the shard.
+Shards are indexed once; media are then read directly from their byte range in the shard.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TEXT_SUFFIXES = (".json", ".txt")
 
 
 class TarShards:
-    """The samples of all shards, in the order of their names and of the members in them."""
+    """The samples of all shards, sorted by shard name, then in member order."""
 
     def __init__(
         self, config: SourceConfig, files: Sequence[pathlib.Path], index_folder: pathlib.Path
@@ -38,7 +38,7 @@ class TarShards:
         self._members, self._starts = index["members"], index["starts"]
         self._problems = index["problems"].tobytes().decode().split("\n")
         if not len(self):
-            raise DataError(f"{config.path} holds no sample")
+            raise DataError(f"{config.path} contains no samples")
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -53,11 +53,13 @@ class TarShards:
         key = _key(next(iter(members)))
         texts = {name: medium for name, medium in members.items() if name.endswith(".json")}
         if len(texts) != 1:
-            raise SampleError(key, "malformed", f"it has {len(texts)} .json members, not one")
+            raise SampleError(key, "malformed", f"expected one .json member, found {len(texts)}")
         try:
             record = json.loads(next(iter(texts.values())).open().read())  # type: ignore[union-attr]
         except ValueError as error:
-            raise SampleError(key, "malformed", f"its .json member is not JSON: {error}") from None
+            raise SampleError(
+                key, "malformed", f"its .json member is not valid JSON: {error}"
+            ) from None
         media = {name: m for name, m in members.items() if not name.endswith(_TEXT_SUFFIXES)}
         if isinstance(record, dict):
             record = _with_media({"id": key, **record}, media)
@@ -83,7 +85,7 @@ class TarShards:
 
 
 def _with_media(record: dict[str, Any], media: dict[str, Media]) -> dict[str, Any]:
-    """A record that names no media has all that lie beside it, in the order of their names."""
+    """Adds all media of the sample, sorted by name, to a record that lists none."""
     if "messages" in record or any(record.get(field) for field in MEDIA_FIELDS):
         return record
     for name in sorted(media):
@@ -92,23 +94,29 @@ def _with_media(record: dict[str, Any], media: dict[str, Media]) -> dict[str, An
 
 
 def _by_short_names(media: dict[str, Media]) -> dict[str, Media]:
-    """Members by their path in the shard, their file name, and what follows the key."""
+    """Returns members by path in the shard, by file name, and by what follows the key."""
     short = {name.rpartition("/")[2]: medium for name, medium in media.items()}
     endings = {name.partition(".")[2]: medium for name, medium in short.items()}
     return {**endings, **short, **media}
 
 
 def _key(name: str) -> str:
-    """Path up to the first dot of the file name: members of one sample share it."""
+    """Returns the path up to the first dot of the file name, shared by the members of a sample."""
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"
 
 
 def find_members(files: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
-    """Members of all shards, int64 [K, 3] (shard, offset, size), their names as one text and where each
-    ends, where each of the M samples starts among them, int64 [M + 1], and what is wrong with each shard,
-    a line each. A shard that cannot be read, or not to its end, adds a sample of one member at offset
-    -1."""
+    """Indexes all shards.
+
+    A shard that is unreadable, or truncated, adds one bad sample: a single member at offset -1.
+
+    Returns:
+      members: int64 [K, 3], (shard, offset, size) of each member.
+      names, name_ends: uint8, the concatenated member names, and int64 [K], where each ends.
+      starts: int64 [M + 1], first member of each of the M samples.
+      problems: uint8, one line of text per shard, empty if the shard is readable.
+    """
     members: list[tuple[int, int, int]] = []
     names: list[bytes] = []
     starts: list[int] = []

@@ -19,9 +19,9 @@ from storm_jax.text.sample import Sample
 
 
 class TfdsFolder:
-    """One split of the folder that holds dataset_info.json.
+    """One split of a folder with dataset_info.json.
 
-    Features are the fields of a record. Media are names (Text), encoded files (a uint8 vector) or
+    Features are the fields of a record. Media are file names (Text), encoded files (a uint8 vector) or
     pixels (Image).
     """
 
@@ -36,16 +36,16 @@ class TfdsFolder:
                 builder = tfds.builder_from_directory(config.path)
                 splits = list(builder.info.splits)
                 if config.split not in splits:
-                    raise ValueError(f"no split {config.split!r}; there are {', '.join(splits)}")
+                    raise ValueError(f"no split {config.split!r}; available: {', '.join(splits)}")
                 self._items = builder.as_data_source(split=config.split)
         except (ValueError, NotImplementedError, OSError, KeyError) as error:
             raise DataError(
-                f"{config.path}: data source {config.name!r} is no TFDS data set in array_record "
+                f"{config.path}: data source {config.name!r} is not a TFDS data set in array_record "
                 f"files: {error}"
             ) from error
         self.stamp = f"{file_stamp(sorted(pathlib.Path(config.path).iterdir()))} {config.split}"
         if not len(self):
-            raise DataError(f"{config.path} holds no sample of split {config.split!r}")
+            raise DataError(f"{config.path}: split {config.split!r} contains no samples")
 
     def __len__(self) -> int:
         return len(self._items)
@@ -58,7 +58,7 @@ class TfdsFolder:
 
 
 def _plain(value: Any) -> Any:
-    """An item as JSON has it: text for bytes, a list of objects for a sequence of features."""
+    """Converts an item to JSON types: bytes to text, a sequence of features to a list of objects."""
     if isinstance(value, Mapping):
         fields = {key: _plain(each) for key, each in value.items()}
         columns = [each for each in fields.values() if isinstance(each, list)]

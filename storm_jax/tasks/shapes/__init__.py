@@ -1,4 +1,4 @@
-"""The built-in task: questions about moving shapes that pooling without memory cannot answer."""
+"""The built-in task: questions about moving shapes that cannot be answered by pooling without memory."""
 
 from storm_jax.tasks.shapes.ceilings import ceiling
 from storm_jax.tasks.shapes.dataset import read_settings, write

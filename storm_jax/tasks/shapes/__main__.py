@@ -1,20 +1,20 @@
-"""The built-in task: questions about moving shapes that pooling without memory cannot answer.
+"""Renders the built-in task: questions about moving shapes that pooling without memory cannot answer.
 
     python -m storm_jax.tasks.shapes --out=DIR --clips=N --seed=S
 
-renders textured clips with events in them to H.264 files (PNG for image questions) and writes LLaVA
-JSON for train, val and test. Families:
+Writes textured clips with short events as H.264 files (PNG for image questions), and LLaVA JSON for train,
+val and test. Families of questions:
 
-    order    two flashes in neighbouring frames: which came first
-    motion   a shape shows for two or three frames only and moves: which way
-    needle   one frame flashes: in what colour
-    count    how many frames flash (multiple choice)
-    recall   the colour of the shape at the start or at the end (multiple choice)
-    colour, shape, place    about an image
+    order    two flashes in consecutive frames: which came first?
+    motion   a shape appears for two or three frames and moves: in which direction?
+    needle   one frame flashes: in what colour?
+    count    how many frames flash? (multiple choice)
+    recall   what colour was the shape at the start, or at the end? (multiple choice)
+    colour, shape, place    questions about an image
 
-Reversing the time of an `order` or `motion` clip gives a clip with another answer. So a model that
-encodes frames apart and averages them over k frames cannot tell the two, unless the event straddles
-two groups. `ceiling` computes how far such a model can get, by enumerating each family's events.
+An `order` or `motion` clip played backwards has another answer. A model that encodes frames independently
+and averages groups of k cannot distinguish the two, unless the event straddles two groups.
+`shapes.ceiling` computes the best accuracy of such a model by enumerating all events of a family.
 """
 
 from __future__ import annotations
@@ -36,24 +36,43 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     every = ",".join(FAMILIES)
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument(
-        "--clips", type=int, required=True, help="training samples, images included"
+        "--clips", type=int, required=True, help="number of training samples, including images"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default 0")
     parser.add_argument(
         "--families",
         default=every,
-        help=f"comma-separated, twice for twice as many; default {every}",
+        help=f"comma-separated; repeat a family for more samples of it; default {every}",
     )
-    parser.add_argument("--frames", type=int, default=16, help="frames of a clip (8 at least)")
-    parser.add_argument("--size", type=int, default=32, help="height and width in pixels (even)")
-    parser.add_argument("--noise", type=int, default=16, help="background noise, 0 to 255")
-    parser.add_argument("--event_frames", type=int, default=2, help="frames of a motion: 2 or 3")
     parser.add_argument(
-        "--eval_clips", type=int, default=100, help="val and test samples per family each"
+        "--frames", type=int, default=16, help="frames per clip, at least 8; default 16"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=32,
+        help="height and width in pixels, even, at least 16; default 32",
+    )
+    parser.add_argument(
+        "--noise", type=int, default=16, help="background noise, 0 to 255; default 16"
+    )
+    parser.add_argument(
+        "--event_frames", type=int, default=2, help="frames of a motion, 2 or 3; default 2"
+    )
+    parser.add_argument(
+        "--eval_clips",
+        type=int,
+        default=100,
+        help="samples per family in each of val and test; default 100",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="number of processes; default: all cores",
+    )
     args = parser.parse_args()
     families = tuple(args.families.split(","))
     for name, problem in {

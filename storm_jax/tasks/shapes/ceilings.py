@@ -1,4 +1,4 @@
-"""How far a model can get that mixes nothing in time."""
+"""The best accuracy of a model without temporal mixing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from storm_jax.tasks.shapes.settings import Settings
 
 @functools.lru_cache
 def ceiling(family: str, settings: Settings, temporal_pool: int, temporal_sample: int) -> float:
-    """Best accuracy of a model that mixes nothing in time before the mean over `temporal_pool`.
+    """Returns the best accuracy of a model that mixes no frames before averaging `temporal_pool` of them.
 
-    Such a model sees, of each group that is emitted, which labels its frames have but not their
-    order. Every event is enumerated and the answer most likely for what is seen is guessed.
+    For each emitted group, such a model sees the labels of its frames but not their order. All events are
+    enumerated, and the most likely answer for each view is chosen.
     """
     kind = FAMILIES[family]
     if kind.is_image:
@@ -27,7 +27,8 @@ def ceiling(family: str, settings: Settings, temporal_pool: int, temporal_sample
     )
     group = plan_clip(settings.frames, 1, compression).frame_group
     events = kind.events(settings)
-    share = Counter(event.answer for event in events)  # answers are balanced, events within them
+    # Answers are equally likely, and so are the events of an answer.
+    events_per_answer = Counter(event.answer for event in events)
     seen: dict[Any, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in events:
         labels: dict[int, list] = defaultdict(list)
@@ -35,5 +36,7 @@ def ceiling(family: str, settings: Settings, temporal_pool: int, temporal_sample
             if g >= 0 and label is not None:
                 labels[g].append(label)
         view = tuple((g, tuple(sorted(found))) for g, found in sorted(labels.items()))
-        seen[event.question, view][event.answer] += 1 / share[event.answer] / len(share)
+        seen[event.question, view][event.answer] += (
+            1 / events_per_answer[event.answer] / len(events_per_answer)
+        )
     return min(1.0, sum(max(answers.values()) for answers in seen.values()))

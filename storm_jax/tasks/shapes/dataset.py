@@ -1,4 +1,4 @@
-"""Data sets of rendered samples on disk."""
+"""Writes and reads data sets of rendered samples."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FPS = 8
 
 
 def read_settings(folder: str | pathlib.Path) -> Settings:
-    """The settings that a folder was rendered with.
+    """Returns the settings that a folder was rendered with.
 
     Raises:
-      ValueError: when it holds no data set of this module.
+      ValueError: the folder is not a data set of this task.
     """
     path = pathlib.Path(folder) / "shapes.json"
     try:
@@ -33,17 +33,17 @@ def read_settings(folder: str | pathlib.Path) -> Settings:
         return Settings(**{**fields, "families": tuple(fields["families"])})
     except FileNotFoundError:
         raise ValueError(
-            f"{path} is missing: render the task with python -m storm_jax.tasks.shapes --out={folder}"
+            f"{path} does not exist: render the task with python -m storm_jax.tasks.shapes --out={folder}"
         ) from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a shapes.json: {error}") from None
+        raise ValueError(f"{path} is not a valid shapes.json: {error}") from None
 
 
 def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
-    """Renders a data set; a complete one with equal settings is left as it is.
+    """Renders a data set in `workers` processes. A complete one with equal settings is left unchanged.
 
     Raises:
-      ValueError: when the folder holds other settings or other files.
+      ValueError: the folder was rendered with other settings or contains other files.
     """
     folder = pathlib.Path(folder)
     complete = folder / "test.json"  # written last
@@ -57,10 +57,10 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
                     f"use another --out, or remove the folder"
                 )
         if complete.exists():
-            print(f"{folder} is complete already")
+            print(f"{folder} is already complete")
             return
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no shapes.json: use another --out")
+        raise ValueError(f"{folder} is not empty and contains no shapes.json: use another --out")
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "shapes.json", dataclasses.asdict(settings))
     counts = {split: settings.eval_clips * len(settings.families) for split in SPLITS}
@@ -70,10 +70,9 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
     for split in SPLITS:
         (folder / "media" / split).mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        made = pool.map(functools.partial(_write_sample, folder, settings), jobs, chunksize=32)
-        line = "rendered {done:,} of {total:,} samples, {left:.0f} s left"
-        shown = with_progress(made, len(jobs), line, every=1.0, tells_end=True)
-        for (split, _), record in zip(jobs, shown, strict=True):
+        rendered = pool.map(functools.partial(_write_sample, folder, settings), jobs, chunksize=32)
+        progress = with_progress(rendered, len(jobs), "rendering", unit="samples")
+        for (split, _), record in zip(jobs, progress, strict=True):
             records[split].append(record)
     for split in SPLITS:
         order = np.random.default_rng([settings.seed, SPLITS.index(split)]).permutation(

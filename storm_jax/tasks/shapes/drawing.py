@@ -1,4 +1,4 @@
-"""Paints the events of clips into frames."""
+"""Draws events into frames."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def draw_place(frames: np.ndarray, event: Event, rng: np.random.Generator) -> No
 
 
 def _paint_distractor(frames: np.ndarray, rng: np.random.Generator) -> None:
-    """A grey shape, in each frame anywhere: one that moved smoothly would tell a frame its time."""
+    """Draws a grey shape at a random place in each frame: smooth motion would reveal the order of frames."""
     outline, grey = rng.choice(OUTLINES), int(rng.integers(170, 215))
     for frame in frames:
         _paint(frame, outline, rng.uniform(0.1, 0.9, 2), 0.13, (grey,) * 3)
@@ -63,7 +63,7 @@ def _paint_distractor(frames: np.ndarray, rng: np.random.Generator) -> None:
 def _paint(
     frame: np.ndarray, outline: str, centre: np.ndarray, radius: float, rgb: tuple[int, ...]
 ) -> None:
-    """Paints a filled shape; centre (x, y) and radius are fractions of the frame's side."""
+    """Draws a filled shape; centre (x, y) and radius are fractions of the frame's side."""
     size = len(frame)
     y, x = (np.mgrid[:size, :size] + 0.5) / size - np.asarray(centre)[::-1, None, None]
     x, y = x / radius, y / radius
@@ -77,7 +77,7 @@ def _paint(
 
 
 def background(settings: Settings, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """A dim texture that stays, with a little noise that does not: uint8 [F, S, S, 3]."""
+    """Returns a dim constant texture with independent noise per frame, uint8 [F, S, S, 3]."""
     size = settings.size
     cells = -(-size // 4)
     texture = rng.integers(40, 100, (cells, cells, 1)).repeat(4, 0).repeat(4, 1)[:size, :size]

@@ -1,4 +1,4 @@
-"""What can happen in a clip of each family, without its pixels."""
+"""The events that can happen in a clip, as labels per frame, without pixels."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PLACES = {
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One way a clip of a family can be, without its pixels.
+    """One possible content of a clip.
 
     Attributes:
-      labels: what each frame shows, None where nothing happens.
-      answer: the right answer.
+      labels: what each frame shows; None if nothing happens in it.
+      answer: the correct answer.
       question: index of the question that is asked.
     """
 

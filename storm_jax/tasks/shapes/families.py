@@ -1,4 +1,4 @@
-"""The families of questions."""
+"""The families of questions: their answers, wordings, events and drawing functions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Family:
     Attributes:
       answers: all possible answers, equally likely.
       questions: wordings for each question index.
-      events: all equally likely events of a clip, by answer.
-      draw: paints an event into background frames uint8 [F, S, S, 3].
-      multiple_choice: whether options are listed and the answer is a letter.
-      is_image: whether the sample is one image.
+      events: returns all events; those with the same answer are equally likely.
+      draw: draws an event into background frames uint8 [F, S, S, 3], in place.
+      multiple_choice: whether the options are listed and the answer is a letter.
+      is_image: whether the sample is an image.
     """
 
     answers: tuple[str, ...]
@@ -34,6 +34,7 @@ class Family:
 
     @property
     def chance(self) -> float:
+        """Accuracy of guessing."""
         return 1 / len(self.answers)
 
 

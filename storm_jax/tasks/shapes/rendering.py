@@ -1,4 +1,4 @@
-"""Samples in memory."""
+"""Renders samples in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ SPLITS = ("train", "val", "test")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """A sample in memory: frames uint8 [F, S, S, 3] and its question."""
+    """A rendered sample: frames uint8 [F, S, S, 3], a question and its answer.
+
+    `options` are those of a multiple-choice question, whose answer is a letter.
+    """
 
     family: str
     frames: np.ndarray
@@ -29,12 +32,12 @@ class Rendered:
 
 
 def render(settings: Settings, split: str, index: int) -> Rendered:
-    """Sample `index` of a split; it does not depend on how many others there are."""
+    """Renders sample `index` of a split; it does not depend on the number of samples."""
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
     turn, which = divmod(index, len(settings.families))
     name = settings.families[which]
     family = FAMILIES[name]
-    answer = family.answers[turn % len(family.answers)]  # balanced exactly
+    answer = family.answers[turn % len(family.answers)]  # exactly balanced
     events = _events_by_answer(name, settings)[answer]
     event = events[rng.integers(len(events))]
     frames = background(settings, 1 if family.is_image else settings.frames, rng)

@@ -1,4 +1,4 @@
-"""What a data set of the task is rendered from."""
+"""Settings of a data set of the task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a data set is rendered from; equal settings give equal files."""
+    """Settings that a data set is rendered from; equal settings produce equal files.
+
+    Attributes:
+      clips: number of training samples, including images.
+      families: names of the families, in turns; a repeated one gets more samples.
+      frames: frames per clip.
+      size: height and width in pixels.
+      noise: amplitude of the background noise, 0 to 255.
+      event_frames: frames of a motion.
+      eval_clips: samples per family in each of val and test.
+    """
 
     clips: int
     seed: int
