@@ -15,7 +15,7 @@ def build_rows(
     """Builds a batch with one row per list of samples."""
     batch = empty_rows(len(samples), pad_id, shape)
     for number, members in enumerate(samples):
-        fill_row(batch, number, members, shape)
+        fill_row({name: array[number] for name, array in batch.items()}, members, shape)
     return batch
 
 

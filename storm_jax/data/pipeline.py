@@ -1,12 +1,16 @@
-"""From planned rows to batches, decoded ahead of the consumer and served through Grain."""
+"""From planned steps to batches.
+
+Each step is one element of a Grain dataset, whose value is the step's batch. Grain prefetches steps; the rows
+of a step are read in parallel by threads, and frames are decoded straight into the batch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import numpy as np
@@ -27,8 +31,8 @@ class Batch:
 
     Attributes:
       arrays: see `storm_jax.data.rows`.
-      shape: number of their shape among `data.rows`.
-      outcomes: what became of each of their samples.
+      shape: index of the rows' shape in `data.rows`.
+      outcomes: one per sample, in order.
     """
 
     arrays: dict[str, np.ndarray]
@@ -44,7 +48,7 @@ class Batch:
         return [outcome.skip for outcome in self.outcomes if outcome.skip is not None]
 
     def waste(self) -> dict[str, float]:
-        """Fractions of the token and frame slots that nothing fills."""
+        """Returns the fractions of token and frame slots that are padding."""
         return {
             "token_waste": float((self.arrays["segment_ids"] == 0).mean()),
             "frame_waste": float((self.arrays["frame_clip"] == 0).mean()),
@@ -61,82 +65,68 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """This process's share of the rows of `steps`, decoded ahead.
+    """Yields the batches of `steps`: this process's rows, prefetched in threads.
 
-    `batch_size` is global: rows of all processes together. Whatever the number of workers, a step has
-    the same rows.
+    The rows of a step do not depend on the number of workers.
+
+    Args:
+      batch_size: global batch size in rows, summed over all processes.
     """
     local = batch_size // process_count
-    source = _RowSource(mixture, plan, steps, local, process_index, reader)
-    options = reader.read_options(2 * local)
-    rows = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-    for step in steps:
-        outcomes = list(itertools.chain(*itertools.islice(rows, local)))
-        yield Batch(source.take(step), plan[step].shape, outcomes)
+    first, threads = process_index * local, reader.num_threads
+    executor = ThreadPoolExecutor(max(1, threads))
+
+    def load_batch(step: int) -> Batch:
+        planned = plan[step]
+        shape = mixture.shapes[planned.shape]
+        arrays = empty_rows(local, mixture.encoder.text.tokenizer.pad_token_id, shape)
+
+        def load_row(number: int) -> list[Outcome]:
+            refs = planned.rows[first + number] if first + number < len(planned.rows) else []
+            row = {name: array[number] for name, array in arrays.items()}
+            return _load_row(mixture, refs, reader, row, shape)
+
+        outcomes = (executor.map if threads else map)(load_row, range(local))
+        return Batch(arrays, planned.shape, list(itertools.chain(*outcomes)))
+
+    ahead = max(2, -(-threads // local)) if threads else 0
+    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+    try:
+        yield from grain.MapDataset.source(steps).map(load_batch).to_iter_dataset(options)
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
-class _RowSource:
-    """Random access to this process's rows, as Grain wants it: each is written into the batch of its
-    step, and what became of its samples is returned."""
-
-    def __init__(
-        self,
-        mixture: Mixture,
-        plan: Plan,
-        steps: range,
-        local: int,
-        process_index: int,
-        reader: MediaReader,
-    ):
-        self._mixture, self._plan, self._steps = mixture, plan, steps
-        self._local, self._process_index, self._reader = local, process_index, reader
-        self._batches: dict[int, dict[str, np.ndarray]] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._steps) * self._local
-
-    def __getitem__(self, index: int) -> list[Outcome]:
-        position, offset = divmod(int(index), self._local)
-        step = self._steps[position]
-        planned = self._plan[step]
-        number = self._process_index * self._local + offset
-        refs = planned.rows[number] if number < len(planned.rows) else []
-        shape = self._mixture.shapes[planned.shape]
-        batch = self._batch(step, shape)
-        samples, outcomes = [], []
-        out = batch["frames"][offset]  # that no sample has filled yet
-        for ref in refs:
-            sample, outcome = read_sample(self._mixture, ref, self._reader, out)
-            out = out[outcome.frames :]
-            samples.append(sample)
-            outcomes.append(outcome)
-        if None in samples:
-            out[:] = 0  # some of its frames may have been read
-        fill_row(batch, offset, samples, shape)
-        return outcomes
-
-    def _batch(self, step: int, shape: RowShape) -> dict[str, np.ndarray]:
-        pad_id = self._mixture.encoder.text.tokenizer.pad_token_id
-        with self._lock:
-            if step not in self._batches:
-                self._batches[step] = empty_rows(self._local, pad_id, shape)
-            return self._batches[step]
-
-    def take(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step, whose rows were all read."""
-        with self._lock:
-            return self._batches.pop(step)
+def _load_row(
+    mixture: Mixture,
+    refs: Sequence[Ref],
+    reader: MediaReader,
+    row: dict[str, np.ndarray],
+    shape: RowShape,
+) -> list[Outcome]:
+    """Reads the samples of a row into its arrays, in place."""
+    samples: list[RowSample | None] = []
+    outcomes = []
+    free_frames = row["frames"]
+    for ref in refs:
+        sample, outcome = read_sample(mixture, ref, reader, free_frames)
+        free_frames = free_frames[outcome.frames :]
+        samples.append(sample)
+        outcomes.append(outcome)
+    if None in samples:
+        free_frames[:] = 0  # a sample that failed may have left frames here
+    fill_row(row, samples, shape)
+    return outcomes
 
 
 def read_sample(
     mixture: Mixture, ref: Ref, reader: MediaReader, out: np.ndarray
 ) -> tuple[RowSample | None, Outcome]:
-    """Parses, reads and encodes one sample; None when it has to be left out.
+    """Parses, reads and encodes one sample; returns None for a sample that must be skipped.
 
     Args:
-      out: uint8 [F, H, W, 3], where its frames belong: they are written there when a process read
-        them.
+      out: uint8 [F, H, W, 3], the row's free frame slots. Frames decoded in a worker process are written
+        to its start.
     """
     part = mixture.parts[ref.source]
     largest = mixture.shapes[-1].tokens
@@ -152,25 +142,29 @@ def read_sample(
         is_truncated = len(encoded) > planned
         if is_truncated and planned < largest:
             raise SampleError(
-                name, "too_long", f"{len(encoded)} tokens, where {planned} were planned"
+                name, "too_long", f"{len(encoded)} tokens, but {planned} were planned"
             )
     except (MediaError, SampleError) as error:
-        where = part.source.where(ref.item)
-        file = error.medium.name if isinstance(error, MediaError) else ""
         skip = Skip(
             source=part.config.name,
             sample=name,
-            where=where,
+            where=part.source.where(ref.item),
             cause=error.cause,
             message=str(error),
-            file=file,
+            file=error.medium.name if isinstance(error, MediaError) else "",
         )
         return None, Outcome(
             source=part.config.name, sample=name, skip=skip, seconds=time.monotonic() - began
         )
     encoded = encoded.truncated(planned)
     outcome = Outcome(
-        source=part.config.name, sample=name, skip=None, tokens=len(encoded), frames=sum(counts), is_truncated=is_truncated,
-        damaged=sum(clip.damaged for clip in clips), seconds=seconds,
-    )  # fmt: skip
+        source=part.config.name,
+        sample=name,
+        skip=None,
+        tokens=len(encoded),
+        frames=sum(counts),
+        is_truncated=is_truncated,
+        damaged=sum(clip.damaged for clip in clips),
+        seconds=seconds,
+    )
     return RowSample(encoded, [clip.frames for clip in clips]), outcome

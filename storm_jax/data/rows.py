@@ -1,14 +1,13 @@
-"""Packing: several samples share a row of S token slots and F frame slots.
+"""The arrays of a row: several samples in S token slots and F frame slots.
 
-`plan_rows` decides on lengths alone, before anything is decoded, so that a row is the same for every
-process and worker. `fill_row` fills one row; the arrays of a batch are
+A batch of B rows is a dict of
 
-    tokens, targets            int32 [B, S]    ids; the pad id where a visual token stands
-    loss_weights               float32 [B, S]  1 where the target is an answer token or end marker
-    positions, segment_ids     int32 [B, S]    position within its sample; sample in the row, 0 = pad
-    visual_index               int32 [B, S]    entry of the visual table that stands here, -1 = text
+    tokens, targets            int32 [B, S]    ids; the pad id at visual tokens
+    loss_weights               float32 [B, S]  1 if the target is an answer token or end marker, else 0
+    positions, segment_ids     int32 [B, S]    position in the sample; sample in the row, 0 = padding
+    visual_index               int32 [B, S]    entry of the visual table, -1 = text
     frames                     uint8 [B, F, H, W, 3]
-    frame_clip, frame_group    int32 [B, F]    clip id, 0 = pad; group slot, -1 = pad or sampled out
+    frame_clip, frame_group    int32 [B, F]    clip id, 0 = padding; group slot, -1 = padding or dropped
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class RowShape:
       tokens, frames: slots S and F.
       image_size: H = W in pixels.
       side: tokens along one edge of a frame before spatial pooling.
-      compression: k, p and s that the row is planned with.
+      compression: pooling and sampling factors.
     """
 
     tokens: int
@@ -42,7 +41,7 @@ class RowShape:
 
     @property
     def num_groups(self) -> int:
-        """Group slots G: no more than frames, and each group fills N' token slots."""
+        """Group slots G, bounded by the frame slots and by S / N' (a pooled group fills N' token slots)."""
         per_group = pooled_side(self.side, self.compression.spatial_pool) ** 2
         return max(1, min(self.frames, self.tokens // per_group))
 
@@ -56,7 +55,7 @@ class RowSample:
 
 
 def empty_rows(count: int, pad_id: int, shape: RowShape) -> dict[str, np.ndarray]:
-    """A batch of `count` rows of padding: the arrays above."""
+    """Returns a batch of `count` rows of padding."""
     tokens = (count, shape.tokens)
     return {
         "tokens": np.full(tokens, pad_id, np.int32),
@@ -70,7 +69,7 @@ def empty_rows(count: int, pad_id: int, shape: RowShape) -> dict[str, np.ndarray
 
 
 def empty_frames(count: int, frames: int, size: int) -> dict[str, np.ndarray]:
-    """The frames of `count` rows before they are there: `frames`, `frame_clip` and `frame_group`."""
+    """Returns `frames`, `frame_clip` and `frame_group` of `count` rows, filled with padding."""
     return {
         "frames": np.zeros((count, frames, size, size, 3), np.uint8),
         "frame_clip": np.zeros((count, frames), np.int32),
@@ -79,11 +78,15 @@ def empty_frames(count: int, frames: int, size: int) -> dict[str, np.ndarray]:
 
 
 def fill_row(
-    batch: dict[str, np.ndarray], number: int, samples: Sequence[RowSample | None], shape: RowShape
+    row: Mapping[str, np.ndarray], samples: Sequence[RowSample | None], shape: RowShape
 ) -> None:
-    """Fills one row of a batch of padding. None is a sample that failed to decode: it leaves nothing
-    behind. Frames may stand in their place in the batch already."""
-    row = {name: array[number] for name, array in batch.items()}
+    """Fills a row of padding with samples, in place.
+
+    None is a sample that could not be read: its segment id is skipped, and it takes no slots.
+
+    Args:
+      row: the row's arrays, without the batch axis.
+    """
     token, used = 0, UsedSlots()
     for segment, sample in enumerate(samples, start=1):
         if sample is None:
@@ -97,7 +100,7 @@ def fill_row(
 
 @dataclasses.dataclass
 class UsedSlots:
-    """What clips have used of a row: frame slots, group slots, clip ids."""
+    """Frame slots, group slots and clip ids of a row that are already used."""
 
     frames: int = 0
     groups: int = 0
@@ -112,21 +115,23 @@ def place_clips(
     compression: CompressionConfig,
     used: UsedSlots,
 ) -> list[np.ndarray]:
-    """Puts clips behind those that a row has, and counts them in `used`.
+    """Appends clips to a row, in place, and adds them to `used`.
 
     Args:
-      row: its `frames`, `frame_clip` and `frame_group`.
-      num_groups: G, the row's group slots.
+      row: `frames`, `frame_clip` and `frame_group` of the row.
+      clips: frames uint8 [T, H, W, 3] of each clip. Frames that are already in their slots of `row`
+        are not copied.
+      num_groups: group slots G of the row.
 
     Returns:
-      Per clip, the entries of the row's visual table that are its tokens (`visual_index`).
+      The `visual_index` of each clip's tokens: their entries in the row's visual table.
     """
     indices = []
     for frames in clips:
         plan = plan_clip(len(frames), side, compression)
         used.clips += 1
         slots = slice(used.frames, used.frames + len(frames))
-        if not np.may_share_memory(row["frames"][slots], frames):  # else they are there already
+        if not np.may_share_memory(row["frames"][slots], frames):
             row["frames"][slots] = frames
         row["frame_clip"][slots] = used.clips
         row["frame_group"][slots] = np.where(
@@ -139,7 +144,11 @@ def place_clips(
 
 
 def _fill_text(
-    row: dict, encoded: Encoded, start: int, segment: int, indices: list[np.ndarray]
+    row: Mapping[str, np.ndarray],
+    encoded: Encoded,
+    start: int,
+    segment: int,
+    indices: list[np.ndarray],
 ) -> None:
     size = len(encoded)
     slots = slice(start, start + size)
