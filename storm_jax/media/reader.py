@@ -22,7 +22,7 @@ class MediaReader:
 
     Args:
       size: height and width of the frames in pixels.
-      lasting: media that timed out or crashed before: cause by name.
+      lasting_failures: media that timed out or crashed before: cause by name.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class MediaReader:
         pool: WorkerPool,
         size: int,
         config: FramesConfig,
-        lasting: Mapping[str, str] | None = None,
+        lasting_failures: Mapping[str, str] | None = None,
     ):
         self._pool, self._size, self._config = pool, size, config
         before = "it failed before and is not retried (skipped.jsonl)"
-        self._lasting = {name: (cause, before) for name, cause in (lasting or {}).items()}
+        self._failures = {name: (cause, before) for name, cause in (lasting_failures or {}).items()}
 
     @property
     def num_threads(self) -> int:
@@ -73,8 +73,8 @@ class MediaReader:
         Raises:
           MediaError: as `read_media`, or with cause "timeout" or "crashed".
         """
-        if medium.name in self._lasting:
-            raise MediaError(medium, *self._lasting[medium.name])
+        if medium.name in self._failures:
+            raise MediaError(medium, *self._failures[medium.name])
         limit, max_damage = self._config.time_limit, self._config.max_damage
         try:
             return self._pool.call(
@@ -84,5 +84,5 @@ class MediaReader:
             problem = "timeout", f"not decoded within data.frames.time_limit={limit:g} s"
         except WorkerCrashError as error:
             problem = "crashed", str(error)
-        self._lasting[medium.name] = problem
+        self._failures[medium.name] = problem
         raise MediaError(medium, *problem)
