@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from storm_jax.data.encoder import SampleEncoder
-from storm_jax.data.rows import Taken, empty_frames, place_clips
+from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.inference.programs import Programs
 from storm_jax.inference.scenes import Scene, SceneShape, batch_scenes
 from storm_jax.media.frames import Clip
@@ -122,7 +122,7 @@ class SceneEncoder:
             scene.shape.groups,
             self._encoder.side,
             self._encoder.compression,
-            Taken(),
+            UsedSlots(),
         )
         return EncodedScene(
             media=scene.media,
