@@ -1,13 +1,13 @@
-"""How fast is the data pipeline? Beside PyAV alone, and beside a torch DataLoader that does the same.
+"""Benchmarks the data pipeline against PyAV alone and against a torch DataLoader.
 
     python -m benchmarks.data --out=OUT
 
-Writes numbered H.264 clips and JPEG images as every kind of source, and measures samples and frames a
-second through the whole pipeline (parsing, decoding, tokenising, packing) by number of workers. In the
-same run: (a) PyAV or Pillow alone in one process, decoding and resizing the same files, times the cores
-used (and alone in as many processes: what the cores give together); (b) a torch DataLoader whose workers do what (a) does. Rounds are interleaved; the best one counts.
-Then host memory over many samples, and how long a large JSONL file takes to open. OUT gets data.json
-and data_memory.png. Needs requirements-dev.txt.
+Writes H.264 clips and JPEG images as every kind of source, and measures samples and frames per second through
+the whole pipeline (parsing, decoding, tokenising, packing) by number of workers. The references, measured in
+the same run, are (a) PyAV or Pillow in one process, decoding and resizing the same files, times the number of
+cores used, and the same in several processes at once; (b) a torch DataLoader whose workers do what (a) does.
+Rounds are interleaved, and the best one counts. Also measures host memory over many samples, and the time to
+open a large JSONL file. Writes data.json and data_memory.png to OUT. Needs requirements-dev.txt.
 """
 
 from __future__ import annotations
@@ -59,14 +59,27 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--out", required=True, type=pathlib.Path, help="folder of files and results"
+        "--out", required=True, type=pathlib.Path, help="folder for files and results"
     )
-    parser.add_argument("--files", type=int, default=24, help="clips, and images / 20; default 24")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip; default 10")
-    parser.add_argument("--workers", default="0,1,2", help="comma-separated; default 0,1,2")
-    parser.add_argument("--rounds", type=int, default=3, help="default 3")
-    parser.add_argument("--samples", type=int, default=20_000, help="for memory; default 20000")
-    parser.add_argument("--lines", type=int, default=10_000_000, help="of JSONL; default 10000000")
+    parser.add_argument(
+        "--files",
+        type=int,
+        default=24,
+        help="number of clips; there are 20 times as many images; default 24",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="length of a clip in seconds; default 10"
+    )
+    parser.add_argument(
+        "--workers", default="0,1,2", help="numbers of workers, comma-separated; default 0,1,2"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; default 3")
+    parser.add_argument(
+        "--samples", type=int, default=20_000, help="samples of the memory test; default 20000"
+    )
+    parser.add_argument(
+        "--lines", type=int, default=10_000_000, help="lines of the JSONL test; default 10000000"
+    )
     args = parser.parse_args()
     workers = [int(count) for count in args.workers.split(",")]
     files = Files.write(args.out / "files", args.files, args.seconds)
@@ -173,7 +186,7 @@ def _moving(rng: np.random.Generator, count: int, height: int, width: int) -> np
     return frames
 
 
-# Ours.
+# Our pipeline.
 
 
 def open_files(
@@ -193,12 +206,12 @@ def open_files(
 
 
 def run_ours(files: Files, source: SourceConfig, workers: int, samples: int) -> tuple[float, int]:
-    """Seconds that a number of samples take, without starting up, and how many samples they were."""
+    """Reads at least `samples` samples; returns the seconds, without start-up, and the number read."""
     with WorkerPool(workers) as pool:
         mixture = open_files(files, source, pool, SIZE, FRAMES)
         reader = MediaReader(pool, SIZE, FramesConfig())
         stream = batches(mixture, TrainPlan(mixture, BATCH), range(1_000_000), BATCH, reader)
-        for _ in range(3):  # what was read ahead while the workers started
+        for _ in range(3):  # prefetched while the workers started
             next(stream)
         began, done = time.perf_counter(), 0
         while done < samples:
@@ -208,12 +221,14 @@ def run_ours(files: Files, source: SourceConfig, workers: int, samples: int) -> 
         return time.perf_counter() - began, done
 
 
-# What it stands beside.
+# References.
 
 
 def decode_plain(path: str) -> np.ndarray:
-    """The frames that training sees of a file, uint8 [T, H, W, 3], by PyAV or Pillow alone: frames are
-    picked by number, which is right for these files."""
+    """Reads a file with PyAV or Pillow alone into the frames that training sees, uint8 [T, H, W, 3].
+
+    Frames are picked by number, which is correct for these files.
+    """
     if path.endswith(".jpg"):
         image = Image.open(path).convert("RGB")
         return np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))[None]
@@ -232,7 +247,7 @@ def decode_plain(path: str) -> np.ndarray:
 
 
 def decode_all(paths: Sequence[str], samples: int) -> float:
-    """Seconds to decode as many of the files in this process."""
+    """Returns the seconds to decode `samples` files in this process."""
     for path in paths[:3]:
         decode_plain(path)
     began = time.perf_counter()
@@ -242,7 +257,7 @@ def decode_all(paths: Sequence[str], samples: int) -> float:
 
 
 def run_alone(paths: Sequence[pathlib.Path], processes: int, samples: int) -> tuple[float, int]:
-    """(a), in one process or in several at once, which tells what the machine's cores give together."""
+    """Measures (a) in one process, or in several at once for the combined speed of the cores."""
     names, each = [str(path) for path in paths], samples // processes
     if processes == 1:
         return decode_all(names, each), each
@@ -254,7 +269,7 @@ def run_alone(paths: Sequence[pathlib.Path], processes: int, samples: int) -> tu
 
 
 class _TorchFiles:
-    """A torch map-style dataset; the same files again and again."""
+    """A torch map-style dataset that cycles through the files."""
 
     def __init__(self, paths: Sequence[pathlib.Path]):
         self.paths = [str(path) for path in paths]
@@ -331,8 +346,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     torch = {(r["medium"], r["workers"]): r for r in rows if r["what"] == "torch"}
     for row in rows:
-        beside = torch.get((row["medium"], row["workers"]))
-        ratio = f"{row['samples_per_second'] / beside['samples_per_second']:.2f}" if beside else "-"
+        reference = torch.get((row["medium"], row["workers"]))
+        ratio = (
+            f"{row['samples_per_second'] / reference['samples_per_second']:.2f}"
+            if reference
+            else "-"
+        )
         lines.append(
             f"| {row['medium']} | {row['what']} | {row['workers']} | {row['samples_per_second']:.1f} | "
             f"{row['frames_per_second']:.0f} | {row['of_alone_times_cores']:.0%} | {ratio} | "
@@ -345,7 +364,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def resident(pid: int | str = "self") -> float:
-    """MB of a process's own memory; what it shares with others is left out."""
+    """Returns a process's private memory in MB, excluding memory shared with others."""
     for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Private_Dirty"):
             return int(line.split()[1]) / 1024
@@ -353,7 +372,7 @@ def resident(pid: int | str = "self") -> float:
 
 
 def measure_memory(files: Files, samples: int, workers: int) -> list[tuple[int, float, float]]:
-    """(samples read, MB of the main process, MB of all workers) along a run over small clips."""
+    """Returns (samples read, MB of the main process, MB of all workers) while reading small clips."""
     folder = files.root / "small"
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(1)
@@ -395,7 +414,7 @@ def draw_memory(rows: Sequence[tuple[int, float, float]], path: pathlib.Path) ->
     figure, axis = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
     done, main, children = zip(*rows, strict=True)
     axis.plot(done, main, label="training process")
-    axis.plot(done, children, label="workers, all together")
+    axis.plot(done, children, label="all workers")
     axis.set(xlabel="samples", ylabel="private memory (MB)", ylim=(0, None))
     axis.legend()
     axis.grid(alpha=0.3)
@@ -409,14 +428,14 @@ from storm_jax.config import SourceConfig
 from storm_jax.data.sources import open_source
 from benchmarks.data import resident
 before, began = resident(), time.perf_counter()
-source = open_source(SourceConfig("lines", sys.argv[1]))
+source = open_source(SourceConfig(name="lines", path=sys.argv[1]))
 source.sample(len(source) - 1)
 print(len(source), time.perf_counter() - began, resident() - before)
 """
 
 
 def measure_lines(folder: pathlib.Path, count: int) -> dict[str, float]:
-    """Seconds and MB to open a JSONL file and read its last sample: the first time, and again."""
+    """Returns seconds and MB to open a JSONL file and read its last sample, the first and second time."""
     path = folder / f"lines_{count}.jsonl"
     if not path.exists():
         line = json.dumps(_record("video", "media/0000.mp4")) + "\n"

@@ -1,4 +1,4 @@
-"""Videos whose pictures tell their numbers: a barcode of eight stripes, most significant bit first."""
+"""Videos whose frames show their number as a barcode of eight stripes, most significant bit first."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ BITS = 8
 
 
 def barcode(number: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """A frame uint8 [H, W, 3]."""
+    """Returns the frame of a number, uint8 [H, W, 3]."""
     bits = number >> np.arange(BITS)[::-1] & 1
     columns = bits[np.arange(width) * BITS // width]
     return np.broadcast_to((columns * 200 + 28)[None, :, None], (height, width, 3)).astype(np.uint8)
 
 
 def numbers(frames: np.ndarray) -> list[int]:
-    """The numbers that frames [F, S, S, 3] of any size show."""
+    """Returns the numbers shown by frames [F, S, S, 3] of any size."""
     centres = ((np.arange(BITS) + 0.5) * frames.shape[2] / BITS).astype(int)
     bits = frames[:, frames.shape[1] // 2, centres].mean(-1) > 128
     return (bits << np.arange(BITS)[::-1]).sum(-1).tolist()
@@ -38,7 +38,7 @@ def encode(
     muxer: dict[str, str] | None = None,
     **options: str,
 ) -> pathlib.Path:
-    """Writes frames uint8 [H, W, 3] with any codec and container; `pts` in units of a frame."""
+    """Writes frames uint8 [H, W, 3] with any codec and container; `pts` counts frames."""
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = size
@@ -61,7 +61,7 @@ def write_numbered(
     rate: int = 10,
     **how: Any,
 ) -> pathlib.Path:
-    """`count` numbered frames at `rate` a second; `how` as in `encode`."""
+    """Writes `count` numbered frames at `rate` frames per second; `how` as in `encode`."""
     if codec == "libx265":
         how = {"x265-params": "log-level=none", **how}
     frames = (barcode(i, *size) for i in range(count))

@@ -1,4 +1,4 @@
-"""Writes sources of every kind, with numbered pictures."""
+"""Writes sources of every kind, with numbered images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def conversation(question: str = "<image>\nWhat?", answer: str = "So.") -> list[
 
 
 def record(name: str, question: str = "Why?", answer: str = "So.", **fields: Any) -> dict:
-    """A LLaVA record of one exchange."""
+    """Returns a LLaVA record of one exchange."""
     return {"id": name, "conversations": conversation(question, answer), **fields}
 
 
@@ -49,8 +49,10 @@ def write_shard(path: pathlib.Path, members: dict[str, bytes]) -> None:
 
 
 def write_tfds(folder: pathlib.Path, splits: dict[str, list[dict]]) -> pathlib.Path:
-    """Prepares a data set in array_record files; gives the folder of its dataset_info.json. A record's
-    `image` is bytes, its `video` a name; empty = it has none."""
+    """Prepares a data set in array_record files and returns the folder of its dataset_info.json.
+
+    A record's `image` is bytes and its `video` a file name; empty values mean none.
+    """
     import tensorflow_datasets as tfds
 
     class Some(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -1,4 +1,4 @@
-"""The public sets that the paper trains on, by stage: where each is expected, its size, where to get it."""
+"""The public data sets of the paper, by stage: expected path, size and where to download each."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from storm_jax.config import SourceConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublicSet:
-    """One public set, once it is in a form that docs/data.md describes.
+    """One public data set, in a format described in docs/data.md.
 
     Attributes:
-      name: unique in its mixture.
-      path: file or folder under the root.
-      url: where to get it.
-      samples: how many its authors state; None = not stated, or not for this part of it.
-      note: what must be known of it.
-      media_root: folder under the root that media names are relative to; "" = that of `path`.
+      name: name of the source, unique in its mixture.
+      path: file or folder, relative to the root.
+      url: download page.
+      samples: number of samples stated by the authors; None if not stated for this part.
+      note: how to prepare the data set, and other remarks.
+      media_root: folder, relative to the root, that media names are relative to; defaults to that of
+        `path`.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Alignment: image-text pairs.
 
-The paper contradicts itself: section 4.1 has 95,000 pairs and cites SVIT, section 8.4 has
-LLaVA-CC3M-Pretrain-595K. The latter is taken, since it can be identified.
+The paper is inconsistent: section 4.1 states 95,000 pairs and cites SVIT; section 8.4 names
+LLaVA-CC3M-Pretrain-595K. We use the latter, which can be identified.
 """
 
 from __future__ import annotations
@@ -14,6 +14,6 @@ SETS: tuple[PublicSet, ...] = (
         path="llava_cc3m/chat.json",
         url="https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K",
         samples=595_375,
-        note="unpack images.zip beside chat.json",
+        note="unpack images.zip next to chat.json",
     ),
 )

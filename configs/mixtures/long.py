@@ -1,8 +1,8 @@
 """Long videos: LLaVA-Video, about 1.35 million video-text pairs, at 128 frames.
 
-The set comes as folders by length and origin of the videos, each with lists of captions, of open
-questions and of multiple choices. Join the lists of each kind as JSON lines. The paper states no
-weights, so every sample comes once an epoch. It also tunes on the quarter with the longest videos alone.
+The data set has one folder per length and origin of videos, each with files of captions, open questions and
+multiple-choice questions. Concatenate the files of each kind as JSON lines. The paper states no weights, so
+every sample is used once per epoch. The paper also fine-tunes on only the quarter with the longest videos.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Supervised fine-tuning: the sets of the paper's Table 8, 12.5 million samples of text, images and video.
+"""Supervised fine-tuning: the data sets of the paper's Table 8, 12.5 million text, image and video samples.
 
-The table has no sizes and no weights, so every sample comes once an epoch; its entries "Youtube"
-(it cites LanguageBind, and no part of it) and "etc." cannot be identified and are left out, and
-LRV-Instruction, which it lists twice, is here once. Where a set has another format than docs/data.md
-describes, the path is where its conversion is expected. Sizes are those of the training part where
-the note does not say otherwise.
+The table states no sizes or weights, so every sample is used once per epoch. Its entries "Youtube" (which
+cites LanguageBind without naming a part of it) and "etc." cannot be identified and are omitted, and
+LRV-Instruction, listed twice, is included once. If a data set's format is not one of docs/data.md, the path is
+that of the converted file. Sizes are of the training part unless noted otherwise.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from configs.mixtures import PublicSet
 
 _HUB = "https://huggingface.co/datasets"
-_CONVERT = "its own format: convert to LLaVA JSON lines"
+_CONVERT = "custom format: convert to LLaVA JSON lines"
 
 SETS: tuple[PublicSet, ...] = (
     PublicSet(
@@ -53,7 +52,7 @@ SETS: tuple[PublicSet, ...] = (
     ),
     PublicSet(
         name="llava_onevision_images", path="llava_onevision", url=f"{_HUB}/lmms-lab/LLaVA-OneVision-Data", samples=None,
-        note="parquet is read as it is; some of its subsets may be archives",
+        note="parquet is read directly; some subsets may be archives",
     ),
     PublicSet(
         name="ivqa", path="ivqa/train.jsonl", url="https://antoyang.github.io/just-ask.html", samples=None,
@@ -99,7 +98,7 @@ SETS: tuple[PublicSet, ...] = (
     ),
     PublicSet(
         name="geo170k", path="geo170k/train.jsonl", url=f"{_HUB}/Luckyjhg/Geo170K", samples=177_457,
-        note="in LLaVA's form: join the lists qa_tuning (117,205) and alignment (60,252)",
+        note="LLaVA format: concatenate qa_tuning (117,205) and alignment (60,252)",
     ),
     PublicSet(
         name="lrv_instruction", path="lrv_instruction/train.jsonl", url="https://github.com/FuxiaoLiu/LRV-Instruction",
@@ -132,7 +131,7 @@ SETS: tuple[PublicSet, ...] = (
     PublicSet(
         name="svit", path="svit/train.jsonl", url=f"{_HUB}/BAAI/SVIT", samples=None,
         note="about 4.2 million, by its authors' count of pairs; its licence must be accepted; "
-        "format/llava-v1.5 is in LLaVA's form; images of Visual Genome",
+        "format/llava-v1.5 is in LLaVA format; images of Visual Genome",
     ),
     PublicSet(
         name="mmc_instruction", path="mmc_instruction/train.jsonl", url="https://github.com/FuxiaoLiu/MMC", samples=None,
@@ -148,6 +147,6 @@ SETS: tuple[PublicSet, ...] = (
     ),
     PublicSet(
         name="wit", path="wit/train.jsonl", url="https://github.com/google-research-datasets/wit", samples=None,
-        note=f"about 37.6 million image-text pairs, of which the paper's part is not stated; {_CONVERT}",
+        note=f"about 37.6 million image-text pairs, the part used by the paper is not stated; {_CONVERT}",
     ),
 )  # fmt: skip

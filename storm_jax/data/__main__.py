@@ -53,12 +53,12 @@ flags.mark_flag_as_required("config")
 def main(argv: Sequence[str]) -> None:
     command = argv[1] if len(argv) == 2 else None
     if command not in ("check", "show"):
-        raise app.UsageError("say `check` or `show` (--help shows examples)")
+        raise app.UsageError("expected `check` or `show` (--help shows examples)")
     transformers.logging.set_verbosity_error()
     config = from_dict(RunConfig, CONFIG.value)
     sources = getattr(config.data, SPLIT.value)
     if not sources:
-        raise ConfigError(f"data.{SPLIT.value} is empty: it lists the sources")
+        raise ConfigError(f"data.{SPLIT.value} is empty: it must list at least one source")
     tokenizer = load_tokenizer(tokenizer_folder(config))
     if command == "check":
         found = check(config, sources, tokenizer, pathlib.Path(OUT.value), READ_MEDIA.value)
@@ -72,7 +72,7 @@ def _named(sources: Sequence[SourceConfig], name: str) -> SourceConfig:
         if name in ("", source.name):
             return source
     known = ", ".join(source.name for source in sources)
-    raise ConfigError(f"--source={name} is none of data.{SPLIT.value}: {known}")
+    raise ConfigError(f"--source={name} is not in data.{SPLIT.value}: {known}")
 
 
 def _show(

@@ -1,4 +1,4 @@
-"""Fixtures that several tests of the data package share: a trained tokenizer and video files."""
+"""Fixtures shared by the tests of the data package: small mixtures and text sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from storm_jax.data.rows import RowShape
 from storm_jax.media.workers import WorkerPool
 from storm_jax.text.conversation import ConversationEncoder
 
-# Eight frames by two are four groups of one token; an image has four.
+# Eight frames pooled by two are four groups of one token each; an image has four tokens.
 SHAPE = RowShape(
     tokens=160,
     frames=24,
@@ -57,7 +57,7 @@ def make_mixture(tokenizer):
 
 @pytest.fixture(scope="session")
 def write_texts():
-    """Writes a source of `count` short questions; `long` makes each longer than the last."""
+    """Writes a source of `count` short questions; with `long`, each is longer than the previous one."""
 
     def write(path: pathlib.Path, count: int, long: bool = False) -> pathlib.Path:
         records = [

@@ -1,4 +1,4 @@
-"""Protects the books: what was read is what was used and what was skipped, also after a restart."""
+"""Per-source counts: samples read equal samples used plus skipped, also after a restart."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ OUTCOMES = [
 
 
 def test_totals_add_up():
-    books = Accounting(["a", "b", "c"])
-    books.add(OUTCOMES)
-    a, b, c = (books.totals[name] for name in "abc")
+    accounting = Accounting(["a", "b", "c"])
+    accounting.add(OUTCOMES)
+    a, b, c = (accounting.totals[name] for name in "abc")
     assert (a.read, a.used, a.cut, a.damaged, a.tokens, a.frames, a.seconds) == (
         4,
         1,
@@ -58,7 +58,7 @@ def test_totals_add_up():
         assert totals.read == totals.used + sum(totals.skipped.values())
 
 
-def test_books_go_on_where_they_were_saved():
+def test_counts_continue_from_the_saved_state():
     whole, half = Accounting(["a", "b"]), Accounting(["a", "b"])
     whole.add(OUTCOMES)
     half.add(OUTCOMES[:2])
@@ -69,10 +69,10 @@ def test_books_go_on_where_they_were_saved():
     assert resumed.metrics()["data/b/tokens"] == 7
 
 
-def test_table_has_a_line_for_every_source_with_its_causes():
-    books = Accounting(["a", "long name"])
-    books.add(OUTCOMES[:2])
-    head, first, second = books.table().splitlines()
+def test_table_has_a_line_per_source_with_its_causes():
+    accounting = Accounting(["a", "long name"])
+    accounting.add(OUTCOMES[:2])
+    head, first, second = accounting.table().splitlines()
     assert head.split()[:4] == ["source", "read", "used", "skipped"]
     assert first.split()[:4] == ["a", "2", "1", "1"] and first.endswith("1 missing")
     assert second.startswith("long name")
@@ -83,21 +83,21 @@ def test_table_has_a_line_for_every_source_with_its_causes():
     [(20, 180, 0.1, False), (21, 179, 0.1, True), (1, 199, 0.0, True), (200, 0, 1.0, False)],
 )
 def test_one_bad_source_of_many_stops_a_run(skipped: int, used: int, fraction: float, fails: bool):
-    books = Accounting(["a", "b"])
-    books.add(
+    accounting = Accounting(["a", "b"])
+    accounting.add(
         [Outcome(source="a", sample="x", skip=skip())] * skipped
         + [Outcome(source="a", sample="y", skip=None)] * used
     )
-    books.add([Outcome(source="b", sample="z", skip=None)] * 10_000)
+    accounting.add([Outcome(source="b", sample="z", skip=None)] * 10_000)
     found = [skip()] * skipped
     if not fails:
-        books.check(fraction, "training met")
+        accounting.check(fraction, "training met")
         check_skips(found, skipped + used, fraction, "a.json has")
         return
     with pytest.raises(
         DataError, match=rf"training met {skipped} unusable .* 'a' \({skipped} missing"
     ):
-        books.check(fraction, "training met")
+        accounting.check(fraction, "training met")
     with pytest.raises(
         DataError, match=rf"has {skipped} unusable samples of 200 .* line 3: it is gone"
     ):

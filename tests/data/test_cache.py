@@ -1,4 +1,4 @@
-"""Protects kept arrays: whole or not there, whoever writes them at once, whatever was left behind."""
+"""Cached arrays: complete or absent, with concurrent writers and leftovers of interrupted ones."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ def arrays(size: int = 1000) -> dict[str, np.ndarray]:
     return {f"a{i}": np.full(size, i) for i in range(5)}
 
 
-def make_and_sum(folder: str, key: str) -> int:
+def compute_and_sum(folder: str, key: str) -> int:
     found = cached_arrays(pathlib.Path(folder), "some", key, lambda: arrays(100_000))
     return sum(int(array.sum()) for array in found.values())
 
 
-def test_made_once_and_mapped_afterwards(tmp_path: pathlib.Path):
+def test_computed_once_and_memory_mapped_afterwards(tmp_path: pathlib.Path):
     cached_arrays(tmp_path / "new/index", "some", "key", arrays)
-    again = cached_arrays(tmp_path / "new/index", "some", "key", lambda: pytest.fail("made again"))
+    again = cached_arrays(
+        tmp_path / "new/index", "some", "key", lambda: pytest.fail("computed again")
+    )
     assert isinstance(again["a3"], np.memmap) and (again["a3"] == 3).all()
     other = cached_arrays(tmp_path / "new/index", "some", "other key", lambda: arrays(3))
     assert len(other["a0"]) == 3
 
 
-def test_processes_that_write_at_once_all_read_the_whole(tmp_path: pathlib.Path):
+def test_concurrent_writers_all_read_complete_arrays(tmp_path: pathlib.Path):
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(4, mp_context=context) as pool:
         for round_number in range(5):
             calls = [
-                pool.submit(make_and_sum, str(tmp_path), f"key {round_number}") for _ in range(8)
+                pool.submit(compute_and_sum, str(tmp_path), f"key {round_number}") for _ in range(8)
             ]
             assert {call.result() for call in calls} == {1_000_000}
-    assert len(list(tmp_path.iterdir())) == 5  # nothing else is left
+    assert len(list(tmp_path.iterdir())) == 5  # no temporary files are left
 
 
-def test_what_a_killed_process_left_is_replaced(tmp_path: pathlib.Path):
+def test_a_damaged_cache_is_replaced(tmp_path: pathlib.Path):
     cached_arrays(tmp_path, "some", "key", arrays)
     (folder,) = tmp_path.iterdir()
     (folder / "a1.npy").write_bytes((folder / "a1.npy").read_bytes()[:50])
     assert (cached_arrays(tmp_path, "some", "key", arrays)["a1"] == 1).all()
 
 
-def test_a_folder_that_cannot_be_written_says_what_to_set(tmp_path: pathlib.Path):
+def test_the_error_for_a_read_only_folder_names_the_setting(tmp_path: pathlib.Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"set data.index_dir"):
         cached_arrays(tmp_path / "file", "some", "key", arrays)

@@ -1,33 +1,88 @@
-"""`python -m storm_jax.data`: what check finds before training does, and what show draws."""
+"""`python -m storm_jax.data`: what `check` reports before training would fail, and what `show` draws."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from configs import tiny
+from storm_jax.config import FramesConfig, RunConfig, SourceConfig, from_dict
+from storm_jax.data.check import check
+from storm_jax.data.length_plot import choose_edges
+from storm_jax.data.mixture import Ref, open_mixture
+from storm_jax.data.show import show
+from storm_jax.media.reader import MediaReader
+from storm_jax.media.workers import WorkerPool
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "storm_jax.data", *arguments],
-        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "nowhere"},  # a device would be an error
-        capture_output=True, text=True, check=False,
+# Importing takes seconds, so that commands run in forks of one process that has imported everything.
+RUN_COMMANDS = """
+import json, os, pathlib, runpy, sys
+import matplotlib.pyplot, ml_collections.config_flags, transformers.configuration_utils
+import storm_jax.data.check, storm_jax.data.show
+
+for number, arguments in enumerate(json.load(sys.stdin)):
+    if process := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        pathlib.Path(sys.argv[1], f"{number}.status").write_text(str(status))
+        continue
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{sys.argv[1]}/{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = ["storm_jax.data", *arguments]
+    runpy.run_module("storm_jax.data", run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclasses.dataclass
+class Done:
+    status: int
+    out: str
+    err: str
+
+
+def call_all(folder: pathlib.Path, *commands: list[str]) -> list[Done]:
+    folder.mkdir()
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN_COMMANDS, str(folder)],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "nowhere"},  # using a device would be an error
+        input=json.dumps(commands), text=True, check=True,
     )  # fmt: skip
+    return [
+        Done(
+            int((folder / f"{i}.status").read_text()),
+            (folder / f"{i}.out").read_text(),
+            (folder / f"{i}.err").read_text(),
+        )
+        for i in range(len(commands))
+    ]
 
 
-def config(train: pathlib.Path, *more: str) -> list[str]:
+def arguments(train: pathlib.Path, *more: str) -> list[str]:
     return ["--config=configs/tiny.py:stage=sft", f"--config.data.train[0].path={train}", *more]
+
+
+def config(**data) -> RunConfig:
+    """The same configuration in this process, with fields of `data` replaced."""
+    made = from_dict(RunConfig, tiny.get_config("stage=sft"))
+    return dataclasses.replace(made, data=dataclasses.replace(made.data, num_workers=0, **data))
+
+
+def source(path: pathlib.Path) -> SourceConfig:
+    return SourceConfig(name="shapes", path=str(path))
 
 
 @pytest.fixture
 def broken(shapes_folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """The built-in task with a bad record, a missing file, a broken one and an answer that is cut."""
+    """The built-in task with a bad record, a missing file, a broken file and an answer that is too long."""
     records = json.loads((shapes_folder / "train.json").read_text())[:20]
     for record in records:
         kind = "video" if "video" in record else "image"
@@ -35,7 +90,7 @@ def broken(shapes_folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     videos = [record for record in records if "video" in record]
     videos[0]["video"] = "missing.mp4"
     videos[1]["video"] = "broken.mp4"
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
     videos[2]["conversations"][1]["value"] = "red " * 600
     records.insert(3, {"id": "no conversation"})
     path = tmp_path / "train.jsonl"
@@ -43,59 +98,86 @@ def broken(shapes_folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def test_check_reports_what_training_would_meet(
-    broken: pathlib.Path, shapes_folder: pathlib.Path, tmp_path: pathlib.Path
-):
+def test_check_reports_bad_samples_and_packing(broken: pathlib.Path, tokenizer, tmp_path, capsys):
     out = tmp_path / "report"
-    tokenizer = f"--config.data.tokenizer={shapes_folder}/tokenizer"
-    done = call("check", *config(broken, tokenizer), f"--out={out}", "--read_media=-1")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "21 samples, 20 used, 3 unusable" in done.stdout
+    found = check(config(), [source(broken)], tokenizer, out, read_media=-1)
+    printed = capsys.readouterr()
+    assert (found.failures, printed.err) == ([], "")
+    assert "21 samples, 20 used, 3 unusable" in printed.out
     for cause in ("1 empty_conversation", "1 missing", "1 unreadable"):
-        assert cause in done.stdout
-    assert f"{broken} line 4, record 3: " in done.stdout
-    row = next(line for line in done.stdout.splitlines() if line.startswith("shapes  "))
-    assert row.split()[-2:] == ["1", "100.0%"]  # one answer is cut
-    assert "rows of 384 tokens and 64 frames" in done.stdout and "of frame slots" in done.stdout
+        assert cause in printed.out
+    assert f"{broken} line 4, record 3: " in printed.out
+    row = next(line for line in printed.out.splitlines() if line.startswith("shapes  "))
+    assert row.split()[-2:] == ["1", "100.0%"]  # one answer is truncated
+    assert "rows of 384 tokens and 64 frames" in printed.out and "of frame slots" in printed.out
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert {line["cause"] for line in skipped} == {"empty_conversation", "missing", "unreadable"}
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
-    strict = call(
-        "check", *config(broken, tokenizer, "--config.data.max_skip_fraction=0.0"), f"--out={out}"
-    )
-    assert strict.returncode == 1
-    assert "training would stop: data source 'shapes' has 2 unusable" in strict.stdout
 
-    gone = call("check", *config(tmp_path / "none.json", tokenizer), f"--out={out}")
-    assert gone.returncode == 1 and gone.stderr == ""
-    assert f"training would stop: {tmp_path}/none.json is missing" in gone.stdout
+def test_check_finds_what_would_stop_training(broken: pathlib.Path, tokenizer, tmp_path, capsys):
+    strict = config(max_skip_fraction=0.0)
+    found = check(strict, [source(broken)], tokenizer, tmp_path / "report", read_media=0)
+    assert len(found.failures) == 1
+    text = "training would stop: data source 'shapes' has 2 unusable"
+    assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "bins", "edges"),
+    [
+        ([7], 12, [6.5, 7.5]),
+        ([3, 5], 12, [2.5, 3.5, 4.5, 5.5]),
+        ([0, 9], 5, [-0.5, 1.5, 3.5, 5.5, 7.5, 9.5]),
+        ([0, 1000], 4, [-0.5, 0.5, 9.5, 99.5, 1000.5]),  # spans decades
+    ],
+)
+def test_histogram_edges_cover_whole_numbers(values: list, bins: int, edges: list):
+    found = choose_edges(np.array(values), bins)
+    assert len(found) <= bins + 1
+    np.testing.assert_allclose(found, edges, atol=1)
+    assert np.histogram(values, found)[0].sum() == len(values)
 
 
 def test_show_draws_a_sample_and_lists_its_tokens(
-    shapes_folder: pathlib.Path, tmp_path: pathlib.Path
+    shapes_folder: pathlib.Path, tokenizer, tmp_path: pathlib.Path
 ):
     records = json.loads((shapes_folder / "train.json").read_text())
     index = next(i for i, record in enumerate(records) if "video" in record)
     answer = records[index]["conversations"][1]["value"]
-    arguments = config(shapes_folder / "train.json", "--config.data.frames.time_text=per_group")
-    done = call("show", *arguments, f"--out={tmp_path}", f"--index={index}")
-    assert (done.returncode, done.stderr) == (0, "")
-    text, picture = done.stdout.split()
-    assert pathlib.Path(picture).read_bytes().startswith(b"\x89PNG")
-    lines = pathlib.Path(text).read_text().splitlines()
+    settings = config(frames=FramesConfig(time_text="per_group"))
+    with WorkerPool(0) as pool:
+        mixture = open_mixture(settings, [source(shapes_folder / "train.json")], tokenizer, pool)
+        reader = MediaReader(pool, settings.model.vision.image_size, settings.data.frames)
+        text, picture = show(mixture, Ref(0, index), reader, tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    lines = text.read_text().splitlines()
     assert records[index]["id"] in lines[0] and f"record {index}" in lines[0]
     assert "16 frames at 0.00, " in lines[2]
-    learned = "".join(eval(line[25:]) for line in lines if line[20:24].strip() == "*")
-    assert learned == f"{answer}<|im_end|>"
+    trained = "".join(eval(line[25:]) for line in lines if line[20:24].strip() == "*")
+    assert trained == f"{answer}<|im_end|>"
     assert sum("visual tokens of medium 0]" in line for line in lines) == 4
 
-    wrong = call("show", *arguments, f"--out={tmp_path}", "--index=9999")
-    assert wrong.returncode == 1 and "--index=9999: shapes has 64 samples" in wrong.stderr
-    wrong = call("show", *arguments, f"--out={tmp_path}", "--source=other")
-    assert wrong.returncode == 1 and "--source=other is none of data.train: shapes" in wrong.stderr
 
-
-def test_a_command_is_needed():
-    refused = call("--config=configs/tiny.py:stage=sft")
-    assert refused.returncode != 0 and "say `check` or `show`" in refused.stderr + refused.stdout
+def test_commands(shapes_folder: pathlib.Path, tmp_path: pathlib.Path):
+    train, out = shapes_folder / "train.json", f"--out={tmp_path}/report"
+    tokenizer = f"--config.data.tokenizer={shapes_folder}/tokenizer"
+    check_, gone, show_, far, other, neither = call_all(
+        tmp_path / "commands",
+        ["check", *arguments(train), out],
+        ["check", *arguments(tmp_path / "none.json", tokenizer), out],
+        ["show", *arguments(train), out, "--index=1"],
+        ["show", *arguments(train), out, "--index=9999"],
+        ["show", *arguments(train), out, "--source=other"],
+        ["--config=configs/tiny.py:stage=sft"],
+    )
+    assert (check_.status, check_.err) == (0, "")
+    assert "64 samples, 64 used, 0 unusable" in check_.out
+    assert (gone.status, gone.err) == (1, "")
+    assert f"training would stop: {tmp_path}/none.json does not exist" in gone.out
+    assert (show_.status, show_.err) == (0, "")
+    text, picture = map(pathlib.Path, show_.out.split())
+    assert text.read_text() and picture.read_bytes().startswith(b"\x89PNG")
+    assert far.status == 1 and "--index=9999: shapes has 64 samples" in far.err
+    assert other.status == 1 and "--source=other is not in data.train: shapes" in other.err
+    assert neither.status != 0 and "expected `check` or `show`" in neither.err + neither.out

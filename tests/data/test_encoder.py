@@ -1,5 +1,5 @@
-"""Protects what stands for a medium: as many slots as the model gives tokens, times that are told, and
-lengths that are planned before they are known."""
+"""Encoding of samples: one slot per visual token of the model, timestamps and captions, and planned
+lengths that are upper bounds."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def encoder(tokenizer, style: str, compression: CompressionConfig, side: int = 2
     )
 
 
-def test_text_per_group_tells_the_time_of_its_first_frame(tokenizer):
-    made = encoder(
+def test_per_group_text_is_the_time_of_the_first_frame(tokenizer):
+    sample_encoder = encoder(
         tokenizer,
         "per_group",
         CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=1, temporal_sample=2),
     )
-    encoded = made.encode(sample(), [np.arange(8) * 1.5])
+    encoded = sample_encoder.encode(sample(), [np.arange(8) * 1.5])
     text = tokenizer.decode(encoded.tokens)
-    # Groups of two frames, and of these every second: those of frames 0 and 4.
+    # Every second group of two frames is kept: those of frames 0 and 4.
     assert "0.0 s: " in text and "6.0 s: " in text and "3.0 s" not in text
     slots = np.flatnonzero(encoded.media == 0)
     assert len(slots) == 8 and (np.diff(slots) > 1).sum() == 1
@@ -48,24 +48,24 @@ def test_text_per_group_tells_the_time_of_its_first_frame(tokenizer):
     assert not encoded.answer[: slots[-1]].any()
 
 
-def test_a_sentence_tells_all_times(tokenizer):
-    made = encoder(tokenizer, "sentence", CompressionConfig(num_frames=4))
-    text = tokenizer.decode(made.encode(sample(), [np.array([0, 0.5, 1, 70.25])]).tokens)
+def test_a_sentence_lists_all_times(tokenizer):
+    sample_encoder = encoder(tokenizer, "sentence", CompressionConfig(num_frames=4))
+    text = tokenizer.decode(sample_encoder.encode(sample(), [np.array([0, 0.5, 1, 70.25])]).tokens)
     assert "lasts 70.2 s. Its 4 frames are at 0.0, 0.5, 1.0, 70.2 s.\n" in text
 
 
 @pytest.mark.parametrize("style", ["none", "per_group"])
-def test_captions_stand_behind_the_groups_that_are_shown_by_then(tokenizer, style):
-    """Groups of 2 frames begin at 0, 2, 4 and 6 seconds."""
-    said = [
+def test_captions_follow_the_groups_shown_up_to_their_time(tokenizer, style):
+    """Groups of 2 frames start at 0, 2, 4 and 6 seconds."""
+    captions = [
         Caption(0.0, "at once"),
         Caption(3.9, "third"),
         Caption(4.0, "fourth"),
         Caption(99, "end"),
     ]
-    item = dataclasses.replace(sample(), captions=tuple(said))
-    made = encoder(tokenizer, style, CompressionConfig(num_frames=8, temporal_pool=2))
-    encoded = made.encode(item, [np.arange(8.0)])
+    item = dataclasses.replace(sample(), captions=tuple(captions))
+    sample_encoder = encoder(tokenizer, style, CompressionConfig(num_frames=8, temporal_pool=2))
+    encoded = sample_encoder.encode(item, [np.arange(8.0)])
     marked = np.where(
         encoded.media == 0, tokenizer.encode("|", add_special_tokens=False)[0], encoded.tokens
     )
@@ -75,13 +75,13 @@ def test_captions_stand_behind_the_groups_that_are_shown_by_then(tokenizer, styl
     expected = f"{groups[0]}\nat once\n{groups[1]}\nthird\n{groups[2]}\nfourth\n{groups[3]}\nend\n"
     assert f"{expected}\nWhy?" in tokenizer.decode(marked)
     assert (encoded.media == 0).sum() == 16
-    assert len(made.plan(item, [8])) >= len(encoded)
+    assert len(sample_encoder.plan(item, [8])) >= len(encoded)
 
 
 def test_images_have_no_times(tokenizer):
     for style in ("none", "sentence", "per_group"):
-        made = encoder(tokenizer, style, CompressionConfig(num_frames=4))
-        encoded = made.encode(sample("<image>", "image"), [np.zeros(1)])
+        sample_encoder = encoder(tokenizer, style, CompressionConfig(num_frames=4))
+        encoded = sample_encoder.encode(sample("<image>", "image"), [np.zeros(1)])
         assert " s" not in tokenizer.decode(encoded.tokens)
         assert (encoded.media == 0).sum() == 4
 
@@ -95,16 +95,16 @@ def test_images_have_no_times(tokenizer):
     seconds=st.floats(0.0, 99_999),
 )
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_slots_are_the_models_tokens_and_plans_are_never_too_short(
+def test_slots_match_the_models_tokens_and_plans_are_upper_bounds(
     tokenizer, style: str, frames: int, pool: int, spatial: int, every: int, seconds: float
 ):
     compression = CompressionConfig(
         num_frames=frames, temporal_pool=pool, spatial_pool=spatial, temporal_sample=every
     )
-    made = encoder(tokenizer, style, compression, side=3)
+    sample_encoder = encoder(tokenizer, style, compression, side=3)
     item = sample("<image>\n<video>\nWhy?", "image", "video")
     times = [np.zeros(1), np.linspace(0, seconds, frames)]
-    encoded, planned = made.encode(item, times), made.plan(item, [1, frames])
+    encoded, planned = sample_encoder.encode(item, times), sample_encoder.plan(item, [1, frames])
     assert (encoded.media == 1).sum() == plan_clip(frames, 3, compression).num_tokens
     assert (encoded.media == 0).sum() == 9
     assert len(encoded) <= len(planned) and encoded.min_tokens <= planned.min_tokens
@@ -112,19 +112,19 @@ def test_slots_are_the_models_tokens_and_plans_are_never_too_short(
         np.testing.assert_array_equal(encoded.tokens, planned.tokens)
 
 
-def test_a_cut_answer_has_no_end_marker(tokenizer):
-    made = encoder(tokenizer, "none", CompressionConfig(num_frames=4))
-    whole = made.encode(sample(answer="so " * 30), [np.zeros(4)])
+def test_a_truncated_answer_has_no_end_marker(tokenizer):
+    sample_encoder = encoder(tokenizer, "none", CompressionConfig(num_frames=4))
+    whole = sample_encoder.encode(sample(answer="so " * 30), [np.zeros(4)])
     assert whole.answer[-2] and not whole.answer[-1]  # the marker, and the template's line break
-    cut = whole.truncated(whole.min_tokens + 3)
-    assert len(cut) == whole.min_tokens + 3 and cut.answer.sum() == 4
-    np.testing.assert_array_equal(cut.tokens, whole.tokens[: len(cut)])
-    assert tokenizer.eos_token_id not in cut.tokens[cut.answer]
+    truncated = whole.truncated(whole.min_tokens + 3)
+    assert len(truncated) == whole.min_tokens + 3 and truncated.answer.sum() == 4
+    np.testing.assert_array_equal(truncated.tokens, whole.tokens[: len(truncated)])
+    assert tokenizer.eos_token_id not in truncated.tokens[truncated.answer]
 
 
 @pytest.mark.parametrize("text", ["<video>\nWhy?", "Why? <video>"])
-def test_least_holds_the_media_and_the_start_of_the_answer(tokenizer, text: str):
-    made = encoder(tokenizer, "none", CompressionConfig(num_frames=4))
-    encoded = made.encode(sample(text), [np.zeros(4)])
-    least = encoded.truncated(encoded.min_tokens)
-    assert least.answer.sum() == 1 and (least.media == 0).sum() == (encoded.media == 0).sum()
+def test_min_tokens_cover_the_media_and_the_start_of_the_answer(tokenizer, text: str):
+    sample_encoder = encoder(tokenizer, "none", CompressionConfig(num_frames=4))
+    encoded = sample_encoder.encode(sample(text), [np.zeros(4)])
+    shortest = encoded.truncated(encoded.min_tokens)
+    assert shortest.answer.sum() == 1 and (shortest.media == 0).sum() == (encoded.media == 0).sum()

@@ -1,5 +1,5 @@
-"""Protects the lengths index: it is what the encoder gives, kept, made again when it must be, and the same
-whoever measured it."""
+"""The lengths index: equal to the encoder's lengths, cached, recomputed when necessary, and independent of
+the number of processes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_lengths_are_those_of_the_encoded_samples(read, tmp_path: pathlib.Path):
     assert found.skips[4].where == f"{tmp_path}/a.jsonl line 5, record 4"
 
 
-def test_processes_measure_what_one_does(read, tmp_path: pathlib.Path):
+def test_many_processes_measure_the_same_as_one(read, tmp_path: pathlib.Path):
     records = [record(f"{i}", "why " * (i % 7)) for i in range(50)] + [{"id": "bad"}]
     records *= 50  # three chunks
     for folder in ("one", "two"):
@@ -89,7 +89,7 @@ def test_processes_measure_what_one_does(read, tmp_path: pathlib.Path):
         ({"fps": 1.0}, True),
     ],
 )
-def test_index_is_kept_until_something_that_counts_changes(
+def test_index_is_cached_until_a_relevant_setting_changes(
     read, tmp_path: pathlib.Path, monkeypatch, change: dict, again: bool
 ):
     path = write(tmp_path, [record("a"), record("b", "<video>", video="missing.mp4")])
@@ -101,9 +101,9 @@ def test_index_is_kept_until_something_that_counts_changes(
     assert bool(measured) == again
 
 
-def test_index_is_made_again_when_the_source_changes(read, tmp_path: pathlib.Path):
+def test_index_is_recomputed_when_the_source_changes(read, tmp_path: pathlib.Path):
     records = [record("a"), record("b", "Why is it so?"), record("c")]
-    prints = {}
+    digests = {}
     for name, changed in {
         "same": records,
         "order": [records[2], records[1], records[0]],
@@ -113,9 +113,9 @@ def test_index_is_made_again_when_the_source_changes(read, tmp_path: pathlib.Pat
         "word": [record("a", "How?"), *records[1:]],
         "edge": [record("aa"), record("", "Why is it so?"), record("c")],
     }.items():
-        prints[name] = read(write(tmp_path, changed))[0].digest
-    assert len(set(prints.values())) == len(prints)
-    assert read(write(tmp_path, records))[0].digest == prints["same"]
+        digests[name] = read(write(tmp_path, changed))[0].digest
+    assert len(set(digests.values())) == len(digests)
+    assert read(write(tmp_path, records))[0].digest == digests["same"]
 
 
 def test_frames_at_a_rate_are_counted_from_headers(read, tmp_path: pathlib.Path):
@@ -127,12 +127,12 @@ def test_frames_at_a_rate_are_counted_from_headers(read, tmp_path: pathlib.Path)
         for name, bounds in [("long", {}), ("short", {}), ("long", {"start": 2}), ("bad", {})]
     ]
     found, _, _ = read(write(tmp_path, records), fps=2.0)
-    # What cannot be read is found when it is; until then it counts as much as it may.
+    # An unreadable header counts as the maximum; the error is reported when the file is read.
     assert found.frames.tolist() == [7, 3, 3, 8]
     assert not found.skips
 
 
-def test_a_damaged_index_is_made_again(read, tmp_path: pathlib.Path):
+def test_a_damaged_index_is_recomputed(read, tmp_path: pathlib.Path):
     path = write(tmp_path, [record("a")])
     before = read(path)[0].tokens.tolist()
     for array in (tmp_path / "a.jsonl.index").rglob("tokens.npy"):

@@ -1,4 +1,4 @@
-"""Protects the proportions of a mixture: exact, seeded, and every sample once before any comes again."""
+"""Proportions of a mixture: exact, seeded, and every sample is used once before any is repeated."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def counts(mixture, refs) -> dict[str, int]:
         ({"a": {"repeat": 3}, "b": {}}, {"a": 30, "b": 30}),
         ({"a": {"repeat": 0.5}, "b": {"percent": 10}}, {"a": 5, "b": 3}),
         ({"a": {"cap": 4}, "c": {"cap": 999}}, {"a": 4, "c": 60}),
-        # Whatever their sizes; an epoch is as long as all together.
+        # Independent of their sizes; an epoch is as long as all sources together.
         ({"a": {"weight": 1}, "b": {"weight": 1}, "c": {"weight": 2}}, {"a": 25, "b": 25, "c": 50}),
         ({"a": {"weight": 0.3}, "c": {"weight": 0.7}}, {"a": 21, "c": 49}),
     ],
 )
-def test_an_epoch_has_the_asked_proportions(mix, settings: dict, per_epoch: dict):
+def test_an_epoch_has_the_requested_proportions(mix, settings: dict, per_epoch: dict):
     mixture = mix(**settings)
     for window in range(3):
         assert counts(mixture, mixture.draw(window)) == per_epoch
@@ -60,20 +60,20 @@ def test_an_epoch_has_the_asked_proportions(mix, settings: dict, per_epoch: dict
 
 @pytest.mark.parametrize("window", [1, 7, 33])
 def test_proportions_are_exact_in_the_long_run(mix, monkeypatch, window: int):
-    """Also where a window holds less than one sample of a source."""
+    """Even if a window contains less than one sample of a source."""
     monkeypatch.setattr(mixture_lib, "WINDOW", window)
     mixture = mix(a={"weight": 1}, b={"weight": 2.5}, c={"weight": 96.5})
     refs = stream(mixture, 600)
-    for (_, n), share in zip(counts(mixture, refs).items(), (0.01, 0.025, 0.965), strict=True):
-        assert abs(n - 600 * window * share) < 1
+    for (_, n), proportion in zip(counts(mixture, refs).items(), (0.01, 0.025, 0.965), strict=True):
+        assert abs(n - 600 * window * proportion) < 1
 
 
-def test_every_sample_of_a_source_comes_once_before_any_comes_again(mix, monkeypatch):
+def test_every_sample_is_used_once_before_any_is_repeated(mix, monkeypatch):
     monkeypatch.setattr(mixture_lib, "WINDOW", 17)
     mixture = mix(a={"weight": 1}, b={"weight": 1})
     refs = stream(mixture, 40)
     for number, size in enumerate((10, 30)):
-        # Within a window the order is shuffled across sources, so sets of positions are compared.
+        # Windows are shuffled across sources, so counts are compared instead of positions.
         seen = Counter(ref.item for ref in refs if ref.source == number)
         assert set(seen) == set(range(size))
         assert max(seen.values()) - min(seen.values()) <= 1
@@ -87,7 +87,7 @@ def test_epochs_and_seeds_differ_and_the_stream_is_a_function_of_the_seed(mix):
     assert again.draw(5) == one.draw(5) and again.draw(0) == one.draw(0)
 
 
-def test_a_part_of_a_source_is_the_same_in_every_epoch_and_chosen_by_the_seed(mix):
+def test_a_subset_of_a_source_is_the_same_in_every_epoch_and_chosen_by_the_seed(mix):
     def part(seed: int, window: int) -> set:
         return set(mix(seed, c={"percent": 25}).draw(window))
 
@@ -95,7 +95,7 @@ def test_a_part_of_a_source_is_the_same_in_every_epoch_and_chosen_by_the_seed(mi
     assert part(0, 0) == part(0, 7) != part(1, 0)
 
 
-def test_unusable_samples_are_never_drawn_and_named(make_mixture, write_texts, tmp_path):
+def test_unusable_samples_are_never_drawn_but_reported(make_mixture, write_texts, tmp_path):
     path = write_texts(tmp_path / "a.jsonl", 40, long=True)
     with path.open("a") as file:
         file.write("\n{}\n" + json.dumps({"id": "bad", "conversations": "no"}))
@@ -109,7 +109,7 @@ def test_unusable_samples_are_never_drawn_and_named(make_mixture, write_texts, t
     assert len(mixture) == len(drawn)
 
 
-def test_a_long_answer_is_kept_and_cut(make_mixture, tmp_path):
+def test_a_long_answer_is_truncated(make_mixture, tmp_path):
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so " * 500}]
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns}]))
     mixture = make_mixture(tmp_path / "a.json")
@@ -117,10 +117,10 @@ def test_a_long_answer_is_kept_and_cut(make_mixture, tmp_path):
     assert mixture.lengths(mixture.draw(0)).tolist() == [[160, 0]]
 
 
-def test_a_source_without_a_usable_sample_is_an_error_that_names_it(make_mixture, tmp_path):
+def test_a_source_without_usable_samples_is_an_error_that_names_it(make_mixture, tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[{}]")
-    with pytest.raises(DataError, match=r"data source 's0' has no usable sample"):
+    with pytest.raises(DataError, match=r"data source 's0' has no usable samples"):
         make_mixture(path, skip=1.0)
 
 
@@ -128,7 +128,7 @@ def test_a_source_without_a_usable_sample_is_an_error_that_names_it(make_mixture
 def test_too_many_skips_are_a_data_error(
     make_mixture, write_texts, tmp_path, bad: int, fails: bool
 ):
-    """The fraction is of 100 samples at least, so that a few bad ones of a few do not matter."""
+    """Small sources count as 100 samples, so that a few bad ones are tolerated."""
     path = write_texts(tmp_path / "a.jsonl", 20)
     with path.open("a") as file:
         file.write("\n{}" * bad)
@@ -141,7 +141,7 @@ def test_too_many_skips_are_a_data_error(
     assert "max_skip_fraction=0.1" in str(caught.value) and "line 21" in str(caught.value)
 
 
-def test_samples_that_fit_any_row_are_kept(make_mixture, write_texts, tmp_path):
+def test_samples_that_fit_any_shape_are_used(make_mixture, write_texts, tmp_path):
     path = write_texts(tmp_path / "a.jsonl", 30, long=True)
     small = RowShape(
         tokens=60,

@@ -1,5 +1,5 @@
-"""Protects the way from planned rows to batches: workers, restarts and processes change nothing, and what
-cannot be read leaves the rest of its row as it is."""
+"""Batches do not depend on workers, restarts or processes, and an unreadable sample leaves the rest of its
+row unchanged."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def read(
     workers: int = 0,
     size: int = BATCH,
     frames: FramesConfig | None = None,
-    **share: int,
+    **process: int,
 ) -> list[Batch]:
     with WorkerPool(workers) as pool:
         reader = MediaReader(pool, 32, frames or mixture.encoder.frames)
         plan = plan or TrainPlan(mixture, size)
-        return list(batches(mixture, plan, steps, size, reader, **share))
+        return list(batches(mixture, plan, steps, size, reader, **process))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def expected(mixture: Mixture) -> list[Batch]:
 
 
 def facts(batch: Batch) -> list[tuple]:
-    """What became of the samples, but for the time it took."""
+    """The outcomes of a batch, without their durations."""
     return [(o.source, o.sample, o.skip, o.tokens, o.frames, o.damaged) for o in batch.outcomes]
 
 
@@ -81,13 +81,15 @@ def test_workers_change_nothing(mixture: Mixture, expected: list[Batch], workers
 
 
 @pytest.mark.parametrize("start", [1, 3, STEPS])
-def test_resuming_gives_the_tail(mixture: Mixture, expected: list[Batch], start: int):
+def test_resuming_returns_the_remaining_batches(
+    mixture: Mixture, expected: list[Batch], start: int
+):
     state = json.loads(json.dumps(TrainPlan(mixture, BATCH).state(start)))
     got = read(mixture, TrainPlan(mixture, BATCH, state), range(start, STEPS), workers=2)
     assert_same(got, expected[start:])
 
 
-def test_shares_of_two_processes_are_the_batch_of_one(mixture: Mixture, expected: list[Batch]):
+def test_rows_of_two_processes_are_the_batch_of_one(mixture: Mixture, expected: list[Batch]):
     first, second = (
         read(mixture, workers=index, process_index=index, process_count=2) for index in range(2)
     )
@@ -102,7 +104,7 @@ def test_shares_of_two_processes_are_the_batch_of_one(mixture: Mixture, expected
     assert_same(joined, expected)
 
 
-def test_batches_hold_the_planned_samples(mixture: Mixture, expected: list[Batch]):
+def test_batches_contain_the_planned_samples(mixture: Mixture, expected: list[Batch]):
     plan = TrainPlan(mixture, BATCH)
     for step, batch in enumerate(expected):
         rows = plan[step].rows
@@ -118,7 +120,7 @@ def test_batches_hold_the_planned_samples(mixture: Mixture, expected: list[Batch
                 np.testing.assert_array_equal(tokens, mixture.encoder.encode(sample, times).tokens)
 
 
-def test_waste_is_what_nothing_fills(expected: list[Batch], mixture: Mixture):
+def test_waste_is_the_fraction_of_padding(expected: list[Batch], mixture: Mixture):
     for batch in expected:
         tokens = sum(outcome.tokens for outcome in batch.outcomes)
         frames = sum(outcome.frames for outcome in batch.outcomes)
@@ -139,18 +141,18 @@ def test_evaluation_pads_the_last_batch_with_empty_rows(mixture: Mixture):
     assert not got[1].arrays["loss_weights"][1:].any()
 
 
-def test_a_cut_answer_fills_its_row_and_is_counted(make_mixture, tmp_path: pathlib.Path):
+def test_a_truncated_answer_fills_its_row_and_is_counted(make_mixture, tmp_path: pathlib.Path):
     mixture = make_mixture(write(tmp_path, [record("long", answer="so " * 500)]))
     (batch,) = read(mixture, steps=range(1), size=1)
     assert batch.outcomes[0].is_truncated and batch.outcomes[0].tokens == mixture.shapes[0].tokens
     arrays = batch.arrays
     assert (arrays["segment_ids"] == 1).all()
-    learned = arrays["targets"][arrays["loss_weights"] > 0]
-    assert mixture.encoder.text.tokenizer.eos_token_id not in learned and len(learned) > 100
+    trained = arrays["targets"][arrays["loss_weights"] > 0]
+    assert mixture.encoder.text.tokenizer.eos_token_id not in trained and len(trained) > 100
     assert arrays["loss_weights"][0, -1] == 0
 
 
-def test_times_are_told_in_the_text(make_mixture, tmp_path: pathlib.Path):
+def test_timestamps_are_in_the_text(make_mixture, tmp_path: pathlib.Path):
     write_numbered(tmp_path / "a.mp4", 30)
     path = write(tmp_path, [record("a", "<video>Why?", video="a.mp4")])
     mixture = make_mixture(path, frames=FramesConfig(time_text="per_group"))
@@ -174,7 +176,7 @@ def _break(path: pathlib.Path, how: str) -> None:
         path.unlink()
         path.mkdir()
     else:
-        path.write_text("no media")
+        path.write_text("not media")
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -184,7 +186,7 @@ def _break(path: pathlib.Path, how: str) -> None:
         ("missing", {"missing"}),
         ("text", {"unreadable"}),
         ("truncated", {"unreadable"}),
-        ("directory", {"unreadable", "empty"}),  # an empty folder of frames, for a video
+        ("directory", {"unreadable", "empty"}),  # as a video it is an empty folder of frames
     ],
 )
 def test_broken_media_are_skips_and_the_rest_of_the_row_is_intact(
@@ -202,7 +204,7 @@ def test_broken_media_are_skips_and_the_rest_of_the_row_is_intact(
     broken = whole.sample(row[1])
     _break(folder / broken.media[0].path.relative_to(shapes_folder), how)
     damaged = make_mixture(folder / "train.json")
-    assert damaged.skips == []  # found when it is read, not before
+    assert damaged.skips == []  # detected when it is read
 
     one_row = {0: StepPlan(0, [row])}
     (got,) = read(damaged, one_row, range(1), size=1)
@@ -230,10 +232,8 @@ def test_broken_media_are_skips_and_the_rest_of_the_row_is_intact(
         )
 
 
-def test_a_file_that_hangs_costs_its_sample_and_is_not_tried_again(
-    make_mixture, tmp_path: pathlib.Path
-):
-    """A pipe that nobody writes to: opening it waits for ever."""
+def test_a_file_that_hangs_is_skipped_and_not_retried(make_mixture, tmp_path: pathlib.Path):
+    """Opening a pipe without a writer blocks forever."""
     os.mkfifo(tmp_path / "hang.mp4")
     write_numbered(tmp_path / "a.mp4", 8)
     path = write(
@@ -252,7 +252,7 @@ def test_a_file_that_hangs_costs_its_sample_and_is_not_tried_again(
 
 
 @pytest.mark.parametrize("fps", [0.0, 2.0])
-def test_every_frame_stands_where_it_was_planned(make_mixture, tmp_path: pathlib.Path, fps: float):
+def test_every_frame_is_where_it_was_planned(make_mixture, tmp_path: pathlib.Path, fps: float):
     """Barcodes through the whole pipeline: videos, parts of them, folders, images, in one row."""
     write_numbered(tmp_path / "a.mp4", 30)
     (tmp_path / "frames").mkdir()

@@ -1,5 +1,5 @@
-"""Protects which samples stand in which step: each once an epoch, the same for whoever asks and from
-wherever a run goes on, and all rows of a step in one shape."""
+"""Planned steps: each sample once per epoch, the same for every process and after resuming, and one shape
+per step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_nothing_is_lost_between_windows(mixture):
     assert len(last.left) < BATCH
 
 
-def test_rows_of_a_step_fit_their_shape_and_no_smaller_one_is_wasted(mixture):
+def test_rows_of_a_step_fit_their_shape_and_all_shapes_are_used(mixture):
     plan = TrainPlan(mixture, BATCH)
     shapes = set()
     for step in range(30):
@@ -56,7 +56,7 @@ def test_rows_of_a_step_fit_their_shape_and_no_smaller_one_is_wasted(mixture):
     assert shapes == set(range(len(mixture.shapes)))
 
 
-def test_a_step_does_not_depend_on_what_was_asked_before(mixture):
+def test_a_step_does_not_depend_on_earlier_accesses(mixture):
     forward, jumping, fresh = (TrainPlan(mixture, BATCH) for _ in range(3))
     want = [forward[i] for i in range(30)]
     order = np.random.default_rng(0).permutation(30)
@@ -66,7 +66,7 @@ def test_a_step_does_not_depend_on_what_was_asked_before(mixture):
 
 
 @pytest.mark.parametrize("window", [3, 50, 2**16])
-def test_a_saved_state_goes_on_with_the_same_steps(mixture, monkeypatch, window: int):
+def test_a_saved_state_resumes_with_the_same_steps(mixture, monkeypatch, window: int):
     monkeypatch.setattr(mixture_lib, "WINDOW", window)
     whole = TrainPlan(mixture, BATCH)
     want = [whole[i] for i in range(40)]
@@ -79,7 +79,7 @@ def test_a_saved_state_goes_on_with_the_same_steps(mixture, monkeypatch, window:
             resumed[state["first_step"] - 1]
 
 
-def test_what_was_trained_is_forgotten(mixture):
+def test_windows_of_past_steps_are_freed(mixture):
     plan = TrainPlan(mixture, BATCH)
     want = [plan[i] for i in range(60)]
     plan.forget(50)

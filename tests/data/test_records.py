@@ -1,5 +1,4 @@
-"""Protects the parsing of LLaVA JSON: what is accepted, in which order media come, and under which
-cause each unusable record is counted."""
+"""Parsing of records: what is accepted, the order of media, and the cause of each unusable record."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ def record(*turns, **fields) -> dict:
     return {"id": "a", "conversations": list(turns), **fields}
 
 
-# Records that are fine.
+# Valid records.
 
 
 @pytest.mark.parametrize("human", ["human", "user"])
 @pytest.mark.parametrize("gpt", ["gpt", "assistant"])
-def test_both_ways_to_name_who_speaks(human: str, gpt: str):
+def test_both_names_of_each_role(human: str, gpt: str):
     turns = (
         {"from": "system", "value": "Be brief."},
         {"from": human, "value": "Why?"},
@@ -45,7 +44,7 @@ def test_both_ways_to_name_who_speaks(human: str, gpt: str):
         ({}, "Why?", []),
         ({"image": "i/a.png"}, "<image>\nWhy?", [("image", "/data/i/a.png")]),
         ({"video": "a.mp4"}, "Why? <video>", [("video", "/data/a.mp4")]),
-        ({"video": "a.mp4"}, "<image>", [("video", "/data/a.mp4")]),  # LLaVA-Video writes it so
+        ({"video": "a.mp4"}, "<image>", [("video", "/data/a.mp4")]),  # as in LLaVA-Video
         ({"image": "/other/a.png"}, "<image>", [("image", "/other/a.png")]),
         ({"image": "", "video": None}, "Why?", []),
         (
@@ -70,12 +69,12 @@ def test_both_ways_to_name_who_speaks(human: str, gpt: str):
         ),
     ],
 )
-def test_media_stand_in_the_order_of_their_placeholders(fields: dict, text: str, media: list):
+def test_media_are_in_the_order_of_their_placeholders(fields: dict, text: str, media: list):
     parsed = parse_record(record({"from": "human", "value": text}, ANSWER, **fields), ROOT, 0)
     assert parsed.media == tuple(Media.file(kind, path) for kind, path in media)
 
 
-def test_placeholders_may_stand_in_several_turns():
+def test_placeholders_may_be_in_several_turns():
     parsed = parse_record(record(LOOK, ANSWER, LOOK, ANSWER, image=["a.png", "b.png"]), ROOT, 0)
     assert [medium.path.name for medium in parsed.media] == ["a.png", "b.png"]
 
@@ -85,12 +84,12 @@ def test_id_is_a_string_or_else_the_index(fields: dict, expected: str):
     assert parse_record({"conversations": [ASK, ANSWER], **fields}, ROOT, 5).id == expected
 
 
-def test_other_fields_are_kept_apart():
+def test_other_fields_are_in_extra():
     parsed = parse_record(record(LOOK, ANSWER, image="a.png", family="order", options=[1]), ROOT, 0)
     assert parsed.extra == {"family": "order", "options": [1]}
 
 
-def test_prompt_leaves_out_the_last_answer_only():
+def test_prompt_drops_only_the_last_answer():
     last = {"from": "gpt", "value": "Because."}
     parsed = parse_record(record(LOOK, ANSWER, ASK, last, image="a.png"), ROOT, 0)
     assert parsed.answer() == "Because."
@@ -106,7 +105,7 @@ def test_prompt_leaves_out_the_last_answer_only():
         ({"image": [{"path": "a.png"}, "file://b.png"]}, "<image><image>"),
     ],
 )
-def test_media_have_one_field_or_two(fields: dict, text: str):
+def test_media_may_be_in_either_field_or_both(fields: dict, text: str):
     parsed = parse_record(record({"from": "human", "value": text}, ANSWER, **fields), ROOT, 0)
     assert [medium.name for medium in parsed.media] == ["/data/a.png", "/data/b.png"]
 
@@ -145,22 +144,22 @@ def test_parts_without_a_file_take_those_of_the_record():
     assert [medium.path.name for medium in parsed.media] == ["a.png", "own.png", "b.png"]
 
 
-def test_bytes_are_kept_and_named_by_their_sample():
+def test_bytes_are_named_after_their_sample():
     parsed = parse_record(record(LOOK, ANSWER, image={"bytes": b"abc", "path": "x.png"}), ROOT, 0)
     assert parsed.media[0].open().read() == b"abc"
     assert "sample a" in parsed.media[0].name and "x.png" in parsed.media[0].name
 
 
-def test_members_are_looked_up_beside_the_record():
+def test_media_of_a_shard_are_looked_up_by_member_name():
     member = Media(kind="video", name="s.tar!a.mp4", path=pathlib.Path("s.tar"), span=(512, 9))
     found = record(LOOK, ANSWER, video={"path": "a.mp4", "start": 1})
     (medium,) = parse_record(found, ROOT, 0, {"a.mp4": member}).media
     assert (medium.name, medium.span, medium.start) == ("s.tar!a.mp4", (512, 9), 1)
-    with pytest.raises(SampleError, match=r"'b.mp4' is not beside the record"):
+    with pytest.raises(SampleError, match=r"'b.mp4' is not in the shard next to the record"):
         parse_record(record(LOOK, ANSWER, video="b.mp4"), ROOT, 0, {"a.mp4": member})
 
 
-# Records that are not.
+# Unusable records.
 
 
 @pytest.mark.parametrize(

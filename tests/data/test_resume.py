@@ -1,5 +1,5 @@
-"""A process that is killed in the middle of an epoch goes on with the same rows, as one process or as
-two, with any number of workers."""
+"""A process killed in the middle of an epoch resumes with the same rows, as one process or as two, with any
+number of workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from storm_jax.config import to_dict
 
 BATCH, STEPS, KILLED_AT = 4, 12, 5
 
-# Reads steps of a mixture; leaves a digest of every row and the position after every step.
+# Reads steps of a mixture, and writes a digest of every row and the position after every step.
 READER = """
 import hashlib, json, os, pathlib, sys
 import numpy as np
@@ -37,9 +37,9 @@ with WorkerPool(workers) as pool, (out / f"rows_{index}_of_{count}.txt").open("a
     mixture = open_mixture(config, config.data.train, load_tokenizer(tokenizer), pool)
     plan = TrainPlan(mixture, batch, saved["plan"])
     reader = MediaReader(pool, config.model.vision.image_size, config.data.frames)
-    share = {"process_index": index, "process_count": count}
+    process = {"process_index": index, "process_count": count}
     todo = range(saved["step"], steps)
-    for step, read in zip(todo, batches(mixture, plan, todo, batch, reader, **share)):
+    for step, read in zip(todo, batches(mixture, plan, todo, batch, reader, **process)):
         for i in range(batch // count):
             parts = [read.arrays[name][i].tobytes() for name in sorted(read.arrays)]
             row = index * (batch // count) + i
@@ -82,7 +82,7 @@ def start(small_config, shapes_folder: pathlib.Path, write_texts, tmp_path: path
 
 
 def digests(folder: pathlib.Path) -> dict[tuple[int, int], set[str]]:
-    """By step and row; a row that was read again has to be the same."""
+    """Digests by (step, row): a set, since a row may have been read twice."""
     found: dict[tuple[int, int], set[str]] = {}
     for path in folder.glob("rows_*.txt"):
         for line in path.read_text().splitlines():

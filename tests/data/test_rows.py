@@ -1,5 +1,5 @@
-"""Protects packing: every sample is in one row and fits, samples of a row do not touch each other,
-and visual tokens point at the groups of their own clips."""
+"""The arrays of rows: samples of a row do not affect each other, and visual tokens index the groups of their
+own clips."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from rows_by_hand import build_row, build_rows
 
 from storm_jax.compression import plan_clip
 from storm_jax.config import CompressionConfig
-from storm_jax.data import packing
-from storm_jax.data.packing import plan_rows, smallest_fit
 from storm_jax.data.rows import (
     RowSample,
     RowShape,
@@ -37,85 +35,6 @@ SMALL = RowShape(
     side=2,
     compression=CompressionConfig(num_frames=4),
 )
-SHAPES = st.sampled_from([(LARGE,), (SMALL, LARGE)])
-
-
-# Planning.
-
-
-@st.composite
-def plans(draw) -> tuple[np.ndarray, list[int]]:
-    """Lengths of samples and an order in which to take some of them."""
-    pair = st.tuples(st.integers(1, TOKENS), st.integers(0, FRAMES))
-    lengths = draw(st.lists(pair, min_size=1, max_size=120))
-    order = draw(st.permutations(range(len(lengths))))
-    return np.array(lengths, np.int64), order[: draw(st.integers(0, len(order)))]
-
-
-def first_fit(lengths: np.ndarray, order: list[int], shapes, open_rows: int) -> list[list[int]]:
-    """Written for clarity: every row is looked at, the last `open_rows` are open."""
-    made: list[tuple[RowShape, list[int]]] = []
-    for index in order:
-        for shape, row in made[-open_rows:]:
-            if ((lengths[[*row, index]].sum(0)) <= (shape.tokens, shape.frames)).all():
-                row.append(index)
-                break
-        else:
-            fits = [s for s in shapes if (lengths[index] <= (s.tokens, s.frames)).all()]
-            made.append((fits[0], [index]))
-    return [row for _, row in made]
-
-
-@PROPERTY
-@given(plans(), SHAPES)
-def test_each_sample_is_in_exactly_one_row(plan, shapes):
-    lengths, order = plan
-    made = plan_rows(lengths, order, shapes)
-    assert sorted(index for row in made for index in row) == sorted(order)
-    assert all(made)
-
-
-@PROPERTY
-@given(plans(), SHAPES)
-def test_no_row_is_over_its_capacity_and_the_smallest_shape_is_found(plan, shapes):
-    lengths, order = plan
-    made = plan_rows(lengths, order, shapes)
-    totals = np.array([lengths[row].sum(0) for row in made]).reshape(-1, 2)
-    for total, number in zip(totals, smallest_fit(totals, shapes), strict=True):
-        fits = [(total <= (s.tokens, s.frames)).all() for s in shapes]
-        assert any(fits) and number == fits.index(True)
-
-
-@PROPERTY
-@given(plans(), SHAPES, st.sampled_from([1, 3, 64]))
-def test_rows_are_first_fit_among_the_open_ones(plan, shapes, open_rows: int):
-    lengths, order = plan
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "OPEN_ROWS", open_rows)
-        made = plan_rows(lengths, order, shapes)
-    assert made == first_fit(lengths, order, shapes, open_rows)
-
-
-@PROPERTY
-@given(plans())
-def test_planning_is_deterministic_and_leaves_lengths_alone(plan):
-    lengths, order = plan
-    before = lengths.copy()
-    first = plan_rows(lengths, order, [LARGE])
-    assert plan_rows(lengths, iter(order), [LARGE]) == first
-    np.testing.assert_array_equal(lengths, before)
-
-
-def test_full_samples_get_a_row_each_and_small_ones_share():
-    full = np.array([[TOKENS, FRAMES]] * 2)
-    assert plan_rows(full, range(2), [LARGE]) == [[0], [1]]
-    assert plan_rows(np.full((4, 2), (TOKENS // 2, 1)), range(4), [LARGE]) == [
-        [0, 1],
-        [2, 3],
-    ]
-
-
-# Building.
 
 
 def clip_tokens(shape: RowShape, frames: int) -> int:
@@ -123,7 +42,7 @@ def clip_tokens(shape: RowShape, frames: int) -> int:
 
 
 def make_sample(rng: np.random.Generator, shape: RowShape, lengths: list[int]) -> RowSample:
-    """Text with a clip of each length in it; frames and text are random, so all differ."""
+    """A sample with a clip of each length; text and frames are random, so all differ."""
     media: list[int] = [-1] * int(rng.integers(1, 4))
     for i, length in enumerate(lengths):
         media += [i] * clip_tokens(shape, length) + [-1] * int(rng.integers(0, 3))
@@ -164,14 +83,14 @@ def packed(draw) -> tuple[RowShape, list[RowSample]]:
 
 
 def table(shape: RowShape) -> tuple[int, int, int]:
-    """Group slots, and visual tokens of a pooled group and of an unpooled one."""
+    """Group slots, and visual tokens of a pooled and of an unpooled group."""
     side = -(-shape.side // shape.compression.spatial_pool)
     return shape.num_groups, side * side, shape.side * shape.side
 
 
 @PROPERTY
 @given(packed())
-def test_each_sample_stands_in_its_own_segment_unchanged(case):
+def test_each_sample_is_unchanged_in_its_own_segment(case):
     shape, samples = case
     row = build_row(samples, PAD, shape)
     end = 0
@@ -200,7 +119,7 @@ def test_targets_are_the_next_token_of_the_same_sample_only(case):
 
 @PROPERTY
 @given(packed())
-def test_loss_is_where_the_target_is_an_answer_token(case):
+def test_loss_covers_targets_that_are_answer_tokens(case):
     shape, samples = case
     row = build_row(samples, PAD, shape)
     expected = [np.append(sample.encoded.answer[1:], False) for sample in samples]
@@ -211,7 +130,7 @@ def test_loss_is_where_the_target_is_an_answer_token(case):
 
 @PROPERTY
 @given(packed())
-def test_frames_stand_in_order_with_the_id_of_their_clip(case):
+def test_frames_are_in_order_with_the_id_of_their_clip(case):
     shape, samples = case
     row = build_row(samples, PAD, shape)
     clips = [clip for sample in samples for clip in sample.clips]
@@ -225,7 +144,7 @@ def test_frames_stand_in_order_with_the_id_of_their_clip(case):
 
 @PROPERTY
 @given(packed())
-def test_groups_of_a_row_are_the_kept_means_of_each_clip(case):
+def test_groups_of_a_row_are_the_emitted_groups_of_each_clip(case):
     shape, samples = case
     row = build_row(samples, PAD, shape)
     k, s = shape.compression.temporal_pool, shape.compression.temporal_sample
@@ -241,7 +160,7 @@ def test_groups_of_a_row_are_the_kept_means_of_each_clip(case):
 
 @PROPERTY
 @given(packed())
-def test_visual_slots_are_as_many_as_planned_and_index_their_own_groups(case):
+def test_visual_slots_match_the_plan_and_index_their_own_groups(case):
     shape, samples = case
     row = build_row(samples, PAD, shape)
     groups, pooled, unpooled = table(shape)
@@ -273,7 +192,7 @@ def test_visual_slots_are_as_many_as_planned_and_index_their_own_groups(case):
 
 @pytest.mark.parametrize(("spatial_pool", "first"), [(1, 0), (2, 5 * 4)])
 def test_image_indexes_the_unpooled_part_when_space_is_pooled(spatial_pool: int, first: int):
-    """Side 3: 9 tokens, or 4 when pooled by 2; a row of 20 tokens then has 5 group slots."""
+    """Side 3 is 9 tokens, or 4 if pooled by 2; a row of 20 tokens then has 5 group slots."""
     compression = CompressionConfig(num_frames=4, spatial_pool=spatial_pool)
     shape = RowShape(tokens=20, frames=5, image_size=IMAGE, side=3, compression=compression)
     sample = make_sample(np.random.default_rng(0), shape, [1])
@@ -311,19 +230,19 @@ def test_group_slots_are_bounded_by_frames_and_tokens(
 
 @PROPERTY
 @given(packed(), st.data())
-def test_failed_sample_leaves_nothing_behind(case, data):
+def test_failed_sample_leaves_no_trace(case, data):
     shape, samples = case
     failed = data.draw(st.lists(st.booleans(), min_size=len(samples), max_size=len(samples)))
     kept = [sample for sample, gone in zip(samples, failed, strict=True) if not gone]
-    holed = [None if gone else sample for sample, gone in zip(samples, failed, strict=True)]
-    got, expected = build_row(holed, PAD, shape), build_row(kept, PAD, shape)
+    with_gaps = [None if gone else sample for sample, gone in zip(samples, failed, strict=True)]
+    got, expected = build_row(with_gaps, PAD, shape), build_row(kept, PAD, shape)
     numbers = np.array([0, *np.flatnonzero(~np.array(failed, bool)) + 1])
     expected["segment_ids"] = numbers[expected["segment_ids"]]
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
 
 
-def test_row_of_failed_samples_is_an_empty_row():
+def test_row_of_failed_samples_is_padding():
     shape = RowShape(
         tokens=20, frames=5, image_size=IMAGE, side=3, compression=CompressionConfig(num_frames=4)
     )
@@ -348,7 +267,7 @@ def test_arrays_have_their_documented_shapes_and_types():
     assert {name: (array.shape, array.dtype.type) for name, array in batch.items()} == expected
 
 
-def test_rows_of_a_batch_do_not_touch_each_other():
+def test_rows_of_a_batch_are_independent():
     shape = RowShape(
         tokens=20, frames=5, image_size=IMAGE, side=3, compression=CompressionConfig(num_frames=4)
     )

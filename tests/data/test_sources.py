@@ -1,5 +1,5 @@
-"""Protects every kind of source: what it gives, that records are found in any file, and that what is
-broken is one bad sample or one clear error."""
+"""Every kind of source: its samples, finding records in any file layout, and one bad sample or one clear
+error for broken files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from storm_jax.media.read import read_media
 from storm_jax.text.sample import Sample, SampleError
 
 
-def opened(path: pathlib.Path, **fields):
+def open_path(path: pathlib.Path, **fields):
     return open_source(SourceConfig(name="some", path=str(path), **fields))
 
 
 def shown(sample: Sample, frames: int = 1) -> list[int]:
-    """The numbers in a sample's pictures."""
+    """The numbers shown by a sample's frames."""
     return [n for m in sample.media for n in numbers(read_media(m, frames, 32, 0.0).frames)]
 
 
@@ -53,9 +53,9 @@ def test_records_are_found_in_every_layout(tmp_path: pathlib.Path, layout: str, 
         "lines with gaps": f"{texts[0]}\r\n\n  {texts[1]}\n\r\n{texts[2]}\n\n",
         "mark": "\ufeff" + json.dumps(RECORDS, ensure_ascii=ascii_only),
     }[layout]
-    path = tmp_path / "a.json"  # whatever its suffix says
+    path = tmp_path / "a.json"  # the suffix does not matter
     path.write_bytes(content.encode())
-    source = opened(path)
+    source = open_path(path)
     assert [source.record(i) for i in range(len(source))] == RECORDS
     assert [source.sample(i).id for i in range(3)] == ["é", 'a "quoted" ] , [ {', "2"]
     lines = content.replace("\r", "").split("\n")
@@ -104,54 +104,54 @@ def test_bad_file_is_an_error_that_names_it(tmp_path: pathlib.Path, content: byt
     path = tmp_path / "train.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"train\.json"):
-        opened(path)
+        open_path(path)
 
 
 def test_error_in_a_list_has_its_line(tmp_path: pathlib.Path):
     (tmp_path / "a.json").write_text('[\n{"id": 1},\n{"id": 2}\n{"id": 3}]')
-    with pytest.raises(DataError, match=r"a.json line 4 is not JSON"):
-        opened(tmp_path / "a.json")
+    with pytest.raises(DataError, match=r"a.json line 4: invalid JSON"):
+        open_path(tmp_path / "a.json")
 
 
 def test_a_bad_line_is_a_bad_sample(tmp_path: pathlib.Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": 1\n' + json.dumps(RECORDS[0]) + "\n" + "[" * 100_000 + "\n")
-    source = opened(path)
+    source = open_path(path)
     for i in (0, 2):
-        with pytest.raises(SampleError, match="not JSON") as caught:
+        with pytest.raises(SampleError, match="invalid JSON") as caught:
             source.sample(i)
         assert caught.value.cause == "malformed"
     assert source.sample(1).id == "é" and source.where(2).endswith("line 3, record 2")
 
 
-def test_index_of_a_large_file_is_kept_and_made_again_when_it_changes(
+def test_index_of_a_large_file_is_cached_until_it_changes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(json_file, "_SMALL", 0)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in RECORDS))
-    assert len(opened(path)) == 3
-    kept = list((tmp_path / "a.jsonl.index").iterdir())
+    assert len(open_path(path)) == 3
+    cached = list((tmp_path / "a.jsonl.index").iterdir())
     monkeypatch.setattr(json_file, "find_records", None)
-    assert opened(path).sample(1).turns[0].text == "Why\n?"
+    assert open_path(path).sample(1).turns[0].text == "Why\n?"
     monkeypatch.undo()
     monkeypatch.setattr(json_file, "_SMALL", 0)
     path.write_text(json.dumps(RECORDS[0]) + "\n" * 3)
-    assert len(opened(path)) == 1
-    assert len(list((tmp_path / "a.jsonl.index").iterdir())) == len(kept) + 1
+    assert len(open_path(path)) == 1
+    assert len(list((tmp_path / "a.jsonl.index").iterdir())) == len(cached) + 1
     elsewhere = open_source(SourceConfig(name="some", path=str(path)), str(tmp_path / "indices"))
     assert len(elsewhere) == 1 and (tmp_path / "indices/some").is_dir()
 
 
-def test_an_index_that_cannot_be_written_says_what_to_set(
+def test_the_error_for_an_unwritable_index_names_the_setting(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(json_file, "_SMALL", 0)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(RECORDS[0]))
-    (tmp_path / "a.jsonl.index").write_text("a file stands in its place")
+    (tmp_path / "a.jsonl.index").write_text("a file in place of the folder")
     with pytest.raises(DataError, match=r"set data.index_dir"):
-        opened(path)
+        open_path(path)
 
 
 def test_a_million_lines_open_in_seconds_and_are_read_at_random(tmp_path: pathlib.Path):
@@ -159,7 +159,7 @@ def test_a_million_lines_open_in_seconds_and_are_read_at_random(tmp_path: pathli
     line = json.dumps({"id": "x", "conversations": conversation("Why?")})
     path.write_text((line + "\n") * 1_000_000)
     began = time.monotonic()
-    source = opened(path)
+    source = open_path(path)
     assert len(source) == 1_000_000
     assert time.monotonic() - began < 10
     assert source.sample(999_999).id == "x" and "line 1000000, " in source.where(999_999)
@@ -169,8 +169,8 @@ def test_a_million_lines_open_in_seconds_and_are_read_at_random(tmp_path: pathli
 def test_media_root_replaces_the_folder_of_the_file(tmp_path: pathlib.Path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"image": "x/a.png", "conversations": conversation()}]))
-    assert opened(path).sample(0).media[0].path == tmp_path / "x/a.png"
-    assert opened(path, media_root="/other").sample(0).media[0].name == "/other/x/a.png"
+    assert open_path(path).sample(0).media[0].path == tmp_path / "x/a.png"
+    assert open_path(path, media_root="/other").sample(0).media[0].name == "/other/x/a.png"
 
 
 # Parquet.
@@ -189,13 +189,13 @@ def test_parquet_rows_are_records_with_their_media(tmp_path: pathlib.Path):
     (tmp_path / "data").mkdir()
     write_parquet(tmp_path / "data/train-00000.parquet", rows[:5], row_group_size=2)
     write_parquet(tmp_path / "data/train-00001.parquet", rows[5:])
-    source = opened(tmp_path)
+    source = open_path(tmp_path)
     assert len(source) == 7
     for i in (6, 0, 3, 1, 5, 4, 2):
         sample = source.sample(i)
         assert sample.id == f"row {i}" and sample.extra == {"data_source": "x"}
         assert shown(sample) == ([i] if i % 3 else [])
-        pickle.dumps(sample)  # media cross to the workers unread
+        pickle.dumps(sample)  # media are sent to the workers unread
     assert source.where(3).endswith("train-00000.parquet row 1 of group 1")
 
 
@@ -208,11 +208,11 @@ def test_parquet_columns_may_be_lists_of_media(tmp_path: pathlib.Path):
         for i in range(4)
     ]
     write_parquet(tmp_path / "a.parquet", rows)
-    source = opened(tmp_path)
+    source = open_path(tmp_path)
     assert [shown(source.sample(i)) for i in range(4)] == [[], [10], [20, 21], [30, 31, 32]]
 
 
-def test_parquet_may_name_files_instead(tmp_path: pathlib.Path):
+def test_parquet_may_contain_paths_instead_of_bytes(tmp_path: pathlib.Path):
     (tmp_path / "b.png").write_bytes(picture(9))
     image = {"bytes": None, "path": "b.png"}
     rows = [{"image": image, "conversations": conversation()}]
@@ -226,15 +226,15 @@ def test_parquet_may_name_files_instead(tmp_path: pathlib.Path):
         ]
     )
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
-    assert shown(opened(tmp_path).sample(0)) == [9]
+    assert shown(open_path(tmp_path).sample(0)) == [9]
 
 
 def test_a_broken_parquet_file_is_one_bad_sample(tmp_path: pathlib.Path):
     write_parquet(tmp_path / "a.parquet", [{"conversations": conversation("Why?")}] * 3)
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
-    source = opened(tmp_path)
+    source = open_path(tmp_path)
     assert len(source) == 4 and source.sample(2).answer() == "So."
-    with pytest.raises(SampleError, match="no parquet file"):
+    with pytest.raises(SampleError, match="not a valid parquet file"):
         source.sample(3)
 
 
@@ -268,7 +268,7 @@ def test_members_of_a_key_are_one_sample(tmp_path: pathlib.Path):
             ),
         },
     )
-    source = opened(tmp_path)
+    source = open_path(tmp_path)
     assert [source.sample(i).id for i in range(len(source))] == ["a/001", "002", "own id", "004"]
     assert shown(source.sample(0), 8) == list(range(8))
     assert shown(source.sample(1)) == [20, 21]
@@ -276,7 +276,7 @@ def test_members_of_a_key_are_one_sample(tmp_path: pathlib.Path):
     assert shown(source.sample(3)) == [40, 5]
     assert source.where(3) == f"{tmp_path}/shard-001.tar!004"
     assert source.sample(0).media[0].name == f"{tmp_path}/shard-000.tar!a/001.mp4"
-    assert len(opened(tmp_path / "shard-001.tar")) == 1
+    assert len(open_path(tmp_path / "shard-001.tar")) == 1
 
 
 def test_broken_members_and_shards_are_bad_samples(tmp_path: pathlib.Path):
@@ -284,11 +284,11 @@ def test_broken_members_and_shards_are_bad_samples(tmp_path: pathlib.Path):
         tmp_path / "a.tar",
         {"1.png": picture(1), "2.json": b"{", "3.json": record_bytes("<image>"), "4.txt": b"x"},
     )
-    (tmp_path / "b.tar").write_bytes(b"no tar at all" * 100)
+    (tmp_path / "b.tar").write_bytes(b"not a tar file" * 100)
     write_shard(tmp_path / "c.tar", {"1.json": record_bytes("Why?"), "2.json": b" " * 5000})
-    cut = (tmp_path / "c.tar").read_bytes()
-    (tmp_path / "c.tar").write_bytes(cut[: cut.index(b"2.json") + 2048])
-    source = opened(tmp_path)
+    data = (tmp_path / "c.tar").read_bytes()
+    (tmp_path / "c.tar").write_bytes(data[: data.index(b"2.json") + 2048])
+    source = open_path(tmp_path)
     causes = []
     for i in range(len(source)):
         try:
@@ -303,8 +303,8 @@ def test_broken_members_and_shards_are_bad_samples(tmp_path: pathlib.Path):
         "malformed",
         "malformed",
         "1",
-        "malformed",  # its record is cut off
-        "malformed",  # and so is the shard
+        "malformed",  # its record is truncated
+        "malformed",  # the shard is truncated
     ]
 
 
@@ -323,21 +323,23 @@ def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def test_tfds_items_are_records(tfds_folder: pathlib.Path):
     write_numbered(tfds_folder / "v.mp4", 8)
-    source = opened(tfds_folder)
+    source = open_path(tfds_folder)
     samples = {sample.id: sample for sample in map(source.sample, range(len(source)))}
     assert sorted(samples) == ["item 0", "item 1", "item 2"]
     assert shown(samples["item 0"]) == [0] and shown(samples["item 2"]) == [2]
     assert shown(samples["item 1"], 3) == [0, 4, 7] or shown(samples["item 1"], 3) == [0, 3, 7]
-    assert len(opened(tfds_folder, split="test")) == 1
-    with pytest.raises(DataError, match=r"no split 'validation'; there are .*train"):
-        opened(tfds_folder, split="validation")
+    assert len(open_path(tfds_folder, split="test")) == 1
+    with pytest.raises(DataError, match=r"no split 'validation'; available: .*train"):
+        open_path(tfds_folder, split="validation")
 
 
-# What is no source.
+# Paths that are not sources.
 
 
-def test_what_is_no_source_is_named(tmp_path: pathlib.Path):
-    with pytest.raises(DataError, match=r"none.json is missing: data source 'some'"):
-        opened(tmp_path / "none.json")
-    with pytest.raises(DataError, match=r"without .parquet files, .tar shards"):
-        opened(tmp_path)
+def test_a_path_that_is_not_a_source_is_an_error_that_names_it(tmp_path: pathlib.Path):
+    with pytest.raises(
+        DataError, match=r"none.json does not exist: it is the path of data source 'some'"
+    ):
+        open_path(tmp_path / "none.json")
+    with pytest.raises(DataError, match=r"contains no .parquet files, .tar shards"):
+        open_path(tmp_path)

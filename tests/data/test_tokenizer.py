@@ -1,5 +1,5 @@
-"""Protects the trained tokenizer: it repeats, loses no text, keeps its special tokens whole and
-never outgrows its vocabulary."""
+"""The trained tokenizer is deterministic and lossless, never splits special tokens, and stays within its
+vocabulary size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ids(text: str) -> list[int]:
 
 
 def normal(text: str) -> str:
-    """NFC of everything but special tokens, which is what the tokenizer stores."""
+    """The NFC of everything except special tokens, which is what the tokenizer stores."""
     pieces = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
     return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
 
@@ -84,7 +84,7 @@ def test_awkward_text_round_trips(text: str):
 def test_vocabulary_is_bounded(size: int):
     made = train_tokenizer(TEXTS, size)
     assert 259 <= len(made) <= size
-    assert size == 512 or len(made) == size  # 512 is more than these texts give
+    assert size == 512 or len(made) == size  # these texts are too small for 512
     assert sorted(made.get_vocab().values()) == list(range(len(made)))
 
 
@@ -94,16 +94,16 @@ def test_smallest_vocabulary_still_round_trips():
     assert made.decode(made(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_learned_words_are_short():
+def test_words_of_the_training_text_have_few_tokens():
     assert len(ids("What colour was the flash?")) < len("What colour was the flash?") / 2
 
 
-def test_digits_stand_alone():
+def test_digits_are_separate_tokens():
     made = train_tokenizer(["2024 2024 2024"] * 50, 300)
     assert len(made("2024", add_special_tokens=False)["input_ids"]) == 4
 
 
-def test_special_tokens_are_known_as_such():
+def test_special_tokens_are_marked_as_special():
     assert set(TRAINED.all_special_tokens) == set(SPECIAL)
     assert TRAINED.decode(ids("<|im_start|>a<|im_end|>"), skip_special_tokens=True) == "a"
 
@@ -123,7 +123,7 @@ def test_chat_template_renders_chatml(opened: bool):
     )
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     monkeypatch.setattr("sys.argv", ["tokenizer", *args])
     module.main()
 
@@ -132,7 +132,7 @@ def test_cli_writes_a_tokenizer_that_loads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, shapes_folder: pathlib.Path
 ):
     data = shapes_folder / "train.json"
-    run(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", "--vocab_size=400")
+    run_main(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", "--vocab_size=400")
     made = load_tokenizer(tmp_path / "out")
     assert 259 < len(made) <= 400
     assert not any("image" in token or "video" in token for token in made.get_vocab())
@@ -144,23 +144,23 @@ def test_cli_rejects_a_vocabulary_below_the_bytes(
     data = tmp_path / "a.json"
     data.write_text(json.dumps([{"conversations": [{"from": "human", "value": "a"}]}]))
     with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", "--vocab_size=258")
+        run_main(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", "--vocab_size=258")
     assert caught.value.code == 2 and "--vocab_size=258" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_cli_leaves_out_malformed_samples(
+def test_cli_skips_malformed_samples(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys
 ):
     turns = [{"from": "human", "value": "Which way?"}, {"from": "gpt", "value": "left"}]
     data = tmp_path / "a.json"
     data.write_text(json.dumps([{"conversations": turns}, {"conversations": None}, 3]))
-    run(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}")
-    assert "2 of 3 samples are malformed" in capsys.readouterr().out
+    run_main(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}")
+    assert "skipped 2 of 3 samples, which are malformed" in capsys.readouterr().out
     load_tokenizer(tmp_path / "out")
 
 
 def test_cli_names_a_missing_file(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys):
     with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, f"--data={tmp_path / 'a.json'}", f"--out={tmp_path / 'out'}")
-    assert caught.value.code == 2 and "a.json is missing" in capsys.readouterr().err
+        run_main(monkeypatch, f"--data={tmp_path / 'a.json'}", f"--out={tmp_path / 'out'}")
+    assert caught.value.code == 2 and "a.json does not exist" in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""Protects the built-in task: that its files repeat, its answers are right and balanced, and its
-ceilings are what enumeration by another way gives."""
+"""The built-in task: files are reproducible, answers are correct and balanced, and ceilings match an
+independent enumeration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def settings(**changes) -> shapes.Settings:
 
 
 def content(folder: pathlib.Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file under a folder."""
+    """Bytes and modification time of every file in a folder."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -44,7 +44,7 @@ def right_option(sample: shapes.Rendered) -> str:
 
 
 def coloured(frames: np.ndarray) -> np.ndarray:
-    """Name of the colour at each pixel, "" where it is none of the four."""
+    """The name of the colour at each pixel, or "" if it is none of the four."""
     found = np.full(frames.shape[:-1], "", dtype=object)
     for name, rgb in shapes.COLOURS.items():
         found[(frames == rgb).all(-1)] = name
@@ -56,7 +56,7 @@ def samples(family: str, count: int = 12, **changes) -> list[shapes.Rendered]:
     return [shapes.render(one, "train", i) for i in range(count)]
 
 
-# Rendering repeats.
+# Rendering is reproducible.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,7 +72,7 @@ def test_equal_settings_and_seed_give_equal_samples(family: str):
 
 
 @pytest.mark.parametrize("index", range(len(FAMILIES)))
-def test_sample_does_not_depend_on_how_many_there_are(index: int):
+def test_sample_does_not_depend_on_the_number_of_samples(index: int):
     few, many = settings(clips=8, eval_clips=1), settings(clips=10_000, eval_clips=500)
     first, second = shapes.render(few, "train", index), shapes.render(many, "train", index)
     np.testing.assert_array_equal(first.frames, second.frames)
@@ -102,7 +102,7 @@ def test_multiple_choice_letter_points_at_the_right_option(family: str):
         lines = sample.question.split("\n")[1:]
         listed = [f"{letter}. {o}" for letter, o in zip("ABCD", sample.options, strict=True)]
         assert lines == listed
-    # `right_option` is held against the pixels below; a constant letter would make it worthless.
+    # `right_option` is compared with the pixels below; that would be vacuous if the letter were constant.
     assert len({sample.answer for sample in rendered}) == 4
 
 
@@ -114,12 +114,12 @@ def test_open_questions_list_no_options(family: str):
 
 
 def flashes(sample: shapes.Rendered) -> list[str]:
-    """The colour in the middle of each frame, which every flash covers."""
+    """The colour at the centre of each frame, which every flash covers."""
     middle = sample.frames.shape[1] // 2
     return coloured(sample.frames[:, middle, middle]).tolist()
 
 
-def test_order_answer_is_the_first_of_two_neighbouring_flashes():
+def test_order_answer_is_the_first_of_two_consecutive_flashes():
     for sample in samples("order"):
         seen = flashes(sample)
         first, second = (t for t, colour in enumerate(seen) if colour)
@@ -127,8 +127,8 @@ def test_order_answer_is_the_first_of_two_neighbouring_flashes():
         assert seen[first] == sample.answer != seen[second]
 
 
-def test_the_distractor_tells_a_frame_nothing_of_its_time():
-    """Its place must not follow from the frames beside it, or one frame could be told from the next."""
+def test_the_distractor_does_not_reveal_the_order_of_frames():
+    """Its place must be independent of neighbouring frames; otherwise it would reveal their order."""
     kind, rng = shapes.FAMILIES["order"], np.random.default_rng(0)
     nothing = shapes.Event((None,) * 16, "red")
     near, far = [], []
@@ -146,18 +146,18 @@ def test_needle_answer_is_the_colour_of_the_only_flash():
         assert [colour for colour in flashes(sample) if colour] == [sample.answer]
 
 
-def test_count_answer_is_the_number_of_flashes_none_of_them_neighbours():
+def test_count_answer_is_the_number_of_flashes_none_of_them_consecutive():
     colours = set()
     for sample in samples("count"):
         seen = [t for t, colour in enumerate(flashes(sample)) if colour]
         colours.update(flashes(sample))
         assert str(len(seen)) == right_option(sample)
         assert all(b - a > 1 for a, b in itertools.pairwise(seen))
-    assert len(colours - {""}) > 1  # the colour says nothing
+    assert len(colours - {""}) > 1  # the colour is irrelevant
 
 
 @pytest.mark.parametrize("event_frames", [2, 3])
-def test_motion_answer_is_where_the_shape_goes(event_frames: int):
+def test_motion_answer_is_the_direction_of_the_shape(event_frames: int):
     for sample in samples("motion", event_frames=event_frames):
         shown = coloured(sample.frames) != ""
         times = np.flatnonzero(shown.any((1, 2)))
@@ -168,7 +168,7 @@ def test_motion_answer_is_where_the_shape_goes(event_frames: int):
         assert tuple(moved) == shapes.DIRECTIONS[sample.answer]
 
 
-def test_recall_answer_is_the_colour_at_the_end_that_is_asked_about():
+def test_recall_answer_is_the_colour_at_the_start_or_end_as_asked():
     asked = set()
     for sample in samples("recall", 24):
         begin, end = (set(coloured(sample.frames[t]).flat) - {""} for t in (0, -1))
@@ -179,7 +179,7 @@ def test_recall_answer_is_the_colour_at_the_end_that_is_asked_about():
     assert asked == {True, False}
 
 
-def test_image_answers_are_what_the_picture_shows():
+def test_image_answers_are_what_the_image_shows():
     for sample in samples("colour"):
         assert set(coloured(sample.frames).flat) == {"", sample.answer}
     for sample in samples("place"):
@@ -190,7 +190,7 @@ def test_image_answers_are_what_the_picture_shows():
 
 
 def outline_of(inside: np.ndarray) -> str:
-    """Tells the four outlines apart by how much of their box they fill, and of its last row."""
+    """Identifies an outline by how much of its bounding box, and of the last row of it, is filled."""
     spots = np.argwhere(inside)
     (top, left), (bottom, right) = spots.min(0), spots.max(0)
     box = inside[top : bottom + 1, left : right + 1]
@@ -225,8 +225,8 @@ def test_reversed_time_is_an_event_with_another_answer(family: str, frames: int,
         assert answers[labels[::-1]] != answer
 
 
-def neighbours_ceiling(frames: int, length: int, pool: int) -> float:
-    """A run of `length` frames whose reversal has another answer: known when a group ends in it."""
+def reversible_ceiling(frames: int, length: int, pool: int) -> float:
+    """An event of `length` frames whose reversal has another answer: decidable if it straddles groups."""
     starts = range(frames - length + 1)
     straddling = sum(start // pool != (start + length - 1) // pool for start in starts)
     return (straddling + (len(starts) - straddling) / 2) / len(starts)
@@ -238,16 +238,16 @@ def test_ceiling_of_order_and_motion_counts_events_that_straddle_groups(frames: 
     for length in (2, 3):
         one = settings(frames=frames, event_frames=length)
         assert shapes.ceiling("order", one, pool, 1) == pytest.approx(
-            neighbours_ceiling(frames, 2, pool)
+            reversible_ceiling(frames, 2, pool)
         )
         assert shapes.ceiling("motion", one, pool, 1) == pytest.approx(
-            neighbours_ceiling(frames, length, pool)
+            reversible_ceiling(frames, length, pool)
         )
 
 
 def test_ceiling_of_order_at_16_frames_pooled_by_4_is_three_fifths():
-    """Of 15 places of the pair, 3 straddle two groups."""
-    assert neighbours_ceiling(16, 2, 4) == pytest.approx(3 / 15 + 12 / 15 / 2)
+    """3 of the 15 positions of the pair straddle two groups."""
+    assert reversible_ceiling(16, 2, 4) == pytest.approx(3 / 15 + 12 / 15 / 2)
     assert shapes.ceiling("order", settings(frames=16), 4, 1) == pytest.approx(0.6)
 
 
@@ -259,8 +259,8 @@ def test_ceiling_of_order_at_16_frames_pooled_by_4_is_three_fifths():
         ("count", 4, 1, 1.0),
         ("recall", 4, 1, 1.0),
         ("recall", 8, 1, 1.0),
-        ("recall", 16, 1, 0.5),  # start and end share the only group
-        ("needle", 1, 4, 1 / 4 + 3 / 4 / 4),  # a quarter is seen, the rest is guessed
+        ("recall", 16, 1, 0.5),  # start and end are in the only group
+        ("needle", 1, 4, 1 / 4 + 3 / 4 / 4),  # a quarter is seen, the rest guessed
         ("colour", 4, 4, 1.0),
         ("shape", 4, 4, 1.0),
         ("place", 4, 4, 1.0),
@@ -271,9 +271,11 @@ def test_ceiling_by_family(family: str, pool: int, sample: int, expected: float)
 
 
 def test_ceiling_of_order_under_sampling():
-    """Frames 0, 4, 8 and 12 of 16 are seen, so of 15 places of the pair the first flash is seen in
-    4 and the second in 3. On frame 0 it is the first for sure; on the others it is either, and
-    "this colour" is right for the 3 places where it is the first. The other 8 are guessed."""
+    """Frames 0, 4, 8 and 12 of 16 are seen: of 15 positions of the pair, the first flash in 4, the second in 3.
+
+    A flash in frame 0 is certainly the first. In the others it may be either, and answering with its
+    colour is correct for the 3 positions where it is the first. The other 8 positions are guessed.
+    """
     expected = (1 + 3 + 8 / 4) / 15
     assert shapes.ceiling("order", settings(frames=16), 1, 4) == pytest.approx(expected)
 
@@ -298,11 +300,11 @@ SMALL = settings(families=("recall", "colour"), clips=6, eval_clips=1)
 
 @pytest.fixture
 def folder(rendered: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy that a test may change."""
+    """A copy that a test may modify."""
     return pathlib.Path(shutil.copytree(rendered, tmp_path / "copy"))
 
 
-def test_json_and_media_on_disk_match_what_is_rendered(shapes_folder: pathlib.Path):
+def test_json_and_media_on_disk_match_the_rendered_samples(shapes_folder: pathlib.Path):
     found = shapes.read_settings(shapes_folder)
     counts = {"train": found.clips, "val": 2 * len(FAMILIES), "test": 2 * len(FAMILIES)}
     for split, count in counts.items():
@@ -328,7 +330,7 @@ def test_json_and_media_on_disk_match_what_is_rendered(shapes_folder: pathlib.Pa
                 assert error.max() < 12, error
 
 
-def test_records_are_shuffled_over_families(shapes_folder: pathlib.Path):
+def test_records_are_shuffled_across_families(shapes_folder: pathlib.Path):
     families = [
         record["family"] for record in json.loads((shapes_folder / "train.json").read_text())
     ]
@@ -336,7 +338,7 @@ def test_records_are_shuffled_over_families(shapes_folder: pathlib.Path):
     assert families != 8 * list(FAMILIES)
 
 
-def test_equal_settings_give_equal_files(rendered: pathlib.Path, tmp_path: pathlib.Path):
+def test_equal_settings_produce_equal_files(rendered: pathlib.Path, tmp_path: pathlib.Path):
     shapes.write(tmp_path / "again", SMALL, workers=2)
     first, second = content(rendered), content(tmp_path / "again")
     assert {name: data for name, (data, _) in first.items()} == {
@@ -344,11 +346,11 @@ def test_equal_settings_give_equal_files(rendered: pathlib.Path, tmp_path: pathl
     }
 
 
-def test_writing_again_leaves_a_complete_folder_untouched(folder: pathlib.Path, capsys):
+def test_writing_again_leaves_a_complete_folder_unchanged(folder: pathlib.Path, capsys):
     before = content(folder)
     shapes.write(folder, SMALL, workers=1)
     assert content(folder) == before
-    assert "complete already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -361,14 +363,14 @@ def test_other_settings_raise_and_change_nothing(folder: pathlib.Path, change: d
     assert content(folder) == before
 
 
-def test_folder_with_other_files_raises_and_keeps_them(tmp_path: pathlib.Path):
+def test_folder_with_other_files_raises_and_is_unchanged(tmp_path: pathlib.Path):
     (tmp_path / "thesis.txt").write_text("keep me")
     with pytest.raises(ValueError, match=r"no shapes\.json"):
         shapes.write(tmp_path, SMALL, workers=1)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_interrupted_rendering_is_finished(folder: pathlib.Path, rendered: pathlib.Path):
+def test_interrupted_rendering_resumes(folder: pathlib.Path, rendered: pathlib.Path):
     (folder / "test.json").unlink()  # written last
     (folder / "val.json").unlink()
     half_written = next((folder / "media" / "train").iterdir())
@@ -395,7 +397,7 @@ def test_folder_without_settings_is_a_value_error_that_names_it(tmp_path: pathli
 # Command line.
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     monkeypatch.setattr("sys.argv", ["shapes", *args])
     main()
 
@@ -422,18 +424,18 @@ def test_cli_names_a_wrong_argument_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys, wrong: str
 ):
     with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, f"--out={tmp_path / 'out'}", "--clips=8", "--workers=1", wrong)
+        run_main(monkeypatch, f"--out={tmp_path / 'out'}", "--clips=8", "--workers=1", wrong)
     assert caught.value.code == 2
     assert wrong in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_cli_renders_what_write_does(
+def test_cli_renders_the_same_files_as_write(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, rendered: pathlib.Path
 ):
     fields = {**dataclasses.asdict(SMALL), "families": ",".join(SMALL.families)}
     arguments = [f"--{name}={value}" for name, value in fields.items()]
-    run(monkeypatch, f"--out={tmp_path / 'out'}", "--workers=1", *arguments)
+    run_main(monkeypatch, f"--out={tmp_path / 'out'}", "--workers=1", *arguments)
     assert json.loads((tmp_path / "out" / "shapes.json").read_text())["seed"] == 3
     assert content(tmp_path / "out").keys() == content(rendered).keys()
 
@@ -443,12 +445,12 @@ def test_cli_reports_other_settings_without_a_traceback(
 ):
     before = content(folder)
     with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, f"--out={folder}", "--clips=9", "--workers=1")
+        run_main(monkeypatch, f"--out={folder}", "--clips=9", "--workers=1")
     assert str(folder) in caught.value.code
     assert content(folder) == before
 
 
-def test_a_family_named_twice_comes_twice_as_often():
+def test_a_family_listed_twice_has_twice_as_many_samples():
     settings = dataclasses.replace(SMALL, families=("colour", "colour", "needle"))
-    made = [shapes.render(settings, "train", index).family for index in range(24)]
-    assert (made.count("colour"), made.count("needle")) == (16, 8)
+    families = [shapes.render(settings, "train", index).family for index in range(24)]
+    assert (families.count("colour"), families.count("needle")) == (16, 8)
