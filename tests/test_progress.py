@@ -12,7 +12,7 @@ from storm_jax.progress import with_progress
 
 
 class Clock:
-    """Seconds that advance only when told to."""
+    """Seconds that advance only while working."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -28,9 +28,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(progress, "time", made)
-    return made
+    fake = Clock()
+    monkeypatch.setattr(progress, "time", fake)
+    return fake
 
 
 def test_lines_every_few_seconds_without_set_up_time(clock: Clock, capsys):

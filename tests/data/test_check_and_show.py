@@ -72,8 +72,8 @@ def arguments(train: pathlib.Path, *more: str) -> list[str]:
 
 def config(**data) -> RunConfig:
     """The same configuration in this process, with fields of `data` replaced."""
-    made = from_dict(RunConfig, tiny.get_config("stage=sft"))
-    return dataclasses.replace(made, data=dataclasses.replace(made.data, num_workers=0, **data))
+    base = from_dict(RunConfig, tiny.get_config("stage=sft"))
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, num_workers=0, **data))
 
 
 def source(path: pathlib.Path) -> SourceConfig:

@@ -38,33 +38,33 @@ def plans(draw) -> tuple[np.ndarray, list[int]]:
 
 def first_fit(lengths: np.ndarray, order: list[int], shapes, open_rows: int) -> list[list[int]]:
     """Reference implementation: the last `open_rows` rows are open."""
-    made: list[tuple[RowShape, list[int]]] = []
+    rows: list[tuple[RowShape, list[int]]] = []
     for index in order:
-        for shape, row in made[-open_rows:]:
+        for shape, row in rows[-open_rows:]:
             if ((lengths[[*row, index]].sum(0)) <= (shape.tokens, shape.frames)).all():
                 row.append(index)
                 break
         else:
             fits = [s for s in shapes if (lengths[index] <= (s.tokens, s.frames)).all()]
-            made.append((fits[0], [index]))
-    return [row for _, row in made]
+            rows.append((fits[0], [index]))
+    return [row for _, row in rows]
 
 
 @PROPERTY
 @given(plans(), SHAPES)
 def test_each_sample_is_in_exactly_one_row(plan, shapes):
     lengths, order = plan
-    made = plan_rows(lengths, order, shapes)
-    assert sorted(index for row in made for index in row) == sorted(order)
-    assert all(made)
+    rows = plan_rows(lengths, order, shapes)
+    assert sorted(index for row in rows for index in row) == sorted(order)
+    assert all(rows)
 
 
 @PROPERTY
 @given(plans(), SHAPES)
 def test_no_row_exceeds_its_capacity_and_the_smallest_shape_is_chosen(plan, shapes):
     lengths, order = plan
-    made = plan_rows(lengths, order, shapes)
-    totals = np.array([lengths[row].sum(0) for row in made]).reshape(-1, 2)
+    rows = plan_rows(lengths, order, shapes)
+    totals = np.array([lengths[row].sum(0) for row in rows]).reshape(-1, 2)
     for total, number in zip(totals, smallest_fit(totals, shapes), strict=True):
         fits = [(total <= (s.tokens, s.frames)).all() for s in shapes]
         assert any(fits) and number == fits.index(True)
@@ -76,8 +76,8 @@ def test_rows_are_filled_by_first_fit_among_the_open_ones(plan, shapes, open_row
     lengths, order = plan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "OPEN_ROWS", open_rows)
-        made = plan_rows(lengths, order, shapes)
-    assert made == first_fit(lengths, order, shapes, open_rows)
+        rows = plan_rows(lengths, order, shapes)
+    assert rows == first_fit(lengths, order, shapes, open_rows)
 
 
 @PROPERTY

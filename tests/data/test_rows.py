@@ -274,7 +274,7 @@ def test_rows_of_a_batch_are_independent():
     rng = np.random.default_rng(0)
     samples = [[make_sample(rng, shape, [])] for _ in range(2)]
     batch = build_rows(samples, PAD, shape)
-    made = [build_row(members, PAD, shape) for members in samples]
+    single = [build_row(members, PAD, shape) for members in samples]
     for name, array in batch.items():
         for i in range(2):
-            np.testing.assert_array_equal(array[i], made[i][name])
+            np.testing.assert_array_equal(array[i], single[i][name])

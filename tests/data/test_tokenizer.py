@@ -82,16 +82,16 @@ def test_awkward_text_round_trips(text: str):
 
 @pytest.mark.parametrize("size", [259, 270, 300, 512])
 def test_vocabulary_is_bounded(size: int):
-    made = train_tokenizer(TEXTS, size)
-    assert 259 <= len(made) <= size
-    assert size == 512 or len(made) == size  # these texts are too small for 512
-    assert sorted(made.get_vocab().values()) == list(range(len(made)))
+    trained = train_tokenizer(TEXTS, size)
+    assert 259 <= len(trained) <= size
+    assert size == 512 or len(trained) == size  # these texts are too small for 512
+    assert sorted(trained.get_vocab().values()) == list(range(len(trained)))
 
 
 def test_smallest_vocabulary_still_round_trips():
-    made = train_tokenizer(TEXTS, 259)
+    trained = train_tokenizer(TEXTS, 259)
     text = "colour é😀"
-    assert made.decode(made(text, add_special_tokens=False)["input_ids"]) == text
+    assert trained.decode(trained(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def test_words_of_the_training_text_have_few_tokens():
@@ -99,8 +99,8 @@ def test_words_of_the_training_text_have_few_tokens():
 
 
 def test_digits_are_separate_tokens():
-    made = train_tokenizer(["2024 2024 2024"] * 50, 300)
-    assert len(made("2024", add_special_tokens=False)["input_ids"]) == 4
+    trained = train_tokenizer(["2024 2024 2024"] * 50, 300)
+    assert len(trained("2024", add_special_tokens=False)["input_ids"]) == 4
 
 
 def test_special_tokens_are_marked_as_special():
@@ -133,9 +133,9 @@ def test_cli_writes_a_tokenizer_that_loads(
 ):
     data = shapes_folder / "train.json"
     run_main(monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", "--vocab_size=400")
-    made = load_tokenizer(tmp_path / "out")
-    assert 259 < len(made) <= 400
-    assert not any("image" in token or "video" in token for token in made.get_vocab())
+    trained = load_tokenizer(tmp_path / "out")
+    assert 259 < len(trained) <= 400
+    assert not any("image" in token or "video" in token for token in trained.get_vocab())
 
 
 def test_cli_rejects_a_vocabulary_below_the_bytes(

@@ -48,8 +48,8 @@ def stretches(tokenizer, encoded: Encoded) -> list[tuple[bool, str]]:
     text = encoded.media < 0
     pairs = zip(encoded.answer[text].tolist(), encoded.tokens[text].tolist(), strict=True)
     return [
-        (learned, tokenizer.decode([token for _, token in group]))
-        for learned, group in itertools.groupby(pairs, key=lambda pair: pair[0])
+        (trained, tokenizer.decode([token for _, token in group]))
+        for trained, group in itertools.groupby(pairs, key=lambda pair: pair[0])
     ]
 
 
@@ -67,7 +67,7 @@ def chatml(*pairs: tuple[str, str], system: str = "") -> list[tuple[bool, str]]:
         before += f"<|im_start|>user\n{question}{EOS}\n<|im_start|>assistant\n"
         expected += [(False, before), (True, answer + EOS)]
         before = "\n"
-    return [(learned, normal(text)) for learned, text in [*expected, (False, before)]]
+    return [(trained, normal(text)) for trained, text in [*expected, (False, before)]]
 
 
 # Loss.
@@ -104,9 +104,9 @@ def test_loss_covers_exactly_the_answers_of_any_text(tokenizer, pairs: list, sys
 
 def test_end_marker_is_one_trained_token(tokenizer):
     encoded = ConversationEncoder(tokenizer, "").encode(sample_of(("Why?", "So.")), [])
-    learned = encoded.tokens[encoded.answer]
-    assert learned[-1] == tokenizer.eos_token_id
-    assert (learned[:-1] != tokenizer.eos_token_id).all()
+    trained = encoded.tokens[encoded.answer]
+    assert trained[-1] == tokenizer.eos_token_id
+    assert (trained[:-1] != tokenizer.eos_token_id).all()
 
 
 def test_sample_with_its_own_system_prompt_keeps_it(tokenizer):
@@ -135,8 +135,8 @@ def test_prompt_is_what_training_sees_before_the_last_answer(tokenizer, pairs: l
     np.testing.assert_array_equal(prompt.tokens, full.tokens[:size])
     np.testing.assert_array_equal(prompt.answer, full.answer[:size])
     assert not full.answer[size - 1] and full.answer[size]
-    learned = full.tokens[size:][full.answer[size:]]
-    assert tokenizer.decode(learned) == normal(sample.answer() + EOS)
+    trained = full.tokens[size:][full.answer[size:]]
+    assert tokenizer.decode(trained) == normal(sample.answer() + EOS)
 
 
 def test_prompt_with_media_is_a_prefix_too(tokenizer):
@@ -187,8 +187,8 @@ def test_media_of_later_turns_keep_their_order_and_carry_no_loss(tokenizer):
     slots = encoded.media[encoded.media >= 0]
     assert slots.tolist() == [0] * 2 + [1] * 3 + [2] * 4
     assert not encoded.answer[encoded.media >= 0].any()
-    learned = tokenizer.decode(encoded.tokens[encoded.answer])
-    assert learned == f"As  shows.{EOS}So.{EOS}"
+    trained = tokenizer.decode(encoded.tokens[encoded.answer])
+    assert trained == f"As  shows.{EOS}So.{EOS}"
 
 
 def test_placeholder_never_reaches_the_tokenizer(tokenizer):
