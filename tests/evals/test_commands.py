@@ -236,9 +236,9 @@ def test_judgements_of_what_was_not_asked_are_refused(tmp_path):
 def test_a_sweep_writes_a_table_and_a_plot(trained_run, shapes_folder, tmp_path, capsys):
     run = link_run(trained_run, tmp_path / "run")
     values = parse_sweep(["num_frames=2,8", "temporal_sample=1,2"])
-    options = {"data_root": shapes_folder, "max_new_tokens": 2, "batch_size": 8, "limit": 12}
+    options = {"data_root": shapes_folder, "max_new_tokens": 2, "batch_size": 8, "limit": 6}
     done = evals.sweep(run, "shapes", values, **options)
-    name = "sweep_num_frames_temporal_sample_step2_frames8_k2_p1_s1_limit12"
+    name = "sweep_num_frames_temporal_sample_step2_frames8_k2_p1_s1_limit6"
     folder = run / "evals/shapes" / name
     assert list(done.files) == [folder / f"sweep.{ending}" for ending in ("json", "md", "png")]
     points = json.loads((folder / "sweep.json").read_text())
@@ -255,7 +255,7 @@ def test_a_sweep_writes_a_table_and_a_plot(trained_run, shapes_folder, tmp_path,
     again = evals.sweep(run, "shapes", values, **options)
     assert [r.scores for r in again.reports] == [r.scores for r in done.reports]
     out = capsys.readouterr().out
-    assert out.count("12 of 12 questions are already answered") == 4
+    assert out.count("6 of 6 questions are already answered") == 4
     assert "num_frames=8, temporal_sample=2\n" in out
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.scoring import Estimate
 
-_NEAR = 0.06  # ticks closer than this part of the axis are merged
+_NEAR = 0.09  # ticks closer than this part of the axis are merged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,9 @@ def draw_sweep(
         ("seconds", "model seconds per question"),
     )
     for axis, (quantity, label) in zip(axes, quantities, strict=True):
-        for line, members in lines.items():
-            _draw_line(
-                axis, quantity, line, sorted(members, key=lambda p: getattr(p, quantity)), along
-            )
+        for number, (line, members) in enumerate(lines.items()):
+            ordered = sorted(members, key=lambda point: getattr(point, quantity))
+            _draw_line(axis, quantity, line, ordered, along, above=number % 2 == 0)
         for point in points:
             if point.compression == trained:
                 place = getattr(point, quantity), point.accuracy.value * 100
@@ -81,12 +80,15 @@ def draw_sweep(
     pyplot.close(figure)
 
 
-def _draw_line(axis: Any, quantity: str, label: str, points: Sequence[Point], along: str) -> None:
+def _draw_line(
+    axis: Any, quantity: str, label: str, points: Sequence[Point], along: str, *, above: bool
+) -> None:
+    """Draws points with intervals; the value of the field `along` is next to each."""
     x = [getattr(point, quantity) for point in points]
     y = [point.accuracy.value * 100 for point in points]
     low = [(p.accuracy.value - p.accuracy.low) * 100 for p in points]
     high = [(p.accuracy.high - p.accuracy.value) * 100 for p in points]
-    axis.errorbar(
+    line = axis.errorbar(
         x, y, (low, high), marker="o", ms=6, capsize=3, lw=1.5, elinewidth=0.8, label=label
     )
     for point, at, value in zip(points, x, y, strict=True):
@@ -94,8 +96,11 @@ def _draw_line(axis: Any, quantity: str, label: str, points: Sequence[Point], al
             str(getattr(point.compression, along)),
             (at, value),
             textcoords="offset points",
-            xytext=(7, 6),
+            xytext=(-8, 7) if above else (8, -7),
+            ha="right" if above else "left",
+            va="bottom" if above else "top",
             fontsize=9,
+            color=line[0].get_color(),
         )
 
 
@@ -108,7 +113,7 @@ def set_ticks(axis: Any, values: Sequence[float]) -> None:
         near = _NEAR * (high - low + 2 * margin)
         if not ticks or math.log2(max(value, 1e-9)) - math.log2(max(ticks[-1], 1e-9)) > near:
             ticks.append(value)
-    axis.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 100 else f"{tick:.3g}" for tick in ticks])
+    axis.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 100 else f"{tick:.2g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlim(2 ** (low - margin), 2 ** (high + margin))
 
