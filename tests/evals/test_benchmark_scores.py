@@ -1,5 +1,5 @@
-"""Each benchmark in each layout: models whose replies are known get the scores that the authors' rules
-give them, counted by hand."""
+"""Each benchmark in each layout: fake models get the scores that follow from the authors' rules, counted by
+hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from storm_jax.media.read import read_media
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tree:
-    """A benchmark on disk, and of each model: how many are right of each group, in its order."""
+    """A benchmark on disk, and the number of right replies per group for each fake model."""
 
     write: str
     benchmark: str
@@ -63,7 +63,7 @@ TREES = [
     Tree(write="longvideobench_authors", benchmark="longvideobench", split="val", sizes=_LENGTHS, always_a=(2,) * 4, oracle=(6,) * 4, failing=(4,) * 4),
     Tree(write="longvideobench_hub", benchmark="longvideobench", split="val", sizes=_LENGTHS, always_a=(2,) * 4, oracle=(6,) * 4, failing=(4,) * 4),
 ]  # fmt: skip
-# The headline where it is not the share of all that are right.
+# The headline, if it is not the mean over all questions.
 MACRO = {
     ("mlvu_dev_authors", "always_a"): 3 / 7,
     ("mlvu_dev_authors", "oracle"): 6.75 / 7,
@@ -168,7 +168,7 @@ def test_every_clip_is_found_and_can_be_read(tree, roots):
 
 
 def test_bounds_are_taken_where_clips_are_not_cut(roots):
-    """By the stripes of the numbered frames: 4 a second of a video, 3 a second of a folder."""
+    """Checked by the stripes of numbered frames: 4 per second in a video, 3 per second in a folder."""
     whole = BENCHMARKS["mvbench"].questions(roots["mvbench_main"], "test")
     cut = BENCHMARKS["mvbench"].questions(roots["mvbench_video"], "test")
     assert (whole[0].media.start, whole[0].media.end) == (0.5, 1.5)
@@ -179,7 +179,7 @@ def test_bounds_are_taken_where_clips_are_not_cut(roots):
     np.testing.assert_allclose(read_media(folder, 3, 16, 0.0).times, [1 / 3, 1, 4 / 3], atol=0.35)
 
 
-def test_videos_that_are_absent_count_as_wrong_and_no_model_is_asked(roots, tmp_path):
+def test_missing_videos_count_as_wrong_and_the_model_is_not_asked(roots, tmp_path):
     tree = next(tree for tree in TREES if tree.write == "longvideobench_authors")
     root = tmp_path / "root"
     shutil.copytree(roots[tree.write], root)
@@ -192,18 +192,18 @@ def test_videos_that_are_absent_count_as_wrong_and_no_model_is_asked(roots, tmp_
     assert report.scores.headline.value == 18 / 24
     (root / "videos.tar.part.aa").write_bytes(b"")
     questions = BENCHMARKS["longvideobench"].questions(root, "val")
-    told = check_questions(BENCHMARKS["longvideobench"], "val", questions, root).lines
-    assert "  missing videos: 3 (of 6 questions)" in told
-    assert "    15: 6 (PUBLISHED: 189), 4 without a video" not in told
-    assert "    15: 6 (PUBLISHED: 189), 2 without a video" in told
-    assert "  not unpacked? videos.tar.part.aa" in told
+    lines = check_questions(BENCHMARKS["longvideobench"], "val", questions, root).lines
+    assert "  missing videos: 3 (of 6 questions)" in lines
+    assert "    15: 6 (PUBLISHED: 189), 4 without a video" not in lines
+    assert "    15: 6 (PUBLISHED: 189), 2 without a video" in lines
+    assert "  not unpacked? videos.tar.part.aa" in lines
     shutil.copy(root / "videos/lv-1.mp4", root / "videos/lv-0.mp4")
     again, model = ask(tree, root, tmp_path / "out", oracle)
     assert sorted(model.asked) == ["lv-0_0", "lv-0_1"]  # found, and asked; the others are kept
     assert again.scores.headline.value == 20 / 24
 
 
-def test_keys_that_are_not_public_are_not_scored(roots, tmp_path):
+def test_private_answers_are_not_scored(roots, tmp_path):
     for write, benchmark, split in (
         ("egoschema_authors", "egoschema", "full"),
         ("egoschema_hub", "egoschema", "full"),
@@ -224,11 +224,11 @@ def test_keys_that_are_not_public_are_not_scored(roots, tmp_path):
         assert report.scores.counts.without_key == 24
 
 
-def test_a_key_without_an_option_is_said_and_never_right(roots, tmp_path):
+def test_an_answer_that_is_not_an_option_is_reported_and_never_right(roots, tmp_path):
     benchmark, root = BENCHMARKS["mlvu"], roots["mlvu_dev_authors"]
     questions = benchmark.questions(root, "dev")
-    told = check_questions(benchmark, "dev", questions, root).lines
-    assert "  with an answer that is not among the options: needle/2" in told
+    lines = check_questions(benchmark, "dev", questions, root).lines
+    assert "  with an answer that is not among the options: needle/2" in lines
     for letter in "ABCD":
         model = FakeModel(questions, lambda i, q, letter=letter: letter)
         settings = settings_of(benchmark, "dev")
@@ -251,8 +251,8 @@ def test_a_folder_of_frames_that_may_not_be_read_is_one_failure(tmp_path):
         frame_files(medium)
 
 
-def test_another_styles_parser_gives_its_own_figures(roots, tmp_path):
-    """lmms-eval's takes the first letter of a rambling reply, and no letter above D."""
+def test_each_parser_has_its_own_scores(roots, tmp_path):
+    """lmms-eval's parser takes the first letter of a rambling reply, and no letter above D."""
     videomme = next(tree for tree in TREES if tree.write == "videomme_hub")
     report, _ = ask(videomme, roots["videomme_hub"], tmp_path / "1", rambler, parser="lmms")
     assert report.scores.headline.value == 6 / 24  # always A
@@ -291,7 +291,7 @@ def test_files_that_are_not_as_documented_are_named(benchmark, split, files, pro
         BENCHMARKS[benchmark].questions(tmp_path, split)
 
 
-def test_rows_that_are_odd_keep_their_keys(tmp_path):
+def test_unusual_rows_keep_their_answers(tmp_path):
     row = {**trees.longvideobench_rows("val")[0], "correct_choice": 2}
     row.pop("candidates")
     options = ["N/A", "red", "blue", "N/A", None]

@@ -1,4 +1,4 @@
-"""`eval.py check`, `score` and `--sweep`, submissions, and judgements."""
+"""The commands check, score and sweep, from the shell and from Python; submissions and judgements."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def link_run(source: pathlib.Path, run: pathlib.Path) -> pathlib.Path:
-    """A run with the checkpoints of another, whose folder stays as it is."""
+    """Links the files of a run into a new folder, so that the original is not written to."""
     run.mkdir()
     for name in ("config.json", "tokenizer", "checkpoints"):
         (run / name).symlink_to(source / name)
@@ -69,13 +69,13 @@ def ask(benchmark_name: str, split: str, root, folder, reply):
     )
 
 
-def test_check_tells_what_is_missing_before_anything_is_loaded(tmp_path):
+def test_check_lists_what_is_missing(tmp_path):
     root = make("mvbench_main", tmp_path)
     (root / "video/ssv2_video/w2.webm").unlink()
-    told = call("check", "--benchmark=mvbench", f"--data_root={root}")
-    assert told.returncode == 1
-    assert told.stderr == "eval.py: not everything that was published is here\n"
-    lines = told.stdout.splitlines()
+    done = call("check", "--benchmark=mvbench", f"--data_root={root}")
+    assert done.returncode == 1
+    assert done.stderr == "eval.py: not everything that was published is here\n"
+    lines = done.stdout.splitlines()
     assert lines[0] == "MVBench test: 24 (PUBLISHED: 4,000) questions about 24 videos"
     assert "    action_antonym: 6 (PUBLISHED: 200), 1 without a video" in lines
     assert "    object_shuffle: 0 (PUBLISHED: 200)" in lines
@@ -91,7 +91,7 @@ def test_check_tells_what_is_missing_before_anything_is_loaded(tmp_path):
         (["--benchmark=mlvu"], "--workdir is missing"),
     ],
 )
-def test_what_is_missing_is_one_clear_line(arguments, problem):
+def test_missing_flags_and_folders_are_reported_in_one_line(arguments, problem):
     refused = call(*arguments)
     assert refused.returncode == 1
     assert problem in refused.stderr and refused.stderr.count("\n") == 1
@@ -168,7 +168,7 @@ def test_test_sets_are_submitted_as_their_servers_read_them(tmp_path):
     ]
 
 
-def test_generation_is_judged_by_whoever_reads_the_judges_input(tmp_path):
+def test_the_judges_input_is_written_and_its_output_scored(tmp_path):
     root = make("mlvu_generation", tmp_path)
     report = ask("mlvu", "generation", root, tmp_path / "run", failing_text)
     assert tmp_path / "run/judge_input.jsonl" in report.files
@@ -224,7 +224,7 @@ def test_judgements_are_read_or_not_counted(text, total):
     assert read_scores(text, "sub_scene") == total
 
 
-def test_judgements_of_what_was_not_asked_are_refused(tmp_path):
+def test_judgements_of_unknown_questions_are_refused(tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"id": "other", "judgement": "x"}\n')
     with pytest.raises(
@@ -272,7 +272,7 @@ def test_ticks_of_a_sweep_are_its_values():
 def test_the_python_call_of_the_evaluation_guide_works(
     trained_run, shapes_folder, tmp_path, monkeypatch, capsys
 ):
-    """As printed, on a run and folders of the names that it uses."""
+    """As printed, with a run and data at the paths it uses."""
     (code,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.DOTALL
     )
@@ -326,14 +326,14 @@ def test_importing_the_package_is_light():
 @pytest.mark.parametrize(
     "text", ["frames=8", "num_frames", "num_frames=", "num_frames=8,x", "num_frames=0"]
 )
-def test_a_sweep_that_is_none_is_named(text):
+def test_invalid_sweeps_are_refused(text):
     with pytest.raises(BenchmarkError, match=f"--sweep={text}"):
         parse_sweep([text])
     with pytest.raises(BenchmarkError, match="at most once"):
         parse_sweep(["num_frames=1", "num_frames=2"])
 
 
-def test_the_table_says_all_there_is_to_know(tmp_path):
+def test_the_table_lists_groups_and_counts(tmp_path):
     root = make("mlvu_dev_hub", tmp_path)
     report = ask("mlvu", "dev", root, tmp_path / "run", always_a)
     lines = str(report).splitlines()
@@ -360,7 +360,7 @@ def test_the_built_in_task_is_one_more_benchmark(shapes_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_of_the_evaluation_guide_runs(trained_run, tmp_path):
-    """On small trees, whose folders and files stand in for those that the guide names."""
+    """On small benchmark folders, with paths replaced."""
     run = link_run(trained_run, tmp_path / "run")
     roots = {
         "videomme": make("videomme_hub", tmp_path),

@@ -1,4 +1,4 @@
-"""Media are found whatever the case and the ending of their names; subtitles are read as they are."""
+"""Files are found regardless of case and suffix; subtitle files of several formats are read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_files_are_found(there, name, found, tmp_path):
     assert finder.path(name) == (finder.find(name) or tmp_path / "nowhere" / name)
 
 
-def test_names_that_differ_in_case_alone_are_told_apart(tmp_path):
+def test_names_that_differ_only_in_case_are_distinguished(tmp_path):
     for name in ("ab.mp4", "aB.mp4"):
         (tmp_path / name).write_bytes(b"")
     finder = FileFinder(tmp_path, (".",))

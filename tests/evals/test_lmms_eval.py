@@ -1,4 +1,4 @@
-"""STORM as a model of lmms-eval: against a stub of its interface, and (slow) the package itself."""
+"""STORM as a model of lmms-eval: with a stub of its interface, and (slow) with the real package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from storm_jax.text.sample import Sample, Turn
 
 ROOT = pathlib.Path(__file__).parents[2]
 VERSION = "0.7.3"
-# What its import needs; the package itself asks for much more, and for an older PyAV.
+# What its import needs. The package itself requires much more, and an older PyAV.
 NEEDED = (
     "torch==2.13.0", "loguru", "accelerate", "datasets", "evaluate", "pytz", "tenacity", "sacrebleu",
     "httpx", "openai", "numexpr", "pytablewriter", "wandb==0.25.0", "jsonlines", "scikit-learn",
@@ -42,7 +42,7 @@ class Request:
 
 @pytest.fixture
 def model_module(monkeypatch):
-    """The module of the model class, on a stub of lmms-eval's interface."""
+    """The module of the model class, imported with a stub of lmms-eval's interface."""
 
     class Lmms:
         is_simple = True
@@ -139,7 +139,7 @@ def test_nothing_else_imports_it():
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> str:
-    """Python of an environment with lmms-eval; LMMS_EVAL_PYTHON names one that is there already."""
+    """Python of an environment with lmms-eval and this project; LMMS_EVAL_PYTHON selects an existing one."""
     if "LMMS_EVAL_PYTHON" in os.environ:
         return os.environ["LMMS_EVAL_PYTHON"]
     folder = tmp_path_factory.mktemp("lmms") / "venv"
@@ -190,7 +190,7 @@ def process_results(doc, results):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_real_harness_drives_a_run(python, trained_run, shapes_folder, tmp_path):
-    """Rows whose answers are what the predictor says, but for one: the harness must count all others."""
+    """All rows but one have the predictor's reply as their answer; the harness must count them as right."""
     storm = storm_jax.load(trained_run)
     videos = sorted((shapes_folder / "media/test").glob("*.mp4"))[:3]
     rows = []
@@ -221,7 +221,7 @@ def test_the_real_harness_drives_a_run(python, trained_run, shapes_folder, tmp_p
     assert found["exact,none"] == pytest.approx(5 / 6)
 
 
-# Their parsers and ours on random replies, and their prompts of the same rows.
+# Compares parsers on random replies, and prompts of the same rows.
 COMPARE = """
 import importlib, json, os, random, sys
 import types

@@ -1,4 +1,4 @@
-"""Replies to letters: ours, and those that other scorers would see."""
+"""Parsers: ours, and those that reproduce other scorers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def question(options=("red car", "blue boat", "a man", "dog"), answer="B") -> Qu
         ("A man walks", "C"), ("the answer is blue", None), ("Based on it, cars", None),
     ],
 )  # fmt: skip
-def test_the_strict_parser_takes_only_what_is_said(reply, letter):
+def test_the_strict_parser_takes_only_what_is_stated(reply, letter):
     assert parsing.strict(reply, question()) == letter
 
 
@@ -75,7 +75,7 @@ def test_plain_replies_are_understood(letter, form):
     assert parsing.strict(form.format(letter), question()) == letter
 
 
-# Facts that were found by running the scorers themselves.
+# Found by running these scorers.
 @pytest.mark.parametrize(
     ("parser", "reply", "letter"),
     [
@@ -115,7 +115,7 @@ def test_other_scorers_are_copied_with_their_faults(parser, reply, letter):
 
 
 def test_no_parser_needs_a_key():
-    """Nothing is right where no option is; where the key is not public, letters are read all the same."""
+    """No reply is right if no option is; if the answer is not public, replies are still parsed."""
     for benchmark in BENCHMARKS.values():
         for name, parse in benchmark.parsers.items():
             for reply in ("", "(", "B", "B) boat"):

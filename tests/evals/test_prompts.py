@@ -177,7 +177,7 @@ ENDS = {"vlmevalkit": f"Question: What is 1?\n{FOUR}Answer: "}
 
 
 @pytest.mark.parametrize("style", list(SUBTITLED))
-def test_subtitles_stand_where_the_style_has_them(style, roots):
+def test_subtitles_are_placed_as_in_the_style(style, roots):
     benchmark = BENCHMARKS["videomme"]
     question = benchmark.questions(roots["videomme_hub"], "test")[1]
     prompt = benchmark.prompts[style]
@@ -189,7 +189,7 @@ def test_subtitles_stand_where_the_style_has_them(style, roots):
     assert prompt(said).captions == ()
 
 
-def test_only_subtitles_of_the_frames_that_are_seen_are_given(roots):
+def test_only_subtitles_of_sampled_frames_are_shown(roots):
     benchmark = BENCHMARKS["videomme"]
     questions = benchmark.questions(roots["videomme_hub"], "test")
     times = np.array([0.0, 0.5, 1.0 - 1e-9, 1.3, 1.75])
@@ -199,9 +199,9 @@ def test_only_subtitles_of_the_frames_that_are_seen_are_given(roots):
     assert benchmark.captions(questions[3], times) == []  # this video has no file
 
 
-def test_subtitles_of_longvideobench_stand_where_they_are_said(roots):
-    """Both forms of a line; times count from `starting_timestamp_for_subtitles`; frames are at 0, 2, 4, 6
-    and 8 seconds."""
+def test_subtitles_of_longvideobench_are_placed_by_time(roots):
+    """Both line formats; times count from `starting_timestamp_for_subtitles`; frames are at 0, 2, 4, 6 and 8
+    seconds."""
     root = roots["longvideobench_authors"]
     rows = trees.longvideobench_rows("val")[:2]
     rows[0] |= {"starting_timestamp_for_subtitles": 10, "duration": 20}
@@ -227,7 +227,7 @@ def test_subtitles_of_longvideobench_stand_where_they_are_said(roots):
         assert dataclasses.replace(captioned, captions=()) == prompt(first)
 
 
-def test_words_that_stand_for_media_are_not_taken_for_them(tmp_path):
+def test_placeholders_in_a_benchmarks_text_are_removed(tmp_path):
     rows = trees.longvideobench_rows("val")[:1]
     rows[0] |= {
         "question": "What <video> is <image>?",
@@ -239,7 +239,7 @@ def test_words_that_stand_for_media_are_not_taken_for_them(tmp_path):
     assert Prompt.of(prompt).user.startswith("<video>\nWhat  is ?\nA. x\nB. y")
 
 
-def test_a_style_or_split_that_a_benchmark_lacks_is_named():
+def test_unknown_styles_parsers_and_splits_are_refused():
     with pytest.raises(BenchmarkError, match="--prompt_style=official: EgoSchema has vila, lmms"):
         BENCHMARKS["egoschema"].pick_prompt("official")
     with pytest.raises(BenchmarkError, match="--parser=official: EgoSchema has strict, lmms"):

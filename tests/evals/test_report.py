@@ -1,4 +1,4 @@
-"""Thumbnails, the contact sheet and report.html, whatever a question or a model says."""
+"""Thumbnails, the contact sheet and report.html, for any text of questions and replies."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reply(number: int, text: str, *, group="g", answer="A", said="A", video=None
 
 
 class Page(HTMLParser):
-    """Questions of a page: data attributes and texts; and how many of each tag there are."""
+    """A parsed page: the attributes and text of each question, and all tags."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""An evaluation that is killed, shared or repeated ends as one that was not."""
+"""Interrupted, sharded and repeated evaluations have the same results as uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class KilledError(Exception):
 
 
 class DyingModel(FakeModel):
-    """Ends after some replies, as a killed process does."""
+    """Stops after some replies, like a killed process."""
 
     left = 7
 
@@ -82,7 +82,7 @@ def test_only_the_rest_is_asked_and_failures_are_asked_again(root, tmp_path):
     assert model.asked == [] and again.scores == report.scores
 
 
-def test_shares_make_one_report_whoever_ends_last(root, tmp_path):
+def test_shards_write_one_report_in_any_order(root, tmp_path):
     whole, _ = ask(root, tmp_path / "whole", failing)
     first, one = ask(root, tmp_path / "shared", failing, shard=(0, 2))
     assert first is None and not (tmp_path / "shared/results.json").exists()
@@ -111,7 +111,7 @@ def test_answers_of_other_settings_are_not_mixed(root, tmp_path, changes, proble
         ask(root, tmp_path / "out", identity={"step": 4})
 
 
-def test_answers_to_other_questions_are_not_taken_for_these(root, tmp_path):
+def test_answers_to_other_questions_are_refused(root, tmp_path):
     ask(root, tmp_path / "out")
     rows = trees.longvideobench_rows("val")
     rows[3]["question"] += " And why?"
@@ -159,7 +159,7 @@ def test_limit_asks_the_first_and_says_so(root, tmp_path):
     assert lmms.folder_name(7, "vila") == "step7_frames8_k1_p1_s1_lmms_likelihood"
 
 
-def test_the_model_is_asked_as_the_settings_say(root, tmp_path):
+def test_settings_are_passed_to_the_model(root, tmp_path):
     seen = {}
 
     class Model(FakeModel):
@@ -192,7 +192,7 @@ def test_the_model_is_asked_as_the_settings_say(root, tmp_path):
     assert seen["preview_frames"] == 16
 
 
-def test_journals_of_several_processes_are_one(tmp_path):
+def test_journals_of_several_processes_are_merged(tmp_path):
     for shard in ((0, 2), (1, 2)):
         journal = Journal(tmp_path, shard)
         with journal.writing() as writer:
@@ -219,7 +219,7 @@ def test_the_papers_settings_are_those_of_its_table():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_hundred_questions_killed_five_times_are_answered_alike(trained_run, tmp_path):
-    """With the real model and real kills: a process is killed as soon as it has added some answers."""
+    """With a real model and real kills: a process is killed as soon as it has saved some answers."""
     videos, names = Videos(tmp_path), [f"v{i}.mp4" for i in range(100)]
     rows = [
         {**row, "id": f"q{i}", "video_id": f"v{i // 2}", "video_path": f"v{i // 2}.mp4"}

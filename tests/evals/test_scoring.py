@@ -1,4 +1,4 @@
-"""Figures: what counts, how sure one can be, and that a file of predictions gives them again."""
+"""Scores, confidence intervals, and files of predictions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_mean_of_groups_and_its_interval_are_those_of_a_simulation(rng):
     assert 0.92 <= covered / 400 <= 0.98
 
 
-def test_failures_and_what_cannot_be_parsed_are_wrong():
+def test_failures_and_unparseable_replies_are_wrong():
     question = Question(
         id="1",
         video="v",
@@ -109,7 +109,7 @@ def test_failures_and_what_cannot_be_parsed_are_wrong():
     assert not reply.right
 
 
-def test_a_line_of_predictions_is_the_row_again(tmp_path):
+def test_a_line_of_predictions_is_read_back(tmp_path):
     question = Question(
         id="1", video="v", media=Media(kind="video", name="v"), text="?", options=("x", "y"), answer="A", groups={"g": "1"}, lines=("A. x", "B. y"),
         guess=0.25, extra={"scoring_points": "p\u2028q", "settings": object()},
@@ -154,7 +154,7 @@ def test_files_of_predictions_that_cannot_be_scored_are_refused(text, problem, t
             predictions.read(path, None)
 
 
-def test_a_null_reply_is_an_empty_one_and_a_blank_line_is_none(tmp_path):
+def test_null_replies_are_empty_and_blank_lines_are_skipped(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"id": "0", "reply": null}\n\n{"id": 1, "reply": "B"}\n')
     questions = [reply.question for reply in replies([True] * 3, ["a", "b", "c"])]
@@ -163,7 +163,7 @@ def test_a_null_reply_is_an_empty_one_and_a_blank_line_is_none(tmp_path):
     assert answers["2"].cause == "no_reply"
 
 
-def test_what_a_parser_takes_for_no_letter_of_the_row_is_unparsed():
+def test_letters_that_the_question_does_not_have_are_unparsed():
     question = Question(
         id="1",
         video="v",

@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, prompts of one batch do not see each other."""
+"""Generation: the cache does not change results, and prompts of a batch are independent."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run_uncached(model: Storm, batch: dict, tokens, index, positions):
 
 
 def full_logits(model: Storm, batch: dict, extra: np.ndarray) -> np.ndarray:
-    """Logits [B, S + n, V] without a cache, with `extra` [B, n] behind each prompt."""
+    """Logits [B, S + n, V] without a cache, with `extra` [B, n] after each prompt."""
     rows = np.asarray(batch["tokens"])
     size, more = rows.shape[1], extra.shape[1]
     tokens = np.pad(rows, ((0, 0), (0, more)))

@@ -1,4 +1,4 @@
-"""A loaded run answers alone as in a batch, and errors stay with their sample."""
+"""A loaded run answers alike alone and in a batch, and errors affect only their sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def storm(trained_run):
 
 
 def questions_of(folder) -> list[Sample]:
-    """The test questions of the built-in task as they are asked."""
+    """The test questions of the built-in task as samples."""
     benchmark = BENCHMARKS["shapes"]
     prompt = benchmark.prompts["trained"]
     return [prompt(q) for q in benchmark.questions(folder, "test")]
@@ -62,7 +62,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(storm, tmp_path):
         storm.answer(tmp_path / "nothing.mp4", "What?")
 
 
-def test_a_placeholder_in_the_question_stands_for_nothing_more(storm, shapes_folder):
+def test_placeholders_in_the_question_are_ignored(storm, shapes_folder):
     video = next((shapes_folder / "media/test").glob("*.mp4"))
     plain, video_word, image_word = (
         storm.answer(video, question, sampling=SHORT)
@@ -130,7 +130,7 @@ def test_the_likeliest_choice_is_the_argmax_among_the_rows_own(storm, shapes_fol
 
 
 def test_a_question_may_depend_on_the_frames_and_open_its_answer(storm, shapes_folder):
-    """As `encode` and `ask` are two calls; their composition is `predict`."""
+    """`encode` and `ask` are separate calls, and `predict` is their composition."""
     video = Media.file("video", next((shapes_folder / "media/test").glob("*.mp4")))
     missing = Media.file("video", shapes_folder / "nothing.mp4")
     (batch,) = storm.encode([(video,), (missing,)], batch_size=4, preview_frames=3)
@@ -159,7 +159,7 @@ def test_a_question_may_depend_on_the_frames_and_open_its_answer(storm, shapes_f
 
 
 def test_first_runs_of_a_program_are_not_timed(storm, shapes_folder, monkeypatch):
-    """A compiled program that is slow only the first time takes no time."""
+    """The reported time excludes the first run of a compiled program."""
     calls = []
 
     class Slow:
@@ -204,14 +204,14 @@ def test_batches_are_smaller_where_there_are_many_visual_tokens(storm):
     assert storm._batch_size(None, 2**17) == 8
 
 
-def test_more_tokens_than_the_decoder_knows_positions_are_warned_of(storm, caplog):
+def test_more_tokens_than_positions_are_a_warning(storm, caplog):
     storm._warn_of_length(32_768)
     assert not caplog.messages
     storm._warn_of_length(32_769)
     assert "model.decoder.max_positions=32768" in caplog.text
 
 
-def test_no_samples_give_no_answers(storm):
+def test_no_samples_have_no_predictions(storm):
     assert list(storm.predict([])) == []
 
 
