@@ -107,9 +107,21 @@ def test_images_share_a_row_and_videos_do_not():
 
 
 def test_texts_of_any_kind_and_length_are_drawn(tmp_path):
-    texts = ["", "$5 or $\\frac{", "word " * 400, "\n\n<video>\n", "x" * 500, "{}%_^&", "多语言 🎬"]
+    texts = [
+        "",
+        "$5 or $\\frac{",
+        "word " * 400,
+        "\n\n<video>\n",
+        "x" * 500,
+        "{}%_^&",
+        "多语言 🎬",
+        "\ud83d\x00",
+    ]
     replies = [reply(i, text, group=text, said=text) for i, text in enumerate(texts)]
     strips = {r.question.id: STRIP if i % 3 else STILL for i, r in enumerate(replies)}
+    (tmp_path / "page.html").write_text(
+        "".join(q["text"] for q in render(replies, strips).questions)
+    )
     contact_sheet.draw_contact_sheet(tmp_path / "sheet.png", replies, strips)
     width, height = Image.open(tmp_path / "sheet.png").size
     assert width == 1210 and 1000 < height < 3000

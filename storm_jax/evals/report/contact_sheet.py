@@ -145,4 +145,5 @@ def _caption(reply: ScoredReply, in_row: int) -> list[str]:
 
 
 def _wrap(text: str, letters: int) -> list[str]:
+    text = text.encode("utf-8", "replace").decode("utf-8")  # no lone surrogates
     return textwrap.wrap(text, letters, max_lines=_LINES)

@@ -74,7 +74,8 @@ def render_report(
             f'<article{kind}>{_figure(video, shown)}<div class="questions">{questions}</div></article>'
         )
     parts.append(f"<script>{SCRIPT}</script></body></html>\n")
-    return "\n".join(part for part in parts if part)
+    page = "\n".join(part for part in parts if part)
+    return page.encode("utf-8", "replace").decode("utf-8")  # no lone surrogates
 
 
 def _number_groups(split: Split, replies: Sequence[ScoredReply]) -> dict[tuple[str, str], str]:
