@@ -27,8 +27,11 @@ def config(request, small_model):
 
 @pytest.fixture
 def projector(config, randomise) -> TemporalProjector:
-    make = TemporalProjector(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=True)
-    return randomise(make)
+    return randomise(
+        nnx.eval_shape(
+            lambda: TemporalProjector(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=True)
+        )
+    )
 
 
 def in_one_pass(projector: TemporalProjector, x: jax.Array) -> jax.Array:
@@ -50,7 +53,9 @@ def in_blocks(projector: TemporalProjector, x: jax.Array, cuts: list[int]) -> ja
     return jnp.concatenate([*means, group.mean()[:, None]], axis=1)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3))]
+)
 def test_random_cuts_equal_one_pass_with_their_gradients(projector, config, seed, rng):
     patches = config.vision.side**2
     x = rng.standard_normal((BATCH, FRAMES, patches, config.vision.width)).astype(np.float32)
@@ -103,7 +108,7 @@ def test_a_layer_stores_its_inputs_only(small_model):
     length, width = 2048, 32
 
     def temporary(depth: int, remat: bool) -> int:
-        config = dataclasses.replace(small_model.mamba, depth=depth)
+        config = dataclasses.replace(small_model.mamba, depth=depth, direction="forward")
         graphdef, params = nnx.split(
             nnx.eval_shape(
                 lambda: MambaLayers(width, config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=remat)

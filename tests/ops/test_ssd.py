@@ -312,7 +312,7 @@ def temporary_bytes(function, length, heads=4, width=16, state=32):
 
 
 def test_temporary_memory_grows_with_the_inputs_and_not_with_states_or_matrices():
-    short, long = 8192, 16384
+    short, long = 2048, 4096
     inputs = (
         4 * 16 + 4 + 2 * 32
     )  # values per step of x, dt, B and C; a chunk's matrices have 4 * 64

@@ -50,6 +50,10 @@ FAMILIES = {
 }
 
 
+def abstract_decoder(config: DecoderConfig) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False))
+
+
 def torch_decoder(config: DecoderConfig, params: dict) -> torch.nn.Module:
     """Creates transformers' model of the same family with the same weights."""
     fields = decoder_json(config, "float32")
@@ -68,7 +72,7 @@ def torch_decoder(config: DecoderConfig, params: dict) -> torch.nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_and_the_logits_equal_transformers(family, length, randomise, rng):
     config = FAMILIES[family]
-    model = randomise(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False))
+    model = randomise(abstract_decoder(config))
     params = nnx.to_pure_dict(nnx.split(model)[1])
     tokens = rng.integers(0, config.vocab_size, (2, length))
     theirs = torch_decoder(config, jax.device_get(params))
@@ -77,7 +81,7 @@ def test_every_layer_and_the_logits_equal_transformers(family, length, randomise
     positions = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
     for depth in range(1, config.depth + 1):
         part = dataclasses.replace(config, depth=depth)
-        shallow = Decoder(part, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
+        shallow = abstract_decoder(part)
         layers = jax.tree.map(lambda x, depth=depth: x[:depth], params["layers"])
         shallow = nnx.merge(nnx.split(shallow)[0], {**params, "layers": layers})
         hidden, _ = nnx.jit(lambda m: m(m.embed(tokens), positions))(shallow)

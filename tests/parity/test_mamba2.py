@@ -57,7 +57,9 @@ def torch_mixer(params: dict, direction: str) -> TorchMixer:
 
 
 def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
-    mixer = MambaMixer(WIDTH, make_config(direction), rngs=nnx.Rngs(0), dtype=jnp.float32)
+    mixer = nnx.eval_shape(
+        lambda: MambaMixer(WIDTH, make_config(direction), rngs=nnx.Rngs(0), dtype=jnp.float32)
+    )
     graphdef, state = nnx.split(randomise(mixer, scale=0.25))
     params = jax.device_get(nnx.to_pure_dict(state))
     for name in {"forward", "backward"} & params.keys():

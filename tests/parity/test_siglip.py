@@ -37,6 +37,10 @@ CONFIGS = {
 assert CONFIGS["two query chunks"].side ** 2 > QUERY_CHUNK
 
 
+def abstract_tower(config: VisionConfig) -> SigLIP:
+    return nnx.eval_shape(lambda: SigLIP(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False))
+
+
 def torch_tower(config: VisionConfig, params: dict) -> torch.nn.Module:
     """Creates transformers' tower with the same weights."""
     theirs = SiglipVisionModel(AutoConfig.for_model(**vision_json(config, "float32"))).eval()
@@ -56,7 +60,7 @@ def torch_tower(config: VisionConfig, params: dict) -> torch.nn.Module:
 @pytest.mark.parametrize("case", CONFIGS)
 def test_every_layer_equals_transformers(case, randomise, rng):
     config = CONFIGS[case]
-    ours = randomise(SigLIP(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False))
+    ours = randomise(abstract_tower(config))
     params = jax.device_get(nnx.to_pure_dict(nnx.split(ours)[1]))
     theirs = torch_tower(config, params)
     frames = rng.integers(0, 256, (2, config.image_size, config.image_size, 3)).astype(np.uint8)
@@ -108,7 +112,7 @@ def test_pixels_equal_those_of_transformers(kind, size, tmp_path):
 def shallow(config: VisionConfig, params: dict, feature_layer: int) -> SigLIP:
     """Returns a tower with a different feature layer and the same weights."""
     config = dataclasses.replace(config, feature_layer=feature_layer)
-    tower = SigLIP(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
+    tower = abstract_tower(config)
     num_layers = config.depth + 1 + feature_layer
     moved = {
         **params,

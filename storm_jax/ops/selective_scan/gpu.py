@@ -35,8 +35,8 @@ from storm_jax.ops.selective_scan.inputs import Inputs, step_size, step_size_der
 
 LANES = 32  # channels per program
 CHUNK = 64  # steps between stored states
-UNROLL = 8  # steps whose loads are issued together
-SUBCHUNK = 4  # steps whose states the backward pass keeps in registers
+UNROLL = 8
+SUBCHUNK = 4
 MIN_PROGRAMS = 2048  # enough warps to hide latency on 132 multiprocessors
 
 
@@ -92,7 +92,7 @@ def backward(
     else:
         ends = jnp.zeros_like(dh_last, shape=per_split)
     per_tile = (plan.tiles, batch, length, plan.d_state)
-    scratch = (batch, plan.tiles, splits, CHUNK // SUBCHUNK, plan.padded_d_state, LANES)
+    scratch = (batch, plan.tiles, splits, CHUNK // plan.subchunk, plan.padded_d_state, LANES)
     dx, ddt, dA, dB, dC, dD, dbias, dh0, _ = call(
         _gradients_kernel,
         [
@@ -136,6 +136,8 @@ class _Plan(NamedTuple):
     d_state: int
     splits: int
     split_steps: int  # steps per split, a multiple of CHUNK
+    unroll: int  # steps whose loads are issued together
+    subchunk: int  # steps whose states the backward pass keeps in registers
     reverse: bool
     softplus: bool
     interpret: bool
@@ -164,6 +166,9 @@ def _plan(inputs: Inputs, reverse: bool, interpret: bool) -> _Plan:
         d_state=inputs.A.shape[0],
         splits=pl.cdiv(length, split_steps),
         split_steps=split_steps,
+        # XLA compiles long loop bodies slowly.
+        unroll=2 if interpret else UNROLL,
+        subchunk=2 if interpret else SUBCHUNK,
         reverse=reverse,
         softplus=inputs.dt_bias is not None,
         interpret=interpret,
@@ -336,11 +341,13 @@ def _fold_steps(tile: _Tile, step: Callable[[Any, _Step], Any], carry: Any) -> A
     first, last = tile.chunks()
 
     def group(g: jax.Array, carry: Any) -> Any:
-        for now in tile.load_steps(g * UNROLL, UNROLL):
+        for now in tile.load_steps(g * tile.plan.unroll, tile.plan.unroll):
             carry = step(carry, now)
         return carry
 
-    return jax.lax.fori_loop(first * CHUNK // UNROLL, last * CHUNK // UNROLL, group, carry)
+    return jax.lax.fori_loop(
+        first * CHUNK // tile.plan.unroll, last * CHUNK // tile.plan.unroll, group, carry
+    )
 
 
 # Forward kernels.
@@ -376,7 +383,7 @@ def _outputs_kernel(
 
         def group(g: jax.Array, h: jax.Array) -> jax.Array:
             outputs = []
-            for now in tile.load_steps(c * CHUNK + g * UNROLL, UNROLL):
+            for now in tile.load_steps(c * CHUNK + g * tile.plan.unroll, tile.plan.unroll):
                 decay, u = now.recurrence(tile.A)
                 h = decay * h + u
                 out = jnp.sum(h * now.C[:, None], axis=0) + tile.D * now.x
@@ -385,7 +392,7 @@ def _outputs_kernel(
                 tile.store_channels(y, (tile.row, now.t), out, now.valid)
             return h
 
-        return jax.lax.fori_loop(0, CHUNK // UNROLL, group, h)
+        return jax.lax.fori_loop(0, CHUNK // tile.plan.unroll, group, h)
 
     h = jax.lax.fori_loop(*tile.chunks(), chunk, h)
 
@@ -400,10 +407,10 @@ def _outputs_kernel(
 def _adjoint_ends_kernel(tile: _Tile, dy: Any, ends: Any) -> None:
     """Computes the adjoint of the state before each split from a zero adjoint after it."""
     first, last = tile.chunks()
-    stop = last * CHUNK // UNROLL
+    stop = last * CHUNK // tile.plan.unroll
 
     def group(k: jax.Array, dh: jax.Array) -> jax.Array:
-        steps = tile.load_steps((stop - 1 - k) * UNROLL, UNROLL)
+        steps = tile.load_steps((stop - 1 - k) * tile.plan.unroll, tile.plan.unroll)
         sources = [_load_dy(tile, dy, now) for now in steps]
         for now, source in zip(reversed(steps), reversed(sources), strict=True):
             decay, _ = now.recurrence(tile.A)
@@ -411,7 +418,7 @@ def _adjoint_ends_kernel(tile: _Tile, dy: Any, ends: Any) -> None:
         return dh
 
     dh = jax.lax.fori_loop(
-        0, stop - first * CHUNK // UNROLL, group, jnp.zeros(tile.shape, jnp.float32)
+        0, stop - first * CHUNK // tile.plan.unroll, group, jnp.zeros(tile.shape, jnp.float32)
     )
     tile.store_state(ends, (tile.row, tile.split), dh)
 
@@ -459,7 +466,7 @@ def _gradients_kernel(tile: _Tile, *arrays: Any) -> None:
     dh = tile.load_state(refs.dh_last, (tile.row,))
     dh = jax.lax.fori_loop(0, splits - 1 - tile.split, enter, dh)
 
-    groups = CHUNK // SUBCHUNK
+    groups = CHUNK // tile.plan.subchunk
     first, last = tile.chunks()
 
     def chunk(k: jax.Array, carry: tuple) -> tuple:
@@ -489,12 +496,14 @@ def _fill_scratch(tile: _Tile, refs: _Backward, c: jax.Array) -> None:
 
     def group(g: jax.Array, h: jax.Array) -> jax.Array:
         plgpu.store(tile.scratch(refs.scratch, g), h)
-        for now in tile.load_steps(c * CHUNK + g * SUBCHUNK, SUBCHUNK):
+        for now in tile.load_steps(c * CHUNK + g * tile.plan.subchunk, tile.plan.subchunk):
             decay, u = now.recurrence(tile.A)
             h = decay * h + u
         return h
 
-    jax.lax.fori_loop(0, CHUNK // SUBCHUNK, group, tile.load_state(refs.states, (tile.row, c)))
+    jax.lax.fori_loop(
+        0, CHUNK // tile.plan.subchunk, group, tile.load_state(refs.states, (tile.row, c))
+    )
     if not tile.plan.interpret:  # other lanes read what a lane has written
         plgpu.debug_barrier()
 
@@ -503,13 +512,13 @@ def _subchunk_backward(
     tile: _Tile, refs: _Backward, c: jax.Array, g: jax.Array, dh: jax.Array, sums: _Sums
 ) -> tuple[jax.Array, _Sums]:
     """Propagates the adjoint through subchunk `g` of chunk `c`."""
-    steps = tile.load_steps(c * CHUNK + g * SUBCHUNK, SUBCHUNK)
+    steps = tile.load_steps(c * CHUNK + g * tile.plan.subchunk, tile.plan.subchunk)
     sources = [_load_dy(tile, refs.dy, now) for now in steps]
     states = [plgpu.load(tile.scratch(refs.scratch, g))]
     for now in steps:
         decay, u = now.recurrence(tile.A)
         states.append(decay * states[-1] + u)
-    for k in reversed(range(SUBCHUNK)):
+    for k in reversed(range(tile.plan.subchunk)):
         dh, sums = _step_backward(
             tile, refs, steps[k], sources[k], states[k], states[k + 1], dh, sums
         )
