@@ -1,4 +1,4 @@
-"""The documents say what is there: their examples work, their files and commands exist."""
+"""The documentation is true: examples work, files, flags and commands exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 
 def test_the_examples_of_the_data_guide_train(small_config, shapes_folder, tmp_path):
-    """Each is read as it stands, with media of those names."""
+    """Each example is read verbatim, with media files of those names."""
     examples = re.findall(r"```json\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
     assert len(examples) == 5
     (tmp_path / "media/frames").mkdir(parents=True)

@@ -1,1 +1,1 @@
-"""What an evaluation leaves behind: files of scores and predictions, a page, pictures."""
+"""The report of an evaluation: scores, predictions, an HTML page and pictures."""
