@@ -18,7 +18,7 @@ RUN := $(BIN)/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 FAMILIES := shape,place,shape,place,colour,needle,order
 PYTEST := $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=15
-QUICK := tests/ops tests/models tests/data tests/text tests/media tests/inference tests/test_benchmarks.py tests/test_command_line.py tests/test_config.py tests/test_scripts.py
+QUICK := tests/ops tests/models tests/data tests/text tests/media tests/inference tests/test_benchmarks.py tests/test_flag_errors.py tests/test_config.py tests/test_scripts.py
 
 .PHONY: demo test test-slow test-pythons test-quick lint evidence clean
 
