@@ -35,7 +35,7 @@ from storm_jax.ops.selective_scan.inputs import Inputs, step_size, step_size_der
 
 LANES = 32  # channels per program
 CHUNK = 64  # steps between stored states
-UNROLL = 8
+UNROLL = 8  # see `_Plan`; interpreted kernels use less
 SUBCHUNK = 4
 MIN_PROGRAMS = 2048  # enough warps to hide latency on 132 multiprocessors
 
@@ -210,13 +210,14 @@ def _launch(
 
 
 def _lowering_target(x: jax.Array) -> AbstractContextManager[None]:
-    """A context that names the GPU to lower for if neither this machine nor the mesh has one.
+    """Returns a context with an abstract GPU if neither this machine nor the context mesh has a GPU.
 
-    Since JAX 0.11 Pallas asks for it; what it lowers these kernels to is the same for every GPU.
+    Since JAX 0.11, Pallas looks up the GPU that it lowers a kernel for. The model does not matter here:
+    these kernels lower to the same code for all of them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     has_gpu = jax.default_backend() == "gpu" or (device and device.platform in ("gpu", "cuda"))
-    # Arrays that vary over a mesh's axes cannot leave its context.
+    # Arrays that vary over mesh axes cannot be used outside of the context of their mesh.
     if has_gpu or jax.typeof(x).mat.varying:
         return contextlib.nullcontext()
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
