@@ -115,6 +115,7 @@ def test_the_data_pipeline_reads_the_frames_of_its_reference(tmp_path):
         assert samples >= 4 and seconds > 0
 
 
+@pytest.mark.slow
 def test_shared_and_separate_videos_get_the_same_replies(tmp_path, capsys):
     """The benchmark itself compares the replies to two videos with two questions each."""
     eval_throughput.main(

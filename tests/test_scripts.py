@@ -131,6 +131,7 @@ def test_evaluation_counts_unreadable_media_as_wrong_and_lists_them(
     assert "ceiling" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_projector_of_the_extending_guide_trains_and_answers(shapes_folder, tmp_path):
     guide = (ROOT / "docs/extending.md").read_text()
     module, config = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)

@@ -159,6 +159,7 @@ def test_show_draws_a_sample_and_lists_its_tokens(
     assert sum("visual tokens of medium 0]" in line for line in lines) == 4
 
 
+@pytest.mark.slow
 def test_commands(shapes_folder: pathlib.Path, tmp_path: pathlib.Path):
     train, out = shapes_folder / "train.json", f"--out={tmp_path}/report"
     tokenizer = f"--config.data.tokenizer={shapes_folder}/tokenizer"

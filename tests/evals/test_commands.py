@@ -233,6 +233,7 @@ def test_judgements_of_unknown_questions_are_refused(tmp_path):
         score_judgements({"sub_scene/0": "sub_scene"}, path)
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_a_table_and_a_plot(trained_run, shapes_folder, tmp_path, capsys):
     run = link_run(trained_run, tmp_path / "run")
     values = parse_sweep(["num_frames=2,8", "temporal_sample=1,2"])

@@ -75,6 +75,7 @@ def model_module(monkeypatch):
     sys.modules.pop(path)
 
 
+@pytest.mark.slow
 def test_requests_are_answered_as_the_predictor_answers(model_module, trained_run, shapes_folder):
     video = str(next((shapes_folder / "media/test").glob("*.mp4")))
     picture = Image.fromarray(np.full((20, 30, 3), 90, np.uint8))
