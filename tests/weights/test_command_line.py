@@ -64,6 +64,7 @@ def test_a_wrong_call_is_explained(number, calls):
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_from_public_weights_to_a_shared_model(shapes_folder, tmp_path):
     """All commands in order, with a decoder that the configuration does not describe."""
     vision = save(make_tower(image_size=32, patch_size=8), tmp_path / "tower")
