@@ -37,18 +37,22 @@ print(json.dumps(results))
 
 
 def run_forked(
-    script: str, modules: Sequence[str], calls: Sequence[Sequence[str]]
+    script: str,
+    modules: Sequence[str],
+    calls: Sequence[Sequence[str]],
+    **environment: str,
 ) -> list[subprocess.CompletedProcess]:
     """Runs `python SCRIPT ARGUMENTS` in the repository's root for each of `calls`.
 
     Args:
       script: a file such as "train.py", or a module such as "storm_jax.weights".
       modules: what to import before.
+      environment: variables to set.
     """
     done = subprocess.run(
         [sys.executable, "-c", _FORK, json.dumps([script, modules, [list(c) for c in calls]])],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        env={**os.environ, "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", **environment},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from forked import run_forked
 
 from configs import tiny
 from storm_jax.config import FramesConfig, RunConfig, SourceConfig, from_dict
@@ -20,50 +18,6 @@ from storm_jax.data.mixture import Ref, open_mixture
 from storm_jax.data.show import show
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-# Importing takes seconds, so that commands run in forks of one process that has imported everything.
-RUN_COMMANDS = """
-import json, os, pathlib, runpy, sys
-import matplotlib.pyplot, ml_collections.config_flags, transformers.configuration_utils
-import storm_jax.data.check, storm_jax.data.show
-
-for number, arguments in enumerate(json.load(sys.stdin)):
-    if process := os.fork():
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        pathlib.Path(sys.argv[1], f"{number}.status").write_text(str(status))
-        continue
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{sys.argv[1]}/{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.argv = ["storm_jax.data", *arguments]
-    runpy.run_module("storm_jax.data", run_name="__main__", alter_sys=True)
-"""
-
-
-@dataclasses.dataclass
-class Done:
-    status: int
-    out: str
-    err: str
-
-
-def call_all(folder: pathlib.Path, *commands: list[str]) -> list[Done]:
-    folder.mkdir()
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN_COMMANDS, str(folder)],
-        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "nowhere"},  # using a device would be an error
-        input=json.dumps(commands), text=True, check=True,
-    )  # fmt: skip
-    return [
-        Done(
-            int((folder / f"{i}.status").read_text()),
-            (folder / f"{i}.out").read_text(),
-            (folder / f"{i}.err").read_text(),
-        )
-        for i in range(len(commands))
-    ]
 
 
 def arguments(train: pathlib.Path, *more: str) -> list[str]:
@@ -163,22 +117,35 @@ def test_show_draws_a_sample_and_lists_its_tokens(
 def test_commands(shapes_folder: pathlib.Path, tmp_path: pathlib.Path):
     train, out = shapes_folder / "train.json", f"--out={tmp_path}/report"
     tokenizer = f"--config.data.tokenizer={shapes_folder}/tokenizer"
-    check_, gone, show_, far, other, neither = call_all(
-        tmp_path / "commands",
+    commands = [
         ["check", *arguments(train), out],
         ["check", *arguments(tmp_path / "none.json", tokenizer), out],
         ["show", *arguments(train), out, "--index=1"],
         ["show", *arguments(train), out, "--index=9999"],
         ["show", *arguments(train), out, "--source=other"],
         ["--config=configs/tiny.py:stage=sft"],
+    ]
+    check_, gone, show_, far, other, neither = run_forked(
+        "storm_jax.data",
+        [
+            "matplotlib.pyplot",
+            "ml_collections.config_flags",
+            "transformers.configuration_utils",
+            "storm_jax.data.check",
+            "storm_jax.data.show",
+        ],
+        commands,
+        JAX_PLATFORMS="nowhere",  # using a device would be an error
     )
-    assert (check_.status, check_.err) == (0, "")
-    assert "64 samples, 64 used, 0 unusable" in check_.out
-    assert (gone.status, gone.err) == (1, "")
-    assert f"training would stop: {tmp_path}/none.json does not exist" in gone.out
-    assert (show_.status, show_.err) == (0, "")
-    text, picture = map(pathlib.Path, show_.out.split())
+    assert (check_.returncode, check_.stderr) == (0, "")
+    assert "64 samples, 64 used, 0 unusable" in check_.stdout
+    assert (gone.returncode, gone.stderr) == (1, "")
+    assert f"training would stop: {tmp_path}/none.json does not exist" in gone.stdout
+    assert (show_.returncode, show_.stderr) == (0, "")
+    text, picture = map(pathlib.Path, show_.stdout.split())
     assert text.read_text() and picture.read_bytes().startswith(b"\x89PNG")
-    assert far.status == 1 and "--index=9999: shapes has 64 samples" in far.err
-    assert other.status == 1 and "--source=other is not in data.train: shapes" in other.err
-    assert neither.status != 0 and "expected `check` or `show`" in neither.err + neither.out
+    assert far.returncode == 1 and "--index=9999: shapes has 64 samples" in far.stderr
+    assert other.returncode == 1 and "--source=other is not in data.train: shapes" in other.stderr
+    assert (
+        neither.returncode != 0 and "expected `check` or `show`" in neither.stderr + neither.stdout
+    )
