@@ -18,10 +18,22 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 _CHUNK_BYTES = 2**25  # larger chunks are compressed and copied whole on their way to the disk
+_MIN_SLICE_BYTES = 2**20  # replicas share the writing of an array only in slices of this size
 
 
 class RunError(RuntimeError):
     """A run folder or checkpoint that is missing, damaged or does not match."""
+
+
+def array_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+    """Writes and reads trees of arrays.
+
+    Orbax splits every replicated array between the replicas, and compiles a program for each slice.
+    Here one replica writes what is small.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **options)
 
 
 class Checkpoints:
@@ -121,9 +133,7 @@ class Checkpoints:
           meta: plain JSON, stored with them.
         """
         largest = max(array.nbytes for array in params.values())
-        handler = ocp.PyTreeCheckpointHandler(
-            save_device_host_concurrent_gb=math.ceil(largest / 1e9) + 1
-        )
+        handler = array_handler(save_device_host_concurrent_gb=math.ceil(largest / 1e9) + 1)
         nested = unflatten_dict(dict(params), sep="/")
         with ocp.CheckpointManager(
             self.path,

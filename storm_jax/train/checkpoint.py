@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as managers
 
+from storm_jax.checkpoints import array_handler
 from storm_jax.params import with_sharding
 from storm_jax.run import Run, RunError
 from storm_jax.train.state import StateSpec, TrainState
@@ -44,8 +45,8 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             root,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "opt_state": ocp.StandardCheckpointHandler(),
+                "params": array_handler(),
+                "opt_state": array_handler(),
                 "data": ocp.JsonCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
@@ -68,8 +69,8 @@ class Checkpointer:
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(unflatten_dict(state.params(), sep="/")),
-                opt_state=ocp.args.StandardSave(state.opt_state),
+                params=ocp.args.PyTreeSave(unflatten_dict(state.params(), sep="/")),
+                opt_state=ocp.args.PyTreeSave(state.opt_state),
                 data=ocp.args.JsonSave(data),
                 meta=ocp.args.JsonSave({"step": step, **metrics}),
             ),
@@ -99,7 +100,10 @@ class Checkpointer:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    opt_state=ocp.args.StandardRestore(target.opt_state),
+                    opt_state=ocp.args.PyTreeRestore(
+                        target.opt_state,
+                        ocp.checkpoint_utils.construct_restore_args(target.opt_state),
+                    ),
                     data=ocp.args.JsonRestore(),
                     meta=ocp.args.JsonRestore(),
                 ),
