@@ -22,8 +22,8 @@ from typing import Any
 from absl import app, flags
 
 from storm_jax import command_line, evals
+from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
-from storm_jax.evals.questions import BenchmarkError
 from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS
 
 if typing.TYPE_CHECKING:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from media_files import barcode, write_numbered
 from PIL import Image
 
-from storm_jax.evals.questions import Question
+from storm_jax.evals.benchmark import Question
 from storm_jax.inference.encoding import EncodedBatch, EncodedScene
 from storm_jax.inference.prediction import Prediction
 from storm_jax.media.frames import Clip

@@ -1,18 +1,156 @@
-"""A benchmark: how to load its questions, ask them and parse replies, and its published counts."""
+"""Questions, replies, and benchmarks: how to load questions, ask them, and parse what a model replies."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals.questions import BenchmarkError, Parser, Question
-from storm_jax.evals.replies import ScoredReply
-from storm_jax.text.sample import Caption, Sample
+from storm_jax.inference.prediction import Prediction
+from storm_jax.media.media import Media
+from storm_jax.text.sample import PLACEHOLDER, Caption, Sample, Turn
+
+MISSING = "missing"  # cause of a prediction whose video does not exist
+
+
+class BenchmarkError(ValueError):
+    """Files of a benchmark that cannot be used, or an option that it does not support."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One row of a benchmark.
+
+    Attributes:
+      id: unique within its split; predictions refer to it.
+      video: the video it is about. Questions about one video are not statistically independent.
+      media: the file, which need not exist.
+      text: the question without its options.
+      options: without letters; () if the answer is free text.
+      answer: the letter of the right option, or the text of a free answer. None if the answer is not
+        public; "" if no option is right, so that no reply counts as right.
+      groups: the reported group of each dimension, e.g. {"duration": "short"}.
+      lines: the options with their letters, if the benchmark's files list them so.
+      subtitles: the video's subtitle file, or None.
+      captions: subtitles to show with the sampled frames; None if subtitles are not requested.
+      guess: accuracy of guessing, if it is not 1 / number of options.
+      extra: fields used by this benchmark only.
+    """
+
+    id: str
+    video: str
+    media: Media
+    text: str
+    options: tuple[str, ...]
+    answer: str | None
+    groups: Mapping[str, str]
+    lines: tuple[str, ...] = ()
+    subtitles: pathlib.Path | None = None
+    captions: tuple[Caption, ...] | None = None
+    guess: float | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def letters(self) -> str:
+        """The letters of the options."""
+        return string.ascii_uppercase[: len(self.options)]
+
+    @property
+    def lettered(self) -> dict[str, str]:
+        """The options by letter."""
+        return dict(zip(self.letters, self.options, strict=True))
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        if self.guess is not None:
+            return self.guess
+        return 1 / len(self.options) if self.options else 0.0
+
+    def list_options(self, template: str) -> str:
+        """The options, one per line, each formatted by a template like "({letter}) {option}"."""
+        lines = (template.format(letter=x, option=text) for x, text in self.lettered.items())
+        return "\n".join(lines)
+
+    def sample(
+        self,
+        user: str,
+        *,
+        system: str = "",
+        opening: str = "",
+        captions: Sequence[Caption] = (),
+    ) -> Sample:
+        """The question as a sample for a model.
+
+        Args:
+          user: the user's turn, with `<video>` where the video goes.
+          system: the system turn; "" uses that of the run.
+          opening: the beginning of the answer.
+          captions: text to insert among the video's tokens.
+        """
+        turns = [Turn("user", user)]
+        if system:
+            turns.insert(0, Turn("system", system))
+        return Sample(
+            id=self.id,
+            turns=tuple(turns),
+            media=(self.media,),
+            extra={},
+            opening=opening,
+            captions=tuple(captions),
+        )
+
+
+# `(reply, question) ->` the letter that a reply chooses, or the text of a free answer; None if unparseable.
+Parser = Callable[[str, Question], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredReply:
+    """A question, the model's prediction, and what the parser read in it.
+
+    Attributes:
+      parsed: a letter of the question's, or the text of a free answer; None if there is neither.
+    """
+
+    question: Question
+    prediction: Prediction
+    parsed: str | None
+
+    @property
+    def right(self) -> bool:
+        return self.parsed is not None and self.parsed == self.question.answer
+
+    @property
+    def status(self) -> str:
+        """One of "parsed", "unparsed", "missing" and "failed"."""
+        if self.prediction.error:
+            return MISSING if self.prediction.cause == MISSING else "failed"
+        return "unparsed" if self.parsed is None else "parsed"
+
+
+def parse_replies(
+    questions: Sequence[Question], predictions: Mapping[str, Prediction], parse: Parser
+) -> list[ScoredReply]:
+    """Parses the prediction of each question, in the order of the questions; those without a prediction
+    were not asked and are left out."""
+    replies = []
+    for question in questions:
+        prediction = predictions.get(question.id)
+        if prediction is None:
+            continue
+        parsed = None if prediction.error else parse(prediction.text, question)
+        if question.options and parsed not in question.lettered:
+            parsed = None
+        replies.append(ScoredReply(question, prediction, parsed))
+    return replies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,3 +250,19 @@ class Benchmark:
         if repeated:
             raise BenchmarkError(f"{root}: the question id {repeated[0]!r} occurs more than once")
         return questions
+
+
+def letter_of(answer: str, options: Sequence[str]) -> str:
+    """The letter of the first option equal to `answer`, or ""."""
+    options = list(options)
+    return string.ascii_uppercase[options.index(answer)] if answer in options else ""
+
+
+def without_letter(line: str) -> str:
+    """An option without its leading letter."""
+    return re.sub(r"^\s*\(?[A-Z][.):]\s*", "", line)
+
+
+def without_placeholders(text: str) -> str:
+    """A text without `<image>` and `<video>`, which would be taken for media."""
+    return PLACEHOLDER.sub("", text)

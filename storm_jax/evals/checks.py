@@ -7,10 +7,9 @@ import pathlib
 from collections import Counter
 from collections.abc import Sequence
 
-from storm_jax.evals.benchmark import Benchmark
+from storm_jax.evals.benchmark import Benchmark, Question
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.files import archives, is_there
-from storm_jax.evals.questions import Question
 
 _EXAMPLES = 3
 

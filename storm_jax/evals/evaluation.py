@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from storm_jax.config import CompressionConfig, RunConfig
-from storm_jax.evals.benchmark import Benchmark
+from storm_jax.evals.benchmark import Benchmark, BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.provenance import about_this_machine, config_hash
-from storm_jax.evals.questions import BenchmarkError
 from storm_jax.evals.report.files import Report
 from storm_jax.evals.runner import run_benchmark
 from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS, EvalSettings

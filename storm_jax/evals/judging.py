@@ -14,9 +14,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from storm_jax.evals.benchmark import BenchmarkError, ScoredReply
 from storm_jax.evals.predictions import read_objects
-from storm_jax.evals.questions import BenchmarkError
-from storm_jax.evals.replies import ScoredReply
 from storm_jax.files import write_lines
 
 SCORES = {

@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
-from storm_jax.evals.questions import Parser, Question
+from storm_jax.evals.benchmark import Parser, Question
 
 _THINKING = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 _MARKERS = re.compile(r"<\|[^|>]*\|>|</s>")

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storm_jax.evals.questions import BenchmarkError, Question
-from storm_jax.evals.replies import ScoredReply
+from storm_jax.evals.benchmark import BenchmarkError, Question, ScoredReply
 from storm_jax.inference.prediction import Prediction
 from storm_jax.media.media import Media
 

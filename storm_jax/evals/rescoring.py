@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from storm_jax.evals import predictions as predictions_lib
-from storm_jax.evals.benchmark import Benchmark
+from storm_jax.evals.benchmark import Benchmark, BenchmarkError, parse_replies
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.judging import Judged, score_judgements
 from storm_jax.evals.provenance import about_this_machine
-from storm_jax.evals.questions import BenchmarkError
-from storm_jax.evals.replies import parse_replies
 from storm_jax.evals.report.files import Report, write_report
 from storm_jax.evals.scoring import score as compute_scores
 

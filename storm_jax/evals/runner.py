@@ -23,11 +23,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals.benchmark import Benchmark
+from storm_jax.evals.benchmark import MISSING, Benchmark, Question, parse_replies
 from storm_jax.evals.files import is_there
 from storm_jax.evals.journal import Journal, JournalWriter
-from storm_jax.evals.questions import Question
-from storm_jax.evals.replies import MISSING, parse_replies
 from storm_jax.evals.report.files import Report, write_report
 from storm_jax.evals.report.thumbnails import FRAMES, Thumbnails
 from storm_jax.evals.scoring import score

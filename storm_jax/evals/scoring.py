@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals.benchmark import Benchmark, Split
-from storm_jax.evals.replies import MISSING, ScoredReply
+from storm_jax.evals.benchmark import MISSING, Benchmark, ScoredReply, Split
 
 _MARGIN = 0.1
 

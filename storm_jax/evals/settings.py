@@ -7,7 +7,7 @@ import types
 from collections.abc import Mapping
 
 from storm_jax.config import CompressionConfig
-from storm_jax.evals.questions import BenchmarkError
+from storm_jax.evals.benchmark import BenchmarkError
 
 ANSWERS = ("generate", "likelihood")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from storm_jax.config import CompressionConfig
+from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.evaluation import (
     COMPRESSION_FIELDS,
     LazyPredictor,
@@ -17,7 +18,6 @@ from storm_jax.evals.evaluation import (
     report_folder,
     resolve_compression,
 )
-from storm_jax.evals.questions import BenchmarkError
 from storm_jax.evals.report.files import Report
 from storm_jax.evals.report.sweep_plot import Point, draw_sweep
 from storm_jax.evals.report.text import markdown

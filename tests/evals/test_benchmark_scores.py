@@ -14,9 +14,9 @@ import pytest
 from benchmark_trees import FakeModel, Videos, always_a, failing, oracle, rambler
 
 from storm_jax.config import CompressionConfig
+from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.checks import check_questions
-from storm_jax.evals.questions import BenchmarkError
 from storm_jax.evals.runner import run_benchmark
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.media.frame_folder import frame_files

@@ -17,9 +17,9 @@ from matplotlib import pyplot
 
 from storm_jax import evals
 from storm_jax.config import CompressionConfig
+from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.judging import read_scores, score_judgements
-from storm_jax.evals.questions import BenchmarkError
 from storm_jax.evals.report.sweep_plot import set_ticks
 from storm_jax.evals.runner import run_benchmark
 from storm_jax.evals.settings import EvalSettings

@@ -240,7 +240,7 @@ from lmms_eval.tasks.egoschema import utils as ego
 import yaml, lmms_eval, pathlib
 from storm_jax.media.media import Media
 from storm_jax.evals import parsing
-from storm_jax.evals.questions import Question
+from storm_jax.evals.benchmark import Question
 from storm_jax.evals.benchmarks import BENCHMARKS
 options = ("red car", "blue", "a man", "dog", "the sea")
 lines = tuple(f"{x}. {o}" for x, o in zip("ABCDE", options))

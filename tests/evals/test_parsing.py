@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storm_jax.evals import parsing
+from storm_jax.evals.benchmark import Question
 from storm_jax.evals.benchmarks import BENCHMARKS
-from storm_jax.evals.questions import Question
 from storm_jax.media.media import Media
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from benchmark_trees import Videos
 
+from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
-from storm_jax.evals.questions import BenchmarkError
 from storm_jax.text.sample import Caption, Sample
 
 

@@ -14,9 +14,8 @@ from PIL import Image
 
 from storm_jax import evals
 from storm_jax.config import CompressionConfig
+from storm_jax.evals.benchmark import Question, ScoredReply
 from storm_jax.evals.benchmarks import BENCHMARKS
-from storm_jax.evals.questions import Question
-from storm_jax.evals.replies import ScoredReply
 from storm_jax.evals.report import contact_sheet, html
 from storm_jax.evals.report.thumbnails import Thumbnails, read_thumbnails
 from storm_jax.evals.runner import run_benchmark

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from storm_jax.evals import predictions
-from storm_jax.evals.questions import BenchmarkError, Question
-from storm_jax.evals.replies import ScoredReply, parse_replies
+from storm_jax.evals.benchmark import BenchmarkError, Question, ScoredReply, parse_replies
 from storm_jax.evals.scoring import estimate, wilson_interval
 from storm_jax.inference.prediction import Prediction
 from storm_jax.media.media import Media

@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Benchmark, Split
-from storm_jax.evals.files import FileFinder, first_match, read_json, read_rows
-from storm_jax.evals.questions import (
+from storm_jax.evals.benchmark import (
+    Benchmark,
     BenchmarkError,
     Question,
+    ScoredReply,
+    Split,
     without_letter,
     without_placeholders,
 )
-from storm_jax.evals.replies import ScoredReply
+from storm_jax.evals.files import FileFinder, first_match, read_json, read_rows
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample

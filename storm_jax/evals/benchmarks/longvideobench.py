@@ -16,10 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from storm_jax.evals import parsing, subtitles
-from storm_jax.evals.benchmark import Benchmark, Split
+from storm_jax.evals.benchmark import Benchmark, Question, ScoredReply, Split, without_placeholders
 from storm_jax.evals.files import FileFinder, read_rows
-from storm_jax.evals.questions import Question, without_placeholders
-from storm_jax.evals.replies import ScoredReply
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Caption, Sample

@@ -18,17 +18,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Benchmark, Split
-from storm_jax.evals.benchmarks.mvbench import question_and_options
-from storm_jax.evals.files import FileFinder, read_file, read_rows
-from storm_jax.evals.judging import write_judge_input
-from storm_jax.evals.questions import (
+from storm_jax.evals.benchmark import (
+    Benchmark,
     BenchmarkError,
     Question,
+    ScoredReply,
+    Split,
     letter_of,
     without_placeholders,
 )
-from storm_jax.evals.replies import ScoredReply
+from storm_jax.evals.benchmarks.mvbench import question_and_options
+from storm_jax.evals.files import FileFinder, read_file, read_rows
+from storm_jax.evals.judging import write_judge_input
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample

@@ -14,14 +14,15 @@ import pathlib
 from typing import Any
 
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Benchmark, Split
-from storm_jax.evals.files import FileFinder, read_file
-from storm_jax.evals.questions import (
+from storm_jax.evals.benchmark import (
+    Benchmark,
     BenchmarkError,
     Question,
+    Split,
     letter_of,
     without_placeholders,
 )
+from storm_jax.evals.files import FileFinder, read_file
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample
 

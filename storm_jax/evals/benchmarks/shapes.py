@@ -7,8 +7,7 @@ import pathlib
 from storm_jax.config import CompressionConfig, SourceConfig
 from storm_jax.data.sources import open_source
 from storm_jax.evals import parsing
-from storm_jax.evals.benchmark import Benchmark, Split
-from storm_jax.evals.questions import Question
+from storm_jax.evals.benchmark import Benchmark, Question, Split
 from storm_jax.tasks import shapes
 from storm_jax.text.sample import Sample
 

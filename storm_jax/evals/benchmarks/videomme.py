@@ -15,10 +15,15 @@ from typing import Any
 import numpy as np
 
 from storm_jax.evals import parsing, subtitles
-from storm_jax.evals.benchmark import Benchmark, Split
+from storm_jax.evals.benchmark import (
+    Benchmark,
+    Question,
+    ScoredReply,
+    Split,
+    without_letter,
+    without_placeholders,
+)
 from storm_jax.evals.files import FileFinder, read_rows
-from storm_jax.evals.questions import Question, without_letter, without_placeholders
-from storm_jax.evals.replies import ScoredReply
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Caption, Sample

@@ -15,8 +15,8 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 
+from storm_jax.evals.benchmark import without_placeholders
 from storm_jax.evals.lmms_eval import NAME
-from storm_jax.evals.questions import without_placeholders
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 from storm_jax.media.image import IMAGE_SUFFIXES

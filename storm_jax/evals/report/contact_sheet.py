@@ -13,8 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from storm_jax.evals.questions import without_placeholders
-from storm_jax.evals.replies import ScoredReply
+from storm_jax.evals.benchmark import ScoredReply, without_placeholders
 from storm_jax.evals.report.thumbnails import COLUMNS, Thumbnails
 
 _WRONG, _RIGHT = 12, 4  # questions shown

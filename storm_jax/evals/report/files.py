@@ -8,9 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storm_jax.evals.benchmark import Benchmark
+from storm_jax.evals.benchmark import Benchmark, ScoredReply
 from storm_jax.evals.predictions import to_line
-from storm_jax.evals.replies import ScoredReply
 from storm_jax.evals.report.contact_sheet import draw_contact_sheet
 from storm_jax.evals.report.html import render_report
 from storm_jax.evals.report.text import format_table

@@ -11,9 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from storm_jax.evals.benchmark import Benchmark, Split
-from storm_jax.evals.questions import without_placeholders
-from storm_jax.evals.replies import ScoredReply
+from storm_jax.evals.benchmark import Benchmark, ScoredReply, Split, without_placeholders
 from storm_jax.evals.report.page import SCRIPT, STYLE
 from storm_jax.evals.report.text import format_counts
 from storm_jax.evals.report.thumbnails import Thumbnails
