@@ -18,6 +18,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from storm_jax.media.frames import Clip, fill_damage, nearest_frames, sample_times
 from storm_jax.media.media import Media, MediaError
@@ -38,7 +39,8 @@ class _Timeline:
       stamps: int64 [n], sorted, in units of `base` seconds.
       keyframes: timestamps of the keyframes, sorted; empty if decoding must begin at the start.
       numbered: True if the container stores no timestamps, so frames are identified by display order.
-      last: declared time of the last frame, in seconds.
+      first, last: declared times of the first and the last frame, in seconds.
+      gaps: float64 [g, 2], start and end in seconds of what the file has lost before its last frame.
       damage: what is missing from the file; "" if it is complete.
     """
 
@@ -46,12 +48,19 @@ class _Timeline:
     base: Fraction
     keyframes: np.ndarray
     numbered: bool
+    first: float
     last: float
+    gaps: np.ndarray
     damage: str
 
     @functools.cached_property
     def seconds(self) -> np.ndarray:
         return self.stamps * float(self.base)
+
+    @property
+    def step(self) -> float:
+        """Mean time between frames, in seconds."""
+        return float(self.seconds[-1] - self.seconds[0]) / max(1, len(self.stamps) - 1)
 
     @functools.cached_property
     def numbers(self) -> dict[int, int]:
@@ -74,12 +83,12 @@ def read_video(medium: Media, num_frames: int, image_size: int, max_damage: floa
         timeline = _read_timeline(video)
         if timeline.damage and not max_damage:
             raise MediaError(medium, "truncated", timeline.damage)
-        seconds = timeline.seconds - timeline.seconds[0]
-        last = timeline.last - float(timeline.seconds[0])
-        times = sample_times(medium, last, num_frames)
+        seconds = timeline.seconds - timeline.first
+        times = sample_times(medium, timeline.last - timeline.first, num_frames)
         picks = nearest_frames(seconds, times)
-        step = seconds[-1] / max(1, len(seconds) - 1)
-        lost = times > seconds[-1] + step + 0.1
+        lost = times > seconds[-1] + timeline.step + 0.1
+        for begin, end in timeline.gaps - timeline.first:
+            lost |= (times >= begin) & (times < end)
         found = _FrameBuffer(picks, image_size)
         errors = _decode(video, timeline, found)
     cause = "unreadable" if errors else "truncated"
@@ -89,18 +98,21 @@ def read_video(medium: Media, num_frames: int, image_size: int, max_damage: floa
 
 
 def duration(medium: Media) -> float:
-    """Returns the approximate seconds from the first to the last frame, from the header if possible.
+    """Returns the seconds from the first to the last frame.
+
+    Durations in headers are often wrong, so timestamps are read: from the index of an MP4, else from
+    every packet of the file.
 
     Raises:
       MediaError: as `read_video`.
     """
     with _reading(medium), _opened(medium) as video:
-        if video.stream.duration and video.stream.time_base:
-            return float(video.stream.duration * video.stream.time_base)
-        if video.container.duration:
-            return video.container.duration / av.time_base
+        if video.is_mp4 and video.stream.time_base:
+            stamps = [e.timestamp for e in video.stream.index_entries if not e.is_discard]
+            if stamps:
+                return float((max(stamps) - min(stamps)) * video.stream.time_base)
         timeline = _read_timeline(video)
-        return timeline.last - float(timeline.seconds[0])
+        return timeline.last - timeline.first
 
 
 @contextlib.contextmanager
@@ -123,7 +135,7 @@ def _message(error: Exception) -> str:
 
 @dataclasses.dataclass
 class _Video:
-    """An open file and its first video stream."""
+    """An open file and its best video stream."""
 
     medium: Media
     container: av.container.InputContainer
@@ -137,6 +149,14 @@ class _Video:
     def is_avi(self) -> bool:
         return self.container.format.name == "avi"
 
+    @property
+    def is_mp4(self) -> bool:
+        return "mp4" in self.container.format.name
+
+    @property
+    def is_matroska(self) -> bool:
+        return "matroska" in self.container.format.name
+
 
 @contextlib.contextmanager
 def _opened(medium: Media) -> Iterator[_Video]:
@@ -148,11 +168,15 @@ def _opened(medium: Media) -> Iterator[_Video]:
 
 
 def _open(medium: Media) -> tuple[av.container.InputContainer, av.VideoStream]:
-    container = av.open(medium.open(), "r")
+    source = medium.open()
+    if isinstance(source, str):
+        source = f"file:{source}"  # FFmpeg takes what precedes a colon for a protocol
+    # A playlist must not open other files or the network.
+    container = av.open(source, "r", options={"protocol_whitelist": "file"})
     try:
-        if not container.streams.video:
+        stream = _best_stream(container)
+        if stream is None:
             raise MediaError(medium, "empty", "no video stream")
-        stream = container.streams.video[0]
         if stream.codec_context is None:
             raise MediaError(medium, "unreadable", "incomplete header")
         if stream.width * stream.height > MAX_PIXELS:
@@ -168,6 +192,13 @@ def _open(medium: Media) -> tuple[av.container.InputContainer, av.VideoStream]:
     return container, stream
 
 
+def _best_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+    """FFmpeg's choice, but never the picture of an audio file's cover."""
+    films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    best = container.streams.best("video")
+    return best if best in films else next(iter(films), None)
+
+
 def _read_timeline(video: _Video) -> _Timeline:
     medium, stream = video.medium, video.stream
     damage = ""
@@ -180,13 +211,12 @@ def _read_timeline(video: _Video) -> _Timeline:
         raise MediaError(medium, "empty", "no frames")
     base, end = stream.time_base, _declared_end(stream)
     # An MP4's index excludes trimmed frames; its header counts them.
-    is_mp4 = "mp4" in video.container.format.name
-    declared = len(stream.index_entries) if is_mp4 else stream.frames
+    declared = len(stream.index_entries) if video.is_mp4 else stream.frames
     # Frames trimmed without re-encoding are still in the file but must not be shown.
     stamps: Sequence[int | None] = [packet.pts for packet in packets if not packet.is_discard]
     numbered = video.is_avi or None in stamps  # AVI stores only the decoding order
     if numbered:
-        base = base if video.is_avi and base else 1 / (stream.average_rate or Fraction(25))
+        base = base if video.is_avi and base else 1 / (stream.guessed_rate or Fraction(25))
         decoded = {packet.dts for packet in packets if packet.dts is not None}
         stamps = sorted(decoded) if len(decoded) == len(packets) else list(range(len(packets)))
     times = np.unique(np.array(stamps, np.int64))
@@ -195,7 +225,7 @@ def _read_timeline(video: _Video) -> _Timeline:
     keys = [packet.pts for packet in packets if packet.is_keyframe and not numbered]
     seconds = times * float(base)
     step = (seconds[-1] - seconds[0]) / max(1, len(times) - 1)
-    last = seconds[-1]
+    first, last = seconds[0], seconds[-1]
     shown_until = max(((p.pts or 0) + (p.duration or 0) for p in packets), default=0)
     if declared > len(packets) + 1:  # some muxers count one frame too many
         damage = damage or f"{len(packets)} of {declared} frames"
@@ -203,15 +233,40 @@ def _read_timeline(video: _Video) -> _Timeline:
     if end is not None and max(last, float(shown_until * base)) + 2 * step + 0.1 < end:
         damage = damage or f"the file ends at {last:.2f} of {end:.2f} s"
         last = end - step
+    gaps = _gaps(video, seconds, step)
+    if len(gaps):
+        damage = damage or f"frames from {gaps[0, 0] - min(first, gaps[0, 0]):.2f} s are lost"
+        first = min(first, gaps[0, 0])
     keyframes = np.unique(np.array(keys if video.is_seekable else [], np.int64))
     return _Timeline(
         stamps=times,
         base=base,
         keyframes=keyframes,
         numbered=numbered,
+        first=float(first),
         last=float(last),
+        gaps=gaps,
         damage=damage,
     )
+
+
+def _gaps(video: _Video, seconds: np.ndarray, step: float) -> np.ndarray:
+    """Spans [g, 2] without frames around keyframes that only a Matroska file's index lists.
+
+    FFmpeg skips a whole cluster at a damaged byte, without an error.
+    """
+    if not video.is_matroska:
+        return np.empty((0, 2))
+    with contextlib.suppress(av.error.FFmpegError):
+        video.container.seek(0, stream=video.stream)  # the index is read on the first seek
+    base = float(video.stream.time_base or 0)
+    indexed = np.array([entry.timestamp * base for entry in video.stream.index_entries])
+    nearest = seconds[nearest_frames(seconds, indexed)]
+    lost = indexed[np.abs(nearest - indexed) > step + 0.1]
+    after = np.searchsorted(seconds, lost)
+    lost, after = lost[after < len(seconds)], after[after < len(seconds)]
+    begin = np.where(after > 0, np.minimum(lost, seconds[after - 1] + step / 2), lost)
+    return np.stack([begin, seconds[after] - step / 2], axis=-1)
 
 
 def _declared_end(stream: av.VideoStream) -> float | None:
@@ -235,7 +290,12 @@ class _FrameBuffer:
         )  # reused, because setting it up is slow
 
     def put(self, number: int, frame: av.VideoFrame) -> None:
-        image = self._reformat(frame, self.size, self.size, "rgb24", interpolation="BICUBIC")
+        image = frame
+        if frame.interlaced_frame:
+            # The scaler would resize each field by itself and keep the combs. Without the flag it blends
+            # the fields, as ffmpeg does.
+            image = av.VideoFrame.from_ndarray(frame.reformat(format="rgb24").to_ndarray(), "rgb24")
+        image = self._reformat(image, self.size, self.size, "rgb24", interpolation="BICUBIC")
         first, last = np.searchsorted(self.picks, [number, number + 1])
         self.frames[first:last] = _upright(image.to_ndarray(), frame)
         self.numbers.add(number)
