@@ -406,12 +406,10 @@ def _children() -> list[str]:
 
 
 def draw_memory(rows: Sequence[tuple[int, float, float]], path: pathlib.Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axis = figure.subplots()
     done, main, children = zip(*rows, strict=True)
     axis.plot(done, main, label="training process")
     axis.plot(done, children, label="all workers")
@@ -419,7 +417,6 @@ def draw_memory(rows: Sequence[tuple[int, float, float]], path: pathlib.Path) ->
     axis.legend()
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 OPENER = """

@@ -7,8 +7,10 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import transformers
@@ -19,7 +21,7 @@ from storm_jax.data.length_plot import choose_edges, draw_lengths
 from storm_jax.data.mixture import Mixture, Part, open_mixture
 from storm_jax.data.plan import TrainPlan
 from storm_jax.data.skips import DataError, Skip, check_skips
-from storm_jax.media.media import Media, MediaError
+from storm_jax.media.media import MediaError
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.progress import with_progress
@@ -86,33 +88,61 @@ def _check_source(
     config: RunConfig, part: Part, pool: WorkerPool, read_media: int, found: Check
 ) -> None:
     name, total = part.config.name, len(part.source)
-    skips = [*part.skips, *_media_skips(config, part, pool, read_media)]
+    ignored = _Ignored()
+    skips = [*part.skips, *_media_skips(config, part, pool, read_media, ignored)]
     found.skips += skips
     print(f"{name}: {total:,} samples, {len(part.usable):,} used, {len(skips):,} unusable")
     for cause, count in Counter(skip.cause for skip in skips).most_common():
         print(f"  {count:,} {cause}")
     for skip in skips[:_PRINTED_SKIPS]:
         print(f"    {skip.where}: {skip.message}")
+    print(ignored.report(), end="")
     try:
         check_skips(skips, total, config.data.max_skip_fraction, f"data source {name!r} has")
     except DataError as error:
         found.failures.append(str(error))
 
 
-def _media_skips(config: RunConfig, part: Part, pool: WorkerPool, read_media: int) -> list[Skip]:
-    """Returns the samples whose media are missing or, if decoded, unreadable."""
+class _Ignored:
+    """Counts the fields of records that are not used, with an example of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, fields: Mapping[str, Any]) -> None:
+        self.counts.update(fields.keys())
+        for name in fields.keys() - self.examples.keys():
+            example = repr(fields[name])
+            self.examples[name] = example if len(example) <= 60 else f"{example[:60]}..."
+
+    def report(self) -> str:
+        lines = [
+            f"    {name}: {count:,} samples, e.g. {self.examples[name]}\n"
+            for name, count in self.counts.most_common()
+        ]
+        return "".join(["  fields that are not used:\n", *lines] if lines else [])
+
+
+def _media_skips(
+    config: RunConfig, part: Part, pool: WorkerPool, read_media: int, ignored: _Ignored
+) -> list[Skip]:
+    """Returns the samples whose media are missing or, if decoded, unreadable; counts unused fields."""
     name, source = part.config.name, part.source
     reader = MediaReader(pool, config.model.vision.image_size, config.data.frames)
+    counting = threading.Lock()
     budget = itertools.count() if read_media < 0 else iter(range(read_media))
 
     def examine(index: int) -> Skip | None:
         sample = source.sample(index)
+        with counting:
+            ignored.add(sample.ignored)
         try:
             if sample.media and next(budget, None) is not None:
                 reader.read_all(sample.media, part.lengths.counts_of(index))
             else:
                 for medium in sample.media:
-                    _check_exists(medium)
+                    medium.check_exists()
         except MediaError as error:
             return Skip(
                 source=name,
@@ -130,12 +160,6 @@ def _media_skips(config: RunConfig, part: Part, pool: WorkerPool, read_media: in
             results, len(part.usable), f"checking media of {name}", unit="samples"
         )
         return [skip for skip in progress if skip is not None]
-
-
-def _check_exists(medium: Media) -> None:
-    """Raises MediaError if the medium's file does not exist."""
-    if medium.data is None and medium.path is not None and not medium.path.exists():
-        raise MediaError(medium, "missing", "no such file")
 
 
 def visual_tokens(mixture: Mixture, part: Part) -> np.ndarray:

@@ -17,16 +17,15 @@ _LOG_RATIO = 50  # counts that span a larger ratio get a log axis
 
 def draw_lengths(mixture: Mixture, path: pathlib.Path) -> None:
     """Writes a picture with the tokens and frames per sample, stacked by source."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     parts, shapes = mixture.parts, mixture.shapes
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
     tokens = [part.lengths.tokens[part.usable] for part in parts]
     frames = [part.lengths.frames[part.usable] for part in parts]
-    colours = pyplot.get_cmap("tab20")(np.arange(len(parts)) % 20)
+    colours = colormaps["tab20"](np.arange(len(parts)) % 20)
     bars = draw_counts(axes[0], tokens, [shape.tokens for shape in shapes], colours)
     limits = [shape.frames for shape in shapes]
     draw_counts(axes[1], frames, limits, colours, max_bars=_MAX_BARS)
@@ -44,7 +43,6 @@ def draw_lengths(mixture: Mixture, path: pathlib.Path) -> None:
         ncols=columns,
     )
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def draw_counts(

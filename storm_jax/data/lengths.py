@@ -28,7 +28,7 @@ from storm_jax.text.sample import SampleError
 from storm_jax.text.template import DATE
 from storm_jax.text.tokenizer import load_tokenizer
 
-_VERSION = 2
+_VERSION = 3
 _CHUNK = 1024  # samples per call
 
 

@@ -118,16 +118,13 @@ def _draw(
     sheets: Sequence[tuple[np.ndarray, np.ndarray | None]],
     tokens: list[Token],
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = _wrapped(tokens)
     heights = [sheet_height(len(frames)) for frames, _ in sheets] + [
         _LINE_HEIGHT * len(lines) + 0.3
     ]
-    figure = pyplot.figure(figsize=(11, sum(heights) + 0.6), layout="constrained")
+    figure = Figure(figsize=(11, sum(heights) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=9)
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     for part, (frames, times) in zip(parts, sheets, strict=False):
@@ -142,7 +139,6 @@ def _draw(
                 bbox={"facecolor": colour, "edgecolor": "white", "pad": 1.0, "linewidth": 0.5},
             )  # fmt: skip
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _wrapped(tokens: list[Token]) -> list[list[tuple[int, str, str]]]:

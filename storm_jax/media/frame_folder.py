@@ -15,13 +15,13 @@ from storm_jax.media.media import Media, MediaError
 def read_folder(medium: Media, num_frames: int, image_size: int, max_damage: float = 0.0) -> Clip:
     """Samples frames from a folder of images, ordered by the numbers in their names.
 
-    Frames are `1 / medium.fps` seconds apart.
+    Frames are `1 / medium.fps` seconds apart, by default one second.
 
     Raises:
       MediaError: the folder contains no image, or too many of the sampled ones are unreadable.
     """
     files = frame_files(medium)
-    seconds = np.arange(len(files)) / medium.fps
+    seconds = np.arange(len(files)) / (medium.fps or 1.0)
     picks = nearest_frames(seconds, sample_times(medium, float(seconds[-1]), num_frames))
     frames = np.empty((num_frames, image_size, image_size, 3), np.uint8)
     readable, problem = np.ones(num_frames, bool), ""
@@ -36,7 +36,7 @@ def read_folder(medium: Media, num_frames: int, image_size: int, max_damage: flo
 
 def folder_duration(medium: Media) -> float:
     """Returns the seconds from the first to the last frame."""
-    return (len(frame_files(medium)) - 1) / medium.fps
+    return (len(frame_files(medium)) - 1) / (medium.fps or 1.0)
 
 
 def frame_files(medium: Media) -> list[pathlib.Path]:
@@ -45,7 +45,7 @@ def frame_files(medium: Media) -> list[pathlib.Path]:
     try:
         files = [path for path in medium.path.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     except OSError as error:
-        raise MediaError(medium, "unreadable", str(error)) from error
+        raise MediaError.of(medium, error) from error
     if not files:
         raise MediaError(medium, "empty", "the folder contains no images")
     return sorted(files, key=lambda path: [

@@ -1,7 +1,8 @@
 """Frame sampling: which frames of a video are used, and their timestamps.
 
 Frames are evenly spaced in time over [start, end]; the nearest frame to each time is used. Their number
-is compression.num_frames, or, if data.frames.fps is set, fps times the duration when that is smaller.
+is compression.num_frames, or fewer if the record's `nframes` says so, or if a rate (the record's `fps`, or
+data.frames.fps) times the duration is less.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import dataclasses
 
 import numpy as np
 
-from storm_jax.config import FramesConfig
 from storm_jax.media.media import Media, MediaError
 
 
@@ -29,15 +29,12 @@ class Clip:
     damaged: int = 0
 
 
-def count_frames(duration: float, num_frames: int, config: FramesConfig) -> int:
-    """Returns the number of frames to sample from `duration` seconds of video.
+def frames_at_rate(duration: float, fps: float, limit: int) -> int:
+    """Returns the number of frames to sample from `duration` seconds of video, at most `limit`.
 
-    One frame every 1/fps seconds, including the first and the last frame, capped at `num_frames`. An
-    fps of 0 disables the rate: the result is always `num_frames`.
+    One frame every 1/fps seconds, including the first and the last frame.
     """
-    if not config.fps:
-        return num_frames
-    return max(1, min(num_frames, round(duration * config.fps) + 1))
+    return max(1, min(limit, round(duration * fps) + 1))
 
 
 def clip_bounds(medium: Media, last: float) -> tuple[float, float]:

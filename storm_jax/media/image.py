@@ -25,11 +25,11 @@ def read_image(medium: Media, image_size: int) -> np.ndarray:
             ImageOps.exif_transpose(file, in_place=True)
             image = _to_rgb(file)
             return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
-    except FileNotFoundError as error:
-        raise MediaError(medium, "missing", "no such file") from error
     except UnidentifiedImageError as error:
         raise MediaError(medium, "unreadable", "unsupported image format") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except OSError as error:
+        raise MediaError.of(medium, error) from error
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(medium, "unreadable", str(error)) from error
 
 

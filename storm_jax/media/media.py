@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import pathlib
 from collections.abc import Callable
+
+_LONGEST_NAME = 200  # in messages
 
 
 class MediaError(ValueError):
     """A medium that cannot be read; `cause` is the category that skips are counted by."""
 
     def __init__(self, medium: Media, cause: str, message: str):
-        super().__init__(f"{medium.kind} {medium.name} is {cause}: {message}")
+        name = medium.name
+        if len(name) > _LONGEST_NAME:
+            name = f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 2 :]}"
+        super().__init__(f"{medium.kind} {name} is {cause}: {message}")
         self.medium, self.cause, self.message = medium, cause, message
+
+    @classmethod
+    def of(cls, medium: Media, error: OSError) -> MediaError:
+        """The error for a file or folder that cannot be opened."""
+        if isinstance(error, FileNotFoundError):
+            return cls(medium, "missing", "no such file")
+        return cls(medium, "unreadable", error.strerror or str(error))
 
     def __reduce__(self) -> tuple:  # errors are pickled between processes
         return MediaError, (self.medium, self.cause, self.message)
@@ -31,7 +44,9 @@ class Media:
       data: encoded bytes, or a function that reads them. If the function returns None, `path` is read.
       start, end: part of a video to use, in seconds from its first frame; an `end` of None is the last
         frame.
-      fps: frames per second of a folder of frames.
+      fps: of a folder, the frames per second that it holds (1 by default); of a file, how many to sample,
+        instead of `data.frames.fps`.
+      nframes: how many frames to sample, if that is fewer than `compression.num_frames`.
     """
 
     kind: str
@@ -41,7 +56,21 @@ class Media:
     data: bytes | Callable[[], bytes | None] | None = dataclasses.field(default=None, repr=False)
     start: float = 0.0
     end: float | None = None
-    fps: float = 1.0
+    fps: float | None = None
+    nframes: int | None = None
+
+    def check_exists(self) -> None:
+        """Raises MediaError if the file or folder is missing or not accessible."""
+        if self.data is None and self.path is not None:
+            try:
+                self.path.stat()
+            except OSError as error:
+                raise MediaError.of(self, error) from error
+
+    def is_folder(self) -> bool:
+        """Whether it is a folder of frames."""
+        # Path.is_dir raises if the name is too long.
+        return self.data is None and self.span is None and os.path.isdir(self.path or "")  # noqa: PTH112
 
     @classmethod
     def file(cls, kind: str, path: str | pathlib.Path) -> Media:

@@ -20,7 +20,7 @@ def read_media(medium: Media, num_frames: int, image_size: int, max_damage: floa
     """
     if medium.kind == "image":
         return Clip(read_image(medium, image_size)[None], np.zeros(1))
-    if _is_folder(medium):
+    if medium.is_folder():
         return frame_folder.read_folder(medium, num_frames, image_size, max_damage)
     return video.read_video(medium, num_frames, image_size, max_damage)
 
@@ -33,12 +33,12 @@ def count_frames(medium: Media, num_frames: int, config: FramesConfig) -> int:
     """
     if medium.kind == "image":
         return 1
-    if not config.fps:
+    if medium.nframes:
+        return min(medium.nframes, num_frames)
+    is_folder = medium.is_folder()
+    fps = config.fps if is_folder else medium.fps or config.fps
+    if not fps:
         return num_frames
-    last = frame_folder.folder_duration(medium) if _is_folder(medium) else video.duration(medium)
+    last = frame_folder.folder_duration(medium) if is_folder else video.duration(medium)
     start, end = frames_lib.clip_bounds(medium, last)
-    return frames_lib.count_frames(end - start, num_frames, config)
-
-
-def _is_folder(medium: Media) -> bool:
-    return medium.path is not None and medium.span is None and medium.path.is_dir()
+    return frames_lib.frames_at_rate(end - start, fps, num_frames)

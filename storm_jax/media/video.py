@@ -122,9 +122,9 @@ def _reading(medium: Media) -> Iterator[None]:
         yield
     except MediaError:
         raise
-    except FileNotFoundError as error:
-        raise MediaError(medium, "missing", "no such file") from error
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except OSError as error:  # those of FFmpeg among them
+        raise MediaError.of(medium, error) from error
+    except (av.error.FFmpegError, ValueError) as error:
         raise MediaError(medium, "unreadable", _message(error)) from error
 
 

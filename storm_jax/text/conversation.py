@@ -17,7 +17,7 @@ import transformers
 
 from storm_jax.config import ConfigError
 from storm_jax.files import digest
-from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError
+from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 from storm_jax.text.template import end_of_turn, render
 
 # What replaces a medium's placeholder: text, and numbers of visual slots.
@@ -30,7 +30,7 @@ class Encoded:
 
     Attributes:
       tokens: int32 [n]; the pad id at visual tokens.
-      answer: bool [n], True for the tokens to train on: answers and their end markers.
+      answer: bool [n], True for the tokens to train on: answers that carry loss, and their end markers.
       media: int32 [n], index of the medium that a visual token belongs to; -1 for text.
     """
 
@@ -104,7 +104,7 @@ class ConversationEncoder:
           SampleError: the sample has no turns, its numbers of placeholders and media differ, or the
             template does not render it turn by turn.
         """
-        placeholders = sum(len(PLACEHOLDER.findall(turn.text)) for turn in sample.turns)
+        placeholders = sample.placeholders()
         if not sample.turns or placeholders != len(media):
             raise SampleError(
                 sample.id,
@@ -112,16 +112,21 @@ class ConversationEncoder:
                 f"{len(sample.turns)} turns with {placeholders} placeholders for {len(media)} media",
             )
         parts = _Parts(self.tokenizer, media)
-        for text, is_answer in self._spans(sample):
-            parts.add(text, is_answer)
+        for text, answer in self._spans(sample):
+            if answer:
+                parts.add_text(text, is_trained=answer.trained)
+            else:
+                parts.add_prompt(text)
         return parts.encoded()
 
-    def _spans(self, sample: Sample) -> list[tuple[str, bool]]:
-        """Returns the rendered text as (text, is an answer with its end marker) spans."""
+    def _spans(self, sample: Sample) -> list[tuple[str, Turn | None]]:
+        """Returns the rendered text as (text, turn if it is an answer with its end marker) spans."""
         messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]
         if self.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        spans, done, through = [], "", ""
+        spans: list[tuple[str, Turn | None]] = []
+        done, through = "", ""
+        answers = iter([turn for turn in sample.turns if turn.role == "assistant"])
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -139,11 +144,11 @@ class ConversationEncoder:
                     f"ends with {marker!r}",
                 )
             end += len(marker)
-            spans += [(before[len(done) :], False), (through[len(before) : end], True)]
+            spans += [(before[len(done) :], None), (through[len(before) : end], next(answers))]
             done = through[:end]
         if messages[-1]["role"] != "assistant":
             through = render(self.tokenizer, messages, opened=True) + sample.opening
-        return [*spans, (through[len(done) :], False)]
+        return [*spans, (through[len(done) :], None)]
 
 
 class _Parts:
@@ -156,18 +161,22 @@ class _Parts:
         self.media: list[int] = []
         self.next_medium = 0
 
-    def add(self, text: str, is_answer: bool) -> None:
-        for i, piece in enumerate(PLACEHOLDER.split(text)):
+    def add_text(self, text: str, is_trained: bool) -> None:
+        self._extend(self._ids(text), is_trained, -1)
+
+    def add_prompt(self, text: str) -> None:
+        """Adds a prompt; its placeholders are replaced, unless the sample has no media."""
+        for i, piece in enumerate(PLACEHOLDER.split(text) if self.pieces else [text]):
             if i > 0:
                 for part in self.pieces[self.next_medium]:
                     if isinstance(part, str):
-                        self._extend(self._ids(part), False, -1)
+                        self.add_text(part, is_trained=False)
                     else:
                         pad = self.tokenizer.pad_token_id
                         self._extend([pad] * part, False, self.next_medium)
                 self.next_medium += 1
             if piece:
-                self._extend(self._ids(piece), is_answer, -1)
+                self.add_text(piece, is_trained=False)
 
     def _ids(self, text: str) -> list[int]:
         # Bypasses the transformers wrapper, whose overhead exceeds the tokenisation itself.

@@ -22,10 +22,16 @@ class SampleError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message; `role` is "system", "user" or "assistant"."""
+    """One message.
+
+    Attributes:
+      role: "system", "user" or "assistant".
+      trained: whether an answer carries loss.
+    """
 
     role: str
     text: str
+    trained: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +47,10 @@ class Sample:
     """A conversation about media.
 
     Attributes:
-      media: the n-th placeholder in the text refers to the n-th medium.
+      media: the n-th placeholder of the user turns refers to the n-th medium. Without media, and in other
+        turns, `<image>` and `<video>` are text.
       extra: all other fields of the record, such as a benchmark's family or options.
+      ignored: `extra`, and unknown fields of messages and media, such as "video.detail".
       opening: forced start of the answer, if the sample ends with a question.
       captions: captions of the only medium, sorted by time.
     """
@@ -51,8 +59,15 @@ class Sample:
     turns: tuple[Turn, ...]
     media: tuple[Media, ...]
     extra: Mapping[str, Any]
+    ignored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     opening: str = ""
     captions: tuple[Caption, ...] = ()
+
+    def placeholders(self) -> int:
+        """Number of placeholders in the text."""
+        if not self.media:
+            return 0
+        return sum(len(PLACEHOLDER.findall(t.text)) for t in self.turns if t.role == "user")
 
     def prompt(self) -> Sample:
         """Returns the sample without its last answer."""

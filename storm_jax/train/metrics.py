@@ -135,13 +135,12 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path:
 
     Per-step values are faint, their moving average (over 1/20 of the steps) is bold.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
 
     lines = read_lines(workdir / "metrics.jsonl")
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    axes = figure.subplots(1, 3)
     panels = {
         "loss": ("Loss", "nats per answer token"),
         "accuracy": ("Accuracy", "correct answer tokens"),
@@ -167,7 +166,6 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path:
     axes[2].set_yscale("log")
     path = workdir / "curves.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pathlib
 
 import pytest
+from media_files import write_numbered
 
+from storm_jax.config import FramesConfig
 from storm_jax.data.records import parse_record
 from storm_jax.media.media import Media
+from storm_jax.media.read import count_frames
 from storm_jax.text.sample import SampleError, Turn
 
 ROOT = pathlib.Path("/data")
@@ -194,7 +197,6 @@ def test_media_of_a_shard_are_looked_up_by_member_name():
         (record(LOOK, ANSWER, image=[]), "placeholder"),
         (record(LOOK, ANSWER, LOOK, ANSWER, image="a.png"), "placeholder"),
         (record(LOOK, ANSWER, image="a.png", video="a.mp4"), "placeholder"),
-        (record(ASK, {"from": "gpt", "value": "See <image>"}), "placeholder"),
         (
             record(LOOK, ANSWER, image=5), "malformed",
         ),
@@ -226,3 +228,112 @@ def test_unusable_record_is_counted_under_its_cause(bad, cause: str):
     assert caught.value.cause == cause
     assert caught.value.sample_id == ("a" if isinstance(bad, dict) else "9")
     assert repr(caught.value.sample_id) in str(caught.value)
+
+
+# Fields of other trainers.
+
+VIDEO = {"from": "human", "value": "<video>\nWhy?"}
+
+
+def video_part(**fields) -> dict:
+    return messages([{"type": "video", "video": "a.mp4", **fields}, {"type": "text", "text": "Q"}])
+
+
+@pytest.mark.parametrize(
+    ("bad_or_good", "expected"),
+    [
+        (record(VIDEO, ANSWER, video="a.mp4", start=600, end=610.5), (600, 610.5, None, None)),
+        (record(VIDEO, ANSWER, video="a.mp4", start_time=3), (3, None, None, None)),
+        (record(VIDEO, ANSWER, video={"path": "a.mp4", "end": 4}, start=3), (3, 4, None, None)),
+        (video_part(video_start=600.0, video_end=610.0), (600, 610, None, None)),
+        (video_part(fps=4.0), (0, None, 4, None)),
+        (video_part(nframes=12), (0, None, None, 12)),
+        (record(VIDEO, ANSWER, video="a.mp4", nframes=12.0, fps=2), (0, None, 2, 12)),
+    ],
+)
+def test_bounds_and_rates_of_other_trainers_are_obeyed(bad_or_good, expected):
+    (medium,) = parse_record(bad_or_good, ROOT, 0).media
+    assert (medium.start, medium.end, medium.fps, medium.nframes) == expected
+
+
+def test_a_rate_and_a_number_of_frames_limit_the_frames_of_a_file(tmp_path):
+    write_numbered(tmp_path / "a.mp4", 41)
+    for fields, count in [({}, 16), ({"fps": 1}, 5), ({"fps": 9}, 16), ({"nframes": 7}, 7)]:
+        (medium,) = parse_record(video_part(**fields), tmp_path, 0).media
+        assert count_frames(medium, 16, FramesConfig()) == count
+
+
+def test_a_system_field_is_the_system_turn():
+    parsed = parse_record(record(ASK, ANSWER, system="In French."), ROOT, 0)
+    assert parsed.turns[0] == Turn("system", "In French.")
+    assert parse_record(record(ASK, ANSWER, system=""), ROOT, 0).turns[0].role == "user"
+
+
+@pytest.mark.parametrize("field", ["weight", "loss", "train"])
+def test_answers_may_carry_no_loss(field):
+    turns = (ASK, {**ANSWER, field: 0}, ASK, {**ANSWER, field: True})
+    parsed = parse_record(record(*turns), ROOT, 0)
+    assert [turn.trained for turn in parsed.turns] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "data"),
+    [
+        ("file:///data/my%20film.mp4", "/data/my film.mp4", None),
+        ("file://localhost/a.mp4", "/a.mp4", None),
+        ("my%20film.mp4", "/data/my%20film.mp4", None),
+        ("data:video/mp4;base64,aGVsbG8=", "data URL of sample 0", b"hello"),
+        ("data:video/mp4;base64,aGVsbG8%3D", "data URL of sample 0", b"hello"),
+    ],
+)
+def test_urls_are_decoded(url, name, data):
+    parsed = parse_record({**video_part(video_url=0), **video_part(video=url), "id": "0"}, ROOT, 0)
+    assert (parsed.media[0].name, parsed.media[0].data) == (name, data)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("List HTML tags", "<video>, <audio>"),
+        ("What does a <video> tag do?", "It shows a <video>."),
+    ],
+)
+def test_placeholders_that_mean_no_medium_are_text(question, answer):
+    turns = ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
+    parsed = parse_record(record(*turns), ROOT, 0)
+    assert parsed.media == () and [turn.text for turn in parsed.turns] == [question, answer]
+
+
+def test_unknown_fields_are_listed_with_their_place():
+    turns = ({**VIDEO, "name": "Ann"}, ANSWER)
+    parsed = parse_record(record(*turns, video={"path": "a", "clip": [1, 2]}, clip=3), ROOT, 0)
+    assert parsed.ignored == {"conversations.name": "Ann", "video.clip": [1, 2], "clip": 3}
+    assert parsed.extra == {"clip": 3}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (record(VIDEO, VIDEO, ANSWER, video=["a", "b"], start=3), "alternate"),
+        (record({"from": "human", "value": "<video> <video>"}, ANSWER, video=["a", "b"], start=3), "start applies to one video"),
+        (record(LOOK, ANSWER, image={"path": "a.png", "start": 3}), "start applies to videos"),
+        (video_part(start=1, video_start=2), "given twice"),
+        (video_part(nframes=1.5), "nframes=1.5 must be whole"),
+        (video_part(start=10**400), "start=1000"),
+        (video_part(start=10**5000), "start=an integer of thousands of digits must be positive"),
+        (record(ASK, ANSWER, system=["a"]), r"system=\['a'\] must be text"),
+        (record({"from": "system", "value": "a"}, ASK, ANSWER, system="b"), "both `system` and"),
+        (record(ASK, {**ANSWER, "weight": 0.5}), "weight=0.5 must be 0 or 1"),
+        (record(ASK, {**ANSWER, "weight": 0}), "no answer is trained on"),
+        (record(ASK, {**ANSWER, "weight": 0, "loss": True}), "weight and loss contradict"),
+        (record({**ASK, "loss": True}, ANSWER), "loss of a user turn"),
+        (video_part(video="\ud800.mp4"), "cannot be a file name"),
+        (video_part(video="a\0.mp4"), "cannot be a file name"),
+        (video_part(video=["1.jpg", "2.jpg"]), "lists 2 frames"),
+        (video_part(video="data:video/mp4,hello"), "must be in base64"),
+        (video_part(video="data:video/mp4;base64,a"), "data:video"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_obeyed_is_refused_by_name(bad, message):
+    with pytest.raises(SampleError, match=message):
+        parse_record(bad, ROOT, 0)

@@ -3,6 +3,7 @@ error for broken files."""
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import pickle
@@ -64,6 +65,53 @@ def test_records_are_found_in_every_layout(tmp_path: pathlib.Path, layout: str, 
         text = "\n".join(lines[line - 1 :])
         assert text.lstrip("\ufeff [").startswith("{")
     assert source.where(2).startswith(f"{path} line ")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "layout", ["list in an object", "records by id", "one after another", "one"]
+)
+def test_records_in_other_layouts_are_found(
+    tmp_path: pathlib.Path, layout: str, indent: int | None
+):
+    records = RECORDS[:1] if layout == "one" else RECORDS
+    dump = functools.partial(json.dumps, indent=indent, ensure_ascii=False)
+    content = {
+        "list in an object": dump(
+            {"version": 1, "info": {"a": []}, "data": RECORDS, "tags": ["x"]}
+        ),
+        "records by id": dump({f"key {i}": record for i, record in enumerate(RECORDS)}),
+        "one after another": "\n".join(map(dump, RECORDS)),
+        "one": dump(RECORDS[0]),
+    }[layout]
+    (tmp_path / "a.json").write_text(content, "utf-8")
+    source = open_path(tmp_path / "a.json")
+    expected = [dict(record) for record in records]
+    if layout == "records by id":
+        expected[2]["id"] = "key 2"  # the others have their own
+    assert [source.record(i) for i in range(len(source))] == expected
+    lines = content.split("\n")
+    for i in range(len(source)):
+        line = int(source.where(i).split(" ")[-3].rstrip(","))
+        assert lines[line - 1].strip()[0] in '{["'
+
+
+def test_an_object_without_records_is_explained(tmp_path: pathlib.Path):
+    (tmp_path / "a.json").write_text(json.dumps({"train": "a.json", "val": ["b.json"]}))
+    with pytest.raises(
+        DataError, match=r"is one JSON object with the keys 'train', 'val': expected a"
+    ):
+        open_path(tmp_path / "a.json")
+
+
+def test_a_damaged_first_line_is_a_bad_sample(tmp_path: pathlib.Path):
+    good = json.dumps(RECORDS[2])
+    for bad in ('{"id": "a", "conv', '{"id": "a"}}', '{"id": ' + "9" * 5000 + "}"):
+        (tmp_path / "a.jsonl").write_text(f"{bad}\n{good}\n{good}")
+        source = open_path(tmp_path / "a.jsonl")
+        assert len(source) == 3 and source.sample(2).turns
+        with pytest.raises(SampleError):
+            source.sample(0)
 
 
 @hypothesis.given(

@@ -13,16 +13,14 @@ from PIL import Image
 
 from storm_jax.config import FramesConfig
 from storm_jax.media.frame_folder import read_folder
-from storm_jax.media.frames import count_frames, fill_damage, nearest_frames, sample_times
+from storm_jax.media.frames import fill_damage, frames_at_rate, nearest_frames, sample_times
 from storm_jax.media.media import Media, MediaError
-from storm_jax.media.read import count_frames as count_of_medium
-from storm_jax.media.read import read_media
+from storm_jax.media.read import count_frames, read_media
 
 
 @pytest.mark.parametrize(
     ("seconds", "fps", "count"),
     [
-        (10.0, 0.0, 32),
         (10.0, 1.0, 11),
         (10.0, 0.5, 6),
         (10.0, 2.0, 21),
@@ -34,7 +32,7 @@ from storm_jax.media.read import read_media
     ],
 )
 def test_number_of_frames(seconds: float, fps: float, count: int):
-    assert count_frames(seconds, 32, FramesConfig(fps=fps)) == count
+    assert frames_at_rate(seconds, fps, 32) == count
 
 
 @hypothesis.given(
@@ -45,7 +43,7 @@ def test_number_of_frames(seconds: float, fps: float, count: int):
 def test_the_tail_is_never_dropped(seconds: list[float], count: int, fps: float):
     times = np.array(sorted(seconds))
     times -= times[0]
-    chosen = count_frames(times[-1], count, FramesConfig(fps=fps))
+    chosen = frames_at_rate(times[-1], fps, count)
     assert 1 <= chosen <= count
     targets = sample_times(Media(kind="video", name="a"), times[-1], chosen)
     picks = nearest_frames(times, targets)
@@ -77,9 +75,9 @@ def test_a_folder_of_frames_is_a_video(folder: pathlib.Path):
     part = read_media(medium(folder, fps=2.0, start=1.0, end=2.0), 3, 32, 0.0)
     assert numbers(part.frames) == [2, 3, 4]
     config = FramesConfig(fps=1.0)
-    assert count_of_medium(medium(folder, fps=2.0), 32, config) == 7
-    assert count_of_medium(medium(folder, fps=2.0, start=4.5), 32, config) == 2
-    assert count_of_medium(Media(kind="image", name="a"), 32, config) == 1
+    assert count_frames(medium(folder, fps=2.0), 32, config) == 7
+    assert count_frames(medium(folder, fps=2.0, start=4.5), 32, config) == 2
+    assert count_frames(Media(kind="image", name="a"), 32, config) == 1
 
 
 def test_a_broken_frame_of_a_folder(folder: pathlib.Path):

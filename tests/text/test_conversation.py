@@ -3,6 +3,7 @@ sees before the answer, and visual tokens replace their placeholders."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -182,13 +183,32 @@ def test_visual_slots_replace_the_placeholder(tokenizer, question: str, counts: 
 
 
 def test_media_of_later_turns_keep_their_order_and_carry_no_loss(tokenizer):
-    sample = sample_of(("<image>?", "As <video> shows."), ("<image>?", "So."), media=3)
+    sample = sample_of(("<image>?", "As shown."), ("<image> and <video>?", "So."), media=3)
     encoded = ConversationEncoder(tokenizer, "").encode(sample, [[2], [3], [4]])
     slots = encoded.media[encoded.media >= 0]
     assert slots.tolist() == [0] * 2 + [1] * 3 + [2] * 4
     assert not encoded.answer[encoded.media >= 0].any()
     trained = tokenizer.decode(encoded.tokens[encoded.answer])
-    assert trained == f"As  shows.{EOS}So.{EOS}"
+    assert trained == f"As shown.{EOS}So.{EOS}"
+
+
+@pytest.mark.parametrize("media", [0, 1])
+def test_placeholders_in_answers_are_text(tokenizer, media):
+    asked = "<image>?" if media else "Which tags?"
+    sample = sample_of((asked, "<video> and <image>"), media=media)
+    encoded = ConversationEncoder(tokenizer, "").encode(sample, [[2]] * media)
+    assert (encoded.media >= 0).sum() == 2 * media
+    trained = tokenizer.decode(encoded.tokens[encoded.answer])
+    assert trained == f"<video> and <image>{EOS}"
+
+
+def test_answers_of_weight_zero_carry_no_loss(tokenizer):
+    sample = sample_of(("Q1", "bad"), ("Q2", "good"))
+    turns = [dataclasses.replace(turn, trained=turn.text != "bad") for turn in sample.turns]
+    encoder = ConversationEncoder(tokenizer, "")
+    encoded = encoder.encode(dataclasses.replace(sample, turns=tuple(turns)), [])
+    np.testing.assert_array_equal(encoded.tokens, encoder.encode(sample, []).tokens)
+    assert tokenizer.decode(encoded.tokens[encoded.answer]) == f"good{EOS}"
 
 
 def test_placeholder_never_reaches_the_tokenizer(tokenizer):

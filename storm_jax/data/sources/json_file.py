@@ -1,11 +1,17 @@
-"""LLaVA JSON (one list) and JSON lines. The file is memory-mapped; records are parsed on access."""
+"""JSON files: a list of records, JSON lines, or an object that contains the records.
+
+The file is memory-mapped; records are parsed on access.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import mmap
 import pathlib
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,10 +52,14 @@ class JsonFile:
           SampleError: the record is not valid JSON.
         """
         offset, size, _ = self._spans[index].tolist()
+        text = self._bytes[offset : offset + size]
         try:
-            return json.loads(self._bytes[offset : offset + size])
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            if not text.startswith(b'"'):
+                return json.loads(text)
+            [(key, record)] = json.loads(b"{" + text + b"}").items()  # `"key": record`
+        except (ValueError, RecursionError) as error:
             raise SampleError(str(index), "malformed", f"invalid JSON: {error}") from None
+        return {"id": key, **record} if isinstance(record, dict) else record
 
     def sample(self, index: int) -> Sample:
         return parse_record(self.record(index), self._root, index)
@@ -67,21 +77,41 @@ def find_records(path: pathlib.Path) -> np.ndarray:
     """Returns offset and size in bytes and line number of each record, int64 [M, 3].
 
     Raises:
-      DataError: the file is empty, cannot be read, or is a list with invalid JSON.
+      DataError: the file is empty, cannot be read, or contains something else.
     """
     try:
         with path.open("rb") as file:
-            start = file.read(_CHUNK).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
-        spans = _find_items(path) if start == b"[" else _find_lines(path)
+            head = file.read(_CHUNK).removeprefix(_BYTE_ORDER_MARK).lstrip()
+        if head[:1] == b"[":
+            spans = _find_in_document(path)
+        elif head[:1] == b"{":
+            spans = _find_lines(path) if _is_json_lines(head) else _find_in_document(path)
+        else:
+            raise DataError(
+                f"{path} is not a JSON list or JSON lines: it begins with {head[:1]!r}, not '[' or '{{'"
+            )
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    if start not in (b"[", b"{"):
-        raise DataError(
-            f"{path} is not a JSON list or JSON lines: it begins with {start!r}, not '[' or '{{'"
-        )
     if not len(spans):
         raise DataError(f"{path} contains no samples")
     return spans
+
+
+def _is_json_lines(head: bytes) -> bool:
+    """Whether a file that begins with an object has one record per line."""
+    first, _, rest = head.partition(b"\n")
+    try:
+        record = _DECODER.decode(first.decode())
+    except (ValueError, RecursionError):
+        # A damaged line, if what follows it is a line too.
+        return rest.lstrip(b" \t\r\n")[:1] == b"{" or not first.rstrip().endswith(
+            (b"{", b"[", b",")
+        )
+    return bool(rest.strip()) or _is_record(record)
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and ("conversations" in value or "messages" in value)
 
 
 def _find_lines(path: pathlib.Path) -> np.ndarray:
@@ -105,39 +135,117 @@ def _read(file: Any, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _find_items(path: pathlib.Path) -> np.ndarray:
-    """Finds the records of one list. The whole file is read."""
+# Finding records needs no integers, and Python refuses to convert those of thousands of digits.
+_DECODER = json.JSONDecoder(parse_int=str)
+_SPACE = re.compile(r"[ \t\r\n]*")
+_Span = tuple[int, int]
+
+
+def _find_in_document(path: pathlib.Path) -> np.ndarray:
+    """Finds the records of a list, of an object, or of records that span several lines. Reads the file."""
     data = path.read_bytes()
     text = data.removeprefix(_BYTE_ORDER_MARK).decode()
-    decoder = json.JSONDecoder()
-    spans: list[tuple[int, int, int]] = []
-    position, offset, line = (
-        text.index("[") + 1,
-        len(data) - len(data.removeprefix(_BYTE_ORDER_MARK)),
-        1,
-    )
-    counted = 0  # position in `text` that `offset` and `line` refer to
-    expects_item = True
+    document = _Document(text)
     try:
-        while True:
-            while text[position] in " \t\r\n":
-                position += 1
-            if text[position] == "]" and not (expects_item and spans):
-                break
-            if not expects_item:
-                if text[position] != ",":
-                    raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-                position, expects_item = position + 1, True
-                continue
-            _, end = decoder.raw_decode(text, position)
-            offset += len(text[counted:position].encode())
-            line += text.count("\n", counted, position)
-            size = len(text[position:end].encode())
-            spans.append((offset, size, line))
-            line += text.count("\n", position, end)
-            offset, counted, position, expects_item = offset + size, end, end, False
-    except (json.JSONDecodeError, IndexError, RecursionError) as error:
-        where = text.count("\n", 0, position) + 1
-        problem = "the file ends inside the list" if isinstance(error, IndexError) else error
+        spans = document.records()
+    except (ValueError, IndexError, RecursionError) as error:
+        where = text.count("\n", 0, document.position) + 1
+        problem = "the file ends too early" if isinstance(error, IndexError) else error
         raise DataError(f"{path} line {where}: invalid JSON: {problem}") from None
-    return np.array(spans, np.int64).reshape(-1, 3)
+    if spans is None:
+        keys = ", ".join(map(repr, itertools.islice(_DECODER.decode(text), 5)))
+        raise DataError(
+            f"{path} is one JSON object with the keys {keys}: expected a list of records, a record per "
+            f"line, or an object with one list of records or with records by id"
+        )
+    return _in_bytes(text, spans, len(data) - len(data.removeprefix(_BYTE_ORDER_MARK)))
+
+
+class _Document:
+    """Scans a JSON text. `position` is where an error occurred."""
+
+    def __init__(self, text: str):
+        self.text, self.position = text, 0
+
+    def records(self) -> list[_Span] | None:
+        """Returns the spans of the records; None if there are none in a known place."""
+        self._skip_space()
+        if self.text[self.position] == "[":
+            return self._items()
+        first, found = self.position, []
+        while self.position < len(self.text):
+            start = self.position
+            value = self._value()
+            found.append((start, self.position))
+            self._skip_space()
+        if len(found) > 1 or _is_record(value):
+            return found
+        self.position = first
+        return self._members()
+
+    def _members(self) -> list[_Span] | None:
+        """The records of an object: those of its only list, or its values with their keys."""
+        lists: list[int] = []
+        values: list[tuple[_Span, bool]] = []
+        self._take("{")
+        while not self._ends_with("}", first=not lists and not values):
+            start = self.position
+            self._value()
+            self._skip_space()
+            self._take(":")
+            value_at = self.position
+            value = self._value()
+            if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+                lists.append(value_at)
+            values.append(((start, self.position), _is_record(value)))
+        if len(lists) == 1:
+            self.position = lists[0]
+            return self._items()
+        return [span for span, _ in values] if values and all(ok for _, ok in values) else None
+
+    def _items(self) -> list[_Span]:
+        spans: list[_Span] = []
+        self._take("[")
+        while not self._ends_with("]", first=not spans):
+            start = self.position
+            self._value()
+            spans.append((start, self.position))
+        return spans
+
+    def _value(self) -> Any:
+        value, self.position = _DECODER.raw_decode(self.text, self.position)
+        return value
+
+    def _ends_with(self, bracket: str, first: bool) -> bool:
+        """Moves to the next element of a list or object, or past its end."""
+        self._skip_space()
+        if self.text[self.position] == bracket:
+            self.position += 1
+            return True
+        if not first:
+            self._take(",")
+        return False
+
+    def _take(self, character: str) -> None:
+        if self.text[self.position] != character:
+            raise ValueError(f"expected {character!r}, found {self.text[self.position]!r}")
+        self.position += 1
+        self._skip_space()
+
+    def _skip_space(self) -> None:
+        found = _SPACE.match(self.text, self.position)
+        assert found is not None
+        self.position = found.end()
+
+
+def _in_bytes(text: str, spans: Sequence[_Span], offset: int) -> np.ndarray:
+    """Converts spans of characters to offset and size in bytes and line number; `offset` is that of `text`."""
+    found, counted, line = [], 0, 1
+    for start, end in spans:
+        offset += len(text[counted:start].encode())
+        line += text.count("\n", counted, start)
+        size = len(text[start:end].encode())
+        found.append((offset, size, line))
+        offset, counted = offset + size, end
+        line += text.count("\n", start, end)
+    return np.array(found, np.int64).reshape(-1, 3)

@@ -28,10 +28,7 @@ def draw_contact_sheet(
     path: pathlib.Path, replies: Sequence[ScoredReply], thumbnails: Mapping[str, Thumbnails]
 ) -> None:
     """Draws the questions that `choose_replies` picks; videos take a row each, images share one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     chosen = choose_replies([reply for reply in replies if reply.question.id in thumbnails])
     rows = arrange(chosen, thumbnails)
@@ -41,7 +38,7 @@ def draw_contact_sheet(
         for row, lines in zip(rows, captions, strict=True)
     ]
     height = sum(heights) + 2 * _MARGIN
-    figure = pyplot.figure(figsize=(_WIDTH, height))
+    figure = Figure(figsize=(_WIDTH, height))
     top = height - _MARGIN
     for row, row_captions, row_height in zip(rows, captions, heights, strict=True):
         frames_top = top - max(map(len, row_captions)) * _LINE
@@ -63,7 +60,6 @@ def draw_contact_sheet(
         partial = path.with_suffix(f".{os.getpid()}.png")
         figure.savefig(partial, dpi=110)
         partial.rename(path)
-    pyplot.close(figure)
 
 
 def _draw_frames(

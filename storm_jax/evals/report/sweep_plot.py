@@ -40,17 +40,15 @@ def draw_sweep(
       fields: those that were swept.
       trained: the compression used in training; its point is marked if it was swept.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     along, *others = fields
     lines: dict[str, list[Point]] = defaultdict(list)
     for point in points:
         label = ", ".join(f"{_name(f)} {getattr(point.compression, f)}" for f in others)
         lines[label].append(point)
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     quantities = (
         ("visual_tokens", "visual tokens per question"),
         ("seconds", "model seconds per question"),
@@ -77,7 +75,6 @@ def draw_sweep(
     partial = path.with_suffix(f".{os.getpid()}.png")
     figure.savefig(partial, dpi=130)
     partial.rename(path)
-    pyplot.close(figure)
 
 
 def _draw_line(
