@@ -1,24 +1,42 @@
-"""Asks a run about a video or an image.
+"""Asks a run about videos and images.
 
-python predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"
+    python predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"
+    python predict.py --workdir=runs/sft --image=a.png --image=b.png --question="What changed?"
+    python predict.py --workdir=runs/sft --video=clip.mp4
+
+Without --question, it asks for questions until an empty line; the media are encoded once. Compression may
+differ from training; the weights stay the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
 
 from absl import app, flags
 
 from storm_jax import command_line
+from storm_jax.config import CompressionConfig
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
-from storm_jax.run import RunError
+from storm_jax.media.media import Media
+from storm_jax.run import Run, RunError
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of a run written by train.py.", required=True
 )
-VIDEO = flags.DEFINE_string("video", None, "A video or image file.", required=True)
-QUESTION = flags.DEFINE_string("question", None, "What to ask about it.", required=True)
+VIDEO = flags.DEFINE_multi_string("video", [], "A video, or a folder of frames; repeatable.")
+IMAGE = flags.DEFINE_multi_string("image", [], "An image, shown before the videos; repeatable.")
+QUESTION = flags.DEFINE_multi_string("question", [], "What to ask about them; repeatable.")
+COMPRESSION = {
+    "num_frames": "Frames sampled from a video",
+    "temporal_pool": "Number of frames whose tokens are averaged",
+    "spatial_pool": "Edge of the token cells that are averaged",
+    "temporal_sample": "Keep every n-th group of frames",
+}
+for _name, _help in COMPRESSION.items():
+    flags.DEFINE_integer(_name, None, f"{_help}; defaults to training.", lower_bound=1)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; defaults to the last one.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "Maximum length of the answer.", lower_bound=1
@@ -36,8 +54,50 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     sampling = Sampling(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value)
-    storm = Predictor(WORKDIR.value, STEP.value)
-    print(storm.answer(VIDEO.value, QUESTION.value, sampling=sampling, seed=SEED.value))
+    media = [*(Media.file("image", path) for path in IMAGE.value),
+             *(Media.file("video", path) for path in VIDEO.value)]  # fmt: skip
+    if not media:
+        raise ValueError("--video or --image is missing: the files to ask about")
+    chosen = compression(Run(WORKDIR.value).config.compression)
+    for medium in media:  # mistakes are found before the model is loaded
+        medium.check_exists()
+    for question in QUESTION.value:
+        check_text(question)
+    watched = Predictor(WORKDIR.value, STEP.value).watch(media, compression=chosen)
+    for question in QUESTION.value or questions_from_stdin():
+        try:
+            print(watched.answer(question, sampling=sampling, seed=SEED.value), flush=True)
+        except ValueError as error:
+            if QUESTION.value:
+                raise
+            print(f"predict.py: {error}", file=sys.stderr)  # the next question may be better
+
+
+def compression(trained: CompressionConfig) -> CompressionConfig:
+    given = {name: flags.FLAGS[name].value for name in COMPRESSION}
+    return dataclasses.replace(trained, **{k: v for k, v in given.items() if v is not None})
+
+
+def questions_from_stdin() -> Iterator[str]:
+    """Lines, until an empty one or the end."""
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+            check_text(question)
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise ValueError("a question is not valid UTF-8") from None
+        if not question:
+            return
+        yield question
+
+
+def check_text(question: str) -> None:
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the question {question!r} is not valid UTF-8") from None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Every field of the configuration can be overridden: --config.optim.learning_rate
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -17,6 +18,7 @@ from storm_jax import command_line
 from storm_jax.config import RunConfig, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.skips import DataError
+from storm_jax.files import is_full
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
@@ -49,19 +51,28 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = from_dict(RunConfig, CONFIG.value)
     run = Run(WORKDIR.value)
-    if config.init_from:
-        config = with_inherited_model(config, run)
-    run.prepare(config, run.tokenizer_path if run.has_begun else tokenizer_folder(config))
+    with run.locked():
+        if config.init_from:
+            config = with_inherited_model(config, run)
+        run.prepare(config, run.tokenizer_path if run.has_begun else tokenizer_folder(config))
+        try:
+            train(run, make_mesh(config.mesh), functools.partial(make_evaluators, run))
+        except Exception as error:
+            if not is_full(error):
+                raise
+            raise RunError(
+                f"{run.path}: the disk is full. Complete checkpoints: {run.checkpoints.steps()}. Free "
+                f"space and run the same command to resume"
+            ) from error
+        print(f"training curves: {plot_curves(run.path)}")
 
-    def make_evaluators(spec: StateSpec, pool: WorkerPool) -> dict[str, Evaluator]:
-        config = run.config
-        if not config.data.val or not config.train.eval_every:
-            return {}
-        mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
-        return {"validation": make_validation(run, spec, mixture, pool)}
 
-    train(run, make_mesh(config.mesh), make_evaluators)
-    print(f"training curves: {plot_curves(run.path)}")
+def make_evaluators(run: Run, spec: StateSpec, pool: WorkerPool) -> dict[str, Evaluator]:
+    config = run.config
+    if not config.data.val or not config.train.eval_every:
+        return {}
+    mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
+    return {"validation": make_validation(run, spec, mixture, pool)}
 
 
 if __name__ == "__main__":

@@ -1,24 +1,32 @@
 """The parameters in a run's checkpoints: read whole or one at a time, and written at step 0.
 
-Training writes its checkpoints in `storm_jax.train.checkpoint`.
+Training writes its checkpoints in `storm_jax.train.checkpoint`. Every checkpoint contains digests.json, the
+SHA-256 of its files, which are compared before it is read: Orbax does not notice a flipped bit.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import hashlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 _CHUNK_BYTES = 2**25  # larger chunks are compressed and copied whole on their way to the disk
 _MIN_SLICE_BYTES = 2**20  # replicas share the writing of an array only in slices of this size
+
+
+_DIGESTS = "digests.json"
 
 
 class RunError(RuntimeError):
@@ -36,14 +44,39 @@ def array_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **options)
 
 
+def with_digests(root: pathlib.Path) -> ocp.AsyncOptions:
+    """Orbax's options to write digests.json into each checkpoint of a folder before it is committed."""
+
+    def write() -> None:
+        for folder in root.glob("*.orbax-checkpoint-tmp"):
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            # Orbax writes the time of the commit into the file of this name.
+            names = {
+                str(f.relative_to(folder)): f for f in files if f.name != "_CHECKPOINT_METADATA"
+            }
+            (folder / _DIGESTS).write_text(json.dumps(_digests(names), indent=1))
+
+    return ocp.AsyncOptions(post_finalization_callback=write)
+
+
+def _digests(files: Mapping[str, pathlib.Path]) -> dict[str, str]:
+    def digest(path: pathlib.Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        return dict(zip(files, threads.map(digest, files.values()), strict=True))
+
+
 class Checkpoints:
     """The folder `checkpoints/STEP/{params, opt_state, data, meta}` of a run.
 
-    Parameters are flat dicts {path: array}.
+    Parameters are flat dicts {path: array}. The environment variable STORM_VERIFY=0 skips comparing digests.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        self._verified: set[tuple[int, str]] = set()
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, ascending."""
@@ -71,6 +104,28 @@ class Checkpoints:
             path = self.path / str(step) / "_CHECKPOINT_METADATA"
             return int(json.loads(path.read_text())["init_timestamp_nsecs"])
 
+    def verify(self, step: int, item: str = "") -> None:
+        """Compares the files of a checkpoint with their digests, once. Earlier versions wrote none.
+
+        Args:
+          item: "params" and so on; all items by default.
+
+        Raises:
+          RunError: if a file has changed since the checkpoint was written.
+        """
+        folder = self.path / str(step)
+        if (step, item) in self._verified or os.environ.get("STORM_VERIFY") == "0":
+            return
+        if (folder / _DIGESTS).exists():
+            with self.reading(step):
+                expected = json.loads((folder / _DIGESTS).read_text())
+                names = [name for name in expected if name.startswith(item)]
+                found = _digests({name: folder / name for name in names})
+            for name in names:
+                if found[name] != expected[name]:
+                    raise self.damaged(step, f"{name} has changed since it was written")
+        self._verified.add((step, item))
+
     def shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter by path."""
         with self.reading(step):
@@ -91,6 +146,7 @@ class Checkpoints:
         Raises:
           RunError: if the checkpoint is damaged, or its parameters have other names or shapes.
         """
+        self.verify(step, "params")
         stored = self.shapes(step)
         problems = [f"{name} is not in the checkpoint" for name in target.keys() - stored.keys()]
         problems += [f"{name} is only in the checkpoint" for name in stored.keys() - target.keys()]
@@ -107,10 +163,15 @@ class Checkpoints:
                 self.path / str(step) / "params",
                 args=ocp.args.StandardRestore(unflatten_dict(dict(target), sep="/")),
             )
-        return flatten_dict(restored, sep="/")
+        params = flatten_dict(restored, sep="/")
+        finite = jax.device_get(_all_finite(params))
+        if bad := sorted(name for name, is_finite in finite.items() if not is_finite):
+            raise self.damaged(step, f"contains {bad[0]} with values that are not finite")
+        return params
 
     def read(self, step: int, name: str, dtype: Any = None) -> np.ndarray:
         """Reads one parameter into host memory, in its stored dtype by default."""
+        self.verify(step, "params")
         options = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
         with self.reading(step):
             restored = ocp.PyTreeCheckpointHandler().restore(
@@ -138,6 +199,7 @@ class Checkpoints:
         with ocp.CheckpointManager(
             self.path,
             item_handlers={"params": handler, "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(async_options=with_digests(self.path)),
         ) as manager:
             manager.save(
                 0,
@@ -159,7 +221,25 @@ class Checkpoints:
         """Raises a RunError for any error while a checkpoint's files are read."""
         try:
             yield
+        except RunError:
+            raise
         except Exception as error:
-            raise RunError(
-                f"checkpoint {step} of {self.path.parent} cannot be read: {error}"
-            ) from error
+            reason = str(error).split("\n", maxsplit=1)[0][:200] or type(error).__name__
+            raise self.damaged(step, f"cannot be read: {reason}") from error
+
+    def damaged(self, step: int, problem: str) -> RunError:
+        """The error for a checkpoint that cannot be used, with the remedy."""
+        earlier = [other for other in self.steps() if other < step]
+        remedy = "There is no earlier one"
+        if earlier:
+            listed = ", ".join(map(str, earlier))
+            remedy = (
+                f"Earlier ones: {listed}. Choose one with --step, or remove {self.path / str(step)} to "
+                f"resume training from step {earlier[-1]}"
+            )
+        return RunError(f"checkpoint {step} of {self.path.parent}: {problem}. {remedy}")
+
+
+@jax.jit
+def _all_finite(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(value).all() for name, value in params.items()}

@@ -7,6 +7,7 @@ ml_collections parse them, since these report a wrong field as a Python error.
 from __future__ import annotations
 
 import difflib
+import os
 import pathlib
 import runpy
 import sys
@@ -18,6 +19,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
 from storm_jax.config import ConfigError
+
+_CACHE_BYTES = 2**32  # the programs that were used last are kept
 
 
 def run(main: Callable[[Sequence[str]], Any], expected: tuple[type[Exception], ...] = ()) -> None:
@@ -34,12 +37,27 @@ def _reporting(
 ) -> Callable[[Sequence[str]], Any]:
     def report(argv: Sequence[str]) -> Any:
         logging.set_verbosity(logging.WARNING)
+        _keep_compiled_programs()
         try:
             return main(argv)
         except expected as error:
             return sys.exit(f"{_program()}: {error}")
+        except KeyboardInterrupt:
+            return sys.exit(f"{_program()}: stopped")
 
     return report
+
+
+def _keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or
+    JAX_ENABLE_COMPILATION_CACHE=0 disables it."""
+    jax = sys.modules.get("jax")
+    if jax is None or jax.config.jax_compilation_cache_dir:
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "storm_jax/programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
 
 
 def _program() -> str:

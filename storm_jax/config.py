@@ -514,7 +514,7 @@ def load(path: pathlib.Path) -> RunConfig:
         raise ConfigError(
             f"{path} does not exist: {path.parent} is not a run (train.py creates one)"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     try:
         return from_dict(RunConfig, mapping)

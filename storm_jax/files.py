@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -15,8 +17,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file so that it is complete or absent, never partial."""
     # Processes in different containers may have the same id.
     partial = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    partial.write_text(text)
-    partial.rename(path)
+    try:
+        partial.write_text(text)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_lines(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -24,15 +29,37 @@ def write_lines(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a JSONL file, without a last line that an interrupted process left incomplete."""
-    lines = []
-    for line in path.read_text().splitlines():
+def read_lines(
+    path: pathlib.Path, parse: Callable[[dict[str, Any]], Any] = lambda line: line
+) -> list[Any]:
+    """Reads a JSONL file that `write_lines` or an appending process wrote.
+
+    A last line without its end was left by a process that was killed, and is dropped. Any other line that is
+    no JSON object, or that `parse` rejects with a KeyError, TypeError or ValueError, is damaged: it is logged
+    and dropped.
+    """
+    found = []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, text in enumerate(lines, start=1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise TypeError("not an object")
+            found.append(parse(line))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            logging.warning("%s line %d is damaged and dropped: %r", path, number, error)
+    return found
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a full disk or an exhausted quota."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def digest(text: str | bytes) -> str:

@@ -4,18 +4,24 @@ RUN/config.json            the complete configuration, with absolute paths
 RUN/tokenizer/
 RUN/checkpoints/STEP/      params (always complete), opt_state, data, meta
 RUN/metrics.jsonl  RUN/skipped.jsonl  RUN/curves.png
+RUN/lock                   names the process that trains it
 RUN/evals/BENCHMARK/SETTINGS/
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
+import socket
+from collections.abc import Iterator
 
 import transformers
 
@@ -53,7 +59,7 @@ class Run:
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         return load_tokenizer(self.tokenizer_path)
 
-    @property
+    @functools.cached_property
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints")
 
@@ -62,6 +68,43 @@ class Run:
         """Whether a step was taken; before that, there is nothing to resume."""
         metrics = self.path / "metrics.jsonl"
         return bool(self.checkpoints.steps()) or (metrics.exists() and metrics.stat().st_size > 0)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Creates the folder and holds RUN/lock, so that no other process writes this run.
+
+        The lock of a process that died is free. Its temporary files are removed.
+
+        Raises:
+          RunError: if another process holds the lock, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise RunError(f"--workdir={self.path} cannot be written: {error}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise RunError(
+                    f"{self.path} is in use by {file.read().strip()}: use another --workdir, or wait"
+                ) from error
+            except OSError:
+                logging.warning("%s: the file system has no locks: train once at a time", self.path)
+            for leftover in self.path.glob("*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+                if [entry.name for entry in self.path.iterdir()] == ["lock"]:  # nothing was written
+                    (self.path / "lock").unlink()
+                    self.path.rmdir()
 
     def prepare(self, config: RunConfig, tokenizer_from: pathlib.Path) -> None:
         """Creates the folder, or checks that the run in it has the same configuration.

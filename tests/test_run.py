@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -91,3 +93,37 @@ def test_file_helpers_need_the_standard_library_only():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"jax", "orbax", "numpy", "transformers"} & set(done.stdout.split())
+
+
+# The lock.
+
+
+def test_a_second_training_is_refused_and_names_the_first(tmp_path):
+    with Run(tmp_path / "run").locked():
+        message = f"is in use by process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(RunError, match=message), Run(tmp_path / "run").locked():
+            pass
+        (tmp_path / "run/config.json").write_text("{}")
+    with Run(tmp_path / "run").locked():
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_free_and_its_temporary_files_are_removed(tmp_path):
+    hold = (
+        "import sys, time; from storm_jax.run import Run\n"
+        "with Run(sys.argv[1]).locked(): print('locked', flush=True); time.sleep(60)"
+    )
+    run = tmp_path / "run"
+    child = subprocess.Popen(
+        [sys.executable, "-c", hold, str(run)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stdout.readline() == b"locked\n"
+    with pytest.raises(RunError, match=f"process {child.pid}"), Run(run).locked():
+        pass
+    child.kill()
+    child.wait()
+    (run / "tokenizer.12.tmp").mkdir()
+    (run / "config.json.12.ab.tmp").write_text("{")
+    with Run(run).locked():
+        assert [path.name for path in run.iterdir()] == ["lock"]
+    assert not run.exists()  # nothing was written

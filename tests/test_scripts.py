@@ -16,12 +16,15 @@ from forked import run_forked
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def call(script: str, *arguments: str, path: str = "") -> subprocess.CompletedProcess:
+def call(
+    script: str, *arguments: str, path: str = "", stdin: str = ""
+) -> subprocess.CompletedProcess:
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=ROOT,
         env=environment,
+        input=stdin,
         capture_output=True,
         text=True,
         check=False,
@@ -72,6 +75,34 @@ def test_a_question_about_a_file_is_answered(trained_run, shapes_folder):
     assert answered.returncode == 0, answered.stderr
     assert answered.stderr == ""
     assert answered.stdout.endswith("\n")
+
+
+def test_questions_are_read_from_standard_input_about_several_files(trained_run, shapes_folder):
+    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    command = (
+        "predict.py", f"--workdir={trained_run}", f"--video={video}", f"--video={video}",
+        "--num_frames=8", "--temporal_pool=4", "--spatial_pool=1", "--max_new_tokens=3",
+    )  # fmt: skip
+    together = call(*command, stdin="Which came first?\nWhat colour?\n\nNot asked.\n")
+    assert (together.returncode, together.stderr) == (0, "")
+    alone = call(*command, "--question=Which came first?", "--question=What colour?")
+    assert together.stdout == alone.stdout and together.stdout.count("\n") >= 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--question=What?"], "--video or --image is missing"),
+        (["--image=no.png", "--question=What?"], "image no.png is missing: no such file"),
+        (["--image=.", "--question=\udcff"], r"the question .* is not valid UTF-8"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(flags, problem, trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    refused = call("predict.py", f"--workdir={run}", *flags)
+    assert refused.returncode == 1
+    assert re.fullmatch(rf"predict.py: {problem}.*\n", refused.stderr)
 
 
 @pytest.mark.parametrize("content", [None, b"not a video"], ids=["missing", "broken"])

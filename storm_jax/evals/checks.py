@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
 
 from storm_jax.evals.benchmark import Benchmark, Question
 from storm_jax.evals.benchmarks import BENCHMARKS
@@ -67,8 +69,9 @@ def check_questions(
             complete &= counts[name] == (expected.get(name) or counts[name])
     lines += _describe_answers(questions, published.judged)
     if benchmark.captions:
-        subtitled = len({q.video for q in questions if q.subtitles})
-        lines.append(f"  videos with subtitles: {subtitled:,}")
+        subtitled = {q.video: q for q in questions if q.subtitles}
+        lines.append(f"  videos with subtitles: {len(subtitled):,}")
+        lines += _describe_unreadable(benchmark.captions, subtitled.values())
     lines += _describe_missing(missing, root)
     if not complete:
         lines.append("the files differ from what was published")
@@ -90,6 +93,19 @@ def _describe_answers(questions: Sequence[Question], judged: bool) -> list[str]:
     if impossible:
         lines.append(f"  with an answer that is not among the options: {', '.join(impossible)}")
     return lines
+
+
+def _describe_unreadable(
+    captions: Callable[[Question, np.ndarray], object], questions: Iterable[Question]
+) -> list[str]:
+    """Subtitle files that cannot be read."""
+    problems = []
+    for question in questions:
+        try:
+            captions(question, np.zeros(0))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"    {question.subtitles}: {error}")
+    return [f"  unreadable subtitles: {len(problems):,}", *problems[:_EXAMPLES]] if problems else []
 
 
 def _describe_missing(missing: Sequence[Question], root: pathlib.Path) -> list[str]:

@@ -96,7 +96,8 @@ class FileFinder:
             stem = self._stem(relative.name)
             found = exact.get(relative.name) or exact.get(stem) or folded.get(stem.casefold())
             if found and is_there(parent / found):  # it may be a dangling link
-                return parent / found
+                unpacked = parent / found / found  # a file in a folder of its name
+                return unpacked if is_there(unpacked) else parent / found
         return None
 
     def path(self, name: str) -> pathlib.Path:

@@ -42,7 +42,13 @@ class Journal:
         if not path.exists():
             write_atomically(path, json.dumps(settings, indent=2) + "\n")
             return
-        saved = json.loads(path.read_text())
+        try:
+            saved = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise RunError(
+                f"{path} is damaged, so that the settings of the answers are unknown: remove "
+                f"{self.folder} to ask again"
+            ) from error
         changed = [
             f"{name}: {saved.get(name)!r} there, {settings.get(name)!r} now"
             for name in sorted({*saved, *settings})
@@ -56,12 +62,15 @@ class Journal:
             )
 
     def predictions(self) -> dict[str, Prediction]:
-        """Predictions of all shards by question id. If a failure was retried, the reply is returned."""
+        """Predictions of all shards by question id. If a failure was retried, the reply is returned.
+
+        A question whose line is damaged has none, and is asked again.
+        """
         found: dict[str, Prediction] = {}
         for path in sorted(self.folder.glob("answers.*.jsonl")):
-            for line in read_lines(path):
-                if line["id"] not in found or found[line["id"]].error:
-                    found[line["id"]] = from_fields(line)
+            for question_id, prediction in read_lines(path, _answer):
+                if question_id not in found or found[question_id].error:
+                    found[question_id] = prediction
         return found
 
     @contextlib.contextmanager
@@ -97,6 +106,12 @@ class JournalWriter:
     def add_thumbnails(self, question_ids: Sequence[str], thumbnails: Thumbnails) -> None:
         """Saves the thumbnails of a video for all questions about it."""
         _append(self._thumbnails, {"ids": list(question_ids), **thumbnails.to_fields()})
+
+
+def _answer(line: dict[str, Any]) -> tuple[str, Prediction]:
+    if not isinstance(line["id"], str) or not isinstance(line["reply"], str):
+        raise TypeError("id and reply must be text")
+    return line["id"], from_fields(line)
 
 
 def _append(file: BinaryIO, line: Mapping[str, Any]) -> None:

@@ -24,25 +24,38 @@ _WRAP = r"[(\[{*_\"'`]*"  # may precede a letter
 _ALONE = re.compile(
     r"(?:(?:option|choice|answer)\b\s*:?)?[\s(\[{*_\"'`]*([A-Z])[\s)\]}*_\"'`.:]*", re.IGNORECASE
 )
+# Where some models put their answer; the last one counts.
+_BOXED = re.compile(
+    r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?([^{}]*)\}|<answer>(.*?)(?:</answer>|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
 _STATED = re.compile(
-    r"\b(?:answer|option|choice)\b\s*(?:\bis\b|[:=])[\s:]*"
+    r"\b(?:answer|option|choice)\b[\"'*_]*\s*(?:\bis\b|[:=])[\s:*_]*"
     r"(?:the\s+)?(?:(?:correct|best)\s+)?(?:(?:option|choice|letter)\b\s*:?\s*)?"
-    rf"{_WRAP}(?-i:([A-Z])|(?<=[(\[{{])([a-z])(?=[)\]}}]))(?!\w)",
+    rf"{_WRAP}(?-i:([A-Z])|(?<=[(\[{{])([a-z])(?=[)\]}}])|([a-z])(?=[.\s*_]*\Z))(?!\w)",
     re.IGNORECASE,
 )
 _LEADING = re.compile(
     rf"{_WRAP}([A-Za-z])[*_\"'`]*(?:[.):\]}}](?!\w)|[ \t]*\n|,(?!\s*(?:and\s+|or\s+)?\w\b))"
+)
+# At the start only: "neither A nor B is correct" chooses nothing.
+_CORRECT = re.compile(
+    rf"(?:option|choice|answer)?\s*{_WRAP}([A-Z])[)\]}}*_\"'`.:]*\s+is\s+(?:the\s+)?(?:correct|right|best)\b"
+    r"(?!\s+(?:if|unless|or)\b)",
+    re.IGNORECASE,
 )
 # "A" as an article: a word follows that does not start a reason.
 _ARTICLE = re.compile(r"\s+(?!(?:because|since|as|and|or|is|for|due)\b)[a-z]")
 
 
 def strict(reply: str, question: Question) -> str | None:
-    """The letter that a reply chooses, by the first rule that applies:
+    r"""The letter that a reply chooses, by the first rule that applies:
 
-    1. reasoning (`<think>`) and chat markers are removed;
+    1. reasoning (`<think>`) and chat markers are removed, and of `\boxed{...}` or `<answer>...</answer>` only
+       the content is kept;
     2. the reply is one letter, possibly in brackets, followed by a dot or colon, or preceded by "Option";
-    3. the last letter stated to be the answer, option or choice ("the answer is (C)");
+    3. the last letter stated to be the answer, option or choice ("the answer is (C)"), or else a letter at the
+       start that "is correct";
     4. a letter at the start, followed by a dot, bracket, colon, comma or line end;
     5. the text of exactly one option equals the reply, or occurs in it;
     6. otherwise None, as for letters that the question does not have.
@@ -50,11 +63,15 @@ def strict(reply: str, question: Question) -> str | None:
     "A" before a noun is an article, and "I" a pronoun unless it is one of the question's letters.
     """
     text = _MARKERS.sub("", _THINKING.sub("", reply)).strip()
+    if boxed := [a or b for a, b in _BOXED.findall(text) if (a or b).strip()]:
+        text = boxed[-1].strip()
     found = ""
     if alone := _ALONE.fullmatch(text):
         found = alone[1]
     elif stated := [match for match in _STATED.finditer(text) if not _is_word(match, question)]:
-        found = stated[-1][1] or stated[-1][2]
+        found = next(filter(None, stated[-1].groups()))
+    elif correct := _CORRECT.match(text):
+        found = correct[1]
     elif leading := _LEADING.match(text):
         found = leading[1]
     if found:

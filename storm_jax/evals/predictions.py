@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from storm_jax.evals.benchmark import BenchmarkError, Question, ScoredReply
@@ -27,10 +27,21 @@ def to_fields(prediction: Prediction) -> dict[str, Any]:
 
 
 def from_fields(line: Mapping[str, Any]) -> Prediction:
-    """The prediction of a line. Only `reply` is required; if it is not text, it counts as empty."""
-    names = {"error", "cause", "visual_tokens", "seconds"} & line.keys()
+    """The prediction of a line. Only `reply` is required; if it is not text, it counts as empty.
+
+    Raises:
+      KeyError, TypeError, ValueError: if it has no reply, or a field of the wrong type.
+    """
+    types: Mapping[str, Callable] = {
+        "error": str,
+        "cause": str,
+        "visual_tokens": int,
+        "seconds": float,
+    }
     text = line["reply"] if isinstance(line["reply"], str) else ""
-    return Prediction(text=text, **{name: line[name] for name in names})
+    return Prediction(
+        text=text, **{name: to(line[name]) for name, to in types.items() if name in line}
+    )
 
 
 def to_line(reply: ScoredReply) -> dict[str, Any]:
@@ -68,15 +79,19 @@ def read(
     """
     lines = read_objects(path)
     try:
-        if repeated := [i for i, n in Counter(str(x["id"]) for x in lines).items() if n > 1]:
-            raise BenchmarkError(f"{path}: the id {repeated[0]!r} occurs more than once")
-        predictions = {str(line["id"]): from_fields(line) for line in lines}
-        if questions is None:
-            return [_question(line) for line in lines], predictions
+        ids = [str(line["id"]) for line in lines]
+        predictions = {name: from_fields(line) for name, line in zip(ids, lines, strict=True)}
+        in_file = [_question(line) for line in lines] if questions is None else []
     except KeyError as error:
         raise BenchmarkError(
             f"{path}: a line has no {error}; with --data_root, id and reply are enough"
         ) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BenchmarkError(f"{path}: a line has a field of the wrong type: {error}") from error
+    if repeated := [i for i, n in Counter(ids).items() if n > 1]:
+        raise BenchmarkError(f"{path}: the id {repeated[0]!r} occurs more than once")
+    if questions is None:
+        return in_file, predictions
     unknown = sorted(predictions.keys() - {question.id for question in questions})
     if unknown:
         raise BenchmarkError(

@@ -99,9 +99,12 @@ def _results_of(path: pathlib.Path, benchmark: Benchmark) -> Mapping[str, Any]:
     results = path.with_name("results.json")
     if path.name != "predictions.jsonl" or not results.exists():
         return {}
-    found = json.loads(results.read_text())
-    if found["benchmark"] != benchmark.name:
+    try:
+        found = dict(json.loads(results.read_text()))
+    except (ValueError, TypeError) as error:
+        raise BenchmarkError(f"{results} is damaged: {error}; remove it to score {path}") from error
+    if found.get("benchmark") != benchmark.name:
         raise BenchmarkError(
-            f"--benchmark={benchmark.name}: {path} contains replies to {found['benchmark']}"
+            f"--benchmark={benchmark.name}: {path} contains replies to {found.get('benchmark')}"
         )
     return found

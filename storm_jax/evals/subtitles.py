@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_TIME = r"(\d+:\d{1,2}:\d{1,2}[,.]\d{1,3})"
+_TIME = r"((?:\d+:)?\d{1,2}:\d{1,2}(?:[,.]\d{1,3})?)"
 _SPAN = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
+_PUNCTUATION = "€‚„…‘’“”•–—™¡«»¿°·©®£§´¨ªº½¼¾\u00a0"
 _TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
 
 
@@ -28,12 +29,16 @@ class Line:
 
 def read_srt(path: pathlib.Path) -> list[Line]:
     """Reads the subtitles of an .srt file, without formatting. Each starts at a line of times; the number
-    above that line is dropped."""
-    data = path.read_bytes()
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
+    above that line is dropped.
+
+    Raises:
+      ValueError: if its encoding is unknown, or it has text but no times.
+    """
+    text = _decoded(path.read_bytes())
     rows = text.splitlines()
     spans = {number: span for number, row in enumerate(rows) if (span := _SPAN.match(row))}
+    if text.strip() and not spans:
+        raise ValueError("it contains no times such as 00:01:02,500 --> 00:01:04,000")
     lines = []
     for start, end in itertools.pairwise([*spans, len(rows) + 1]):
         text_rows = rows[start + 1 : end - 1]
@@ -42,6 +47,36 @@ def read_srt(path: pathlib.Path) -> list[Line]:
         first, last = (_seconds(time.replace(",", ".")) for time in spans[start].groups())
         lines.append(Line(first, last, " ".join(_TAG.sub("", " ".join(text_rows)).split())))
     return lines
+
+
+def _decoded(data: bytes) -> str:
+    """UTF-8, UTF-16 with or without a mark, or Western European text.
+
+    Raises:
+      ValueError: if it looks like none of these; a wrong guess would put garbage into prompts.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if len(data) > 1 and not len(data) % 2:
+        for offset, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+            zeros, others = data[offset::2], data[1 - offset :: 2]
+            if zeros.count(0) > 0.7 * len(zeros) and others.count(0) < 0.1 * len(others):
+                return data.decode(encoding)
+    text = data.decode("utf-8-sig", errors="replace")
+    stray = text.count("\ufffd")
+    if "\0" not in text and (
+        not stray
+        or data.startswith(codecs.BOM_UTF8)
+        or sum(not c.isascii() for c in text) > 2 * stray  # most of what is not ASCII is valid
+    ):
+        return text.replace("\ufffd", "")
+    text = data.decode("cp1252")
+    letters = [character for character in text if character.isalpha()]
+    accented = [letter for letter in letters if not letter.isascii()]
+    odd = any(not (c.isascii() or c.isalpha() or c in _PUNCTUATION) for c in text)
+    if "\0" in text or odd or len(accented) > 0.2 * len(letters):
+        raise ValueError("its encoding is unknown: convert it to UTF-8")
+    return text
 
 
 def read_json(path: pathlib.Path, duration: float) -> list[Line]:
@@ -65,5 +100,7 @@ def shown_at(lines: Sequence[Line], times: np.ndarray) -> list[Line]:
 
 
 def _seconds(text: str) -> float:
-    hours, minutes, seconds = text.split(":")
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds

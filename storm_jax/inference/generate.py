@@ -17,10 +17,14 @@ from storm_jax.models.decoder import Cache
 from storm_jax.models.storm import Storm
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: greedily at temperature 0, otherwise sampled from the smallest set of tokens
-    whose probabilities add up to `top_p` (Holtzman et al., arXiv 1904.09751)."""
+    whose probabilities add up to `top_p` (Holtzman et al., arXiv 1904.09751).
+
+    Its values are inputs of compiled programs: other values compile nothing new.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -34,33 +38,45 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
+    def tree_flatten(self) -> tuple[tuple, None]:
+        return (self.max_new_tokens, self.temperature, self.top_p), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, values: tuple) -> Sampling:
+        sampling = object.__new__(cls)  # traced values cannot be checked
+        for field, value in zip(dataclasses.fields(cls), values, strict=True):
+            object.__setattr__(sampling, field.name, value)
+        return sampling
+
 
 def generate(
     model: Storm,
     batch: dict[str, jax.Array],
     visual: jax.Array,
     key: jax.Array,
-    *,
     sampling: Sampling,
+    *,
+    slots: int,
     stop_ids: tuple[int, ...],
 ) -> jax.Array:
-    """Continues each prompt until a stop token or `max_new_tokens`.
+    """Continues each prompt until a stop token or `max_new_tokens`, which is at most `slots`.
 
     Args:
       batch: `tokens` and `visual_index`, int [B, S], one sample per row (see `storm_jax.data.rows`), and
         `lengths`, int [B]; rows of length 0 are empty and are not continued.
       visual: [B, V, D], the rows' visual tables (see `Storm.encode`).
       key: random key; unused at temperature 0.
+      slots: room for new tokens; a program is compiled for each number.
       stop_ids: tokens that end an answer; the rest of the row is padded with the first of them.
 
     Returns:
-      int32 [B, max_new_tokens].
+      int32 [B, slots].
     """
     lengths = batch["lengths"]
-    total = batch["tokens"].shape[1] + sampling.max_new_tokens
+    total = batch["tokens"].shape[1] + slots
     logits, cache = prefill(model, batch, visual, total)
     stops = jnp.array(stop_ids, jnp.int32)
-    tokens = jnp.full((len(lengths), sampling.max_new_tokens), stops[0])
+    tokens = jnp.full((len(lengths), slots), stops[0])
     done = lengths == 0
 
     def unfinished(carry: tuple) -> jax.Array:
@@ -115,8 +131,14 @@ def decode_step(
 
 def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Chooses the next token of each row, int [B], from fp32 logits [B, V]."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1)
+    return jax.lax.cond(sampling.temperature > 0, _sample, _most_likely, logits, key, sampling)
+
+
+def _most_likely(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    return jnp.argmax(logits, axis=-1)
+
+
+def _sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     order = jnp.argsort(logits, axis=-1, descending=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
     probabilities = jax.nn.softmax(ranked, axis=-1)

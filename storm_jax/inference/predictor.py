@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from storm_jax.text.conversation import ConversationEncoder, Encoded
 from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 from storm_jax.text.tokenizer import stop_ids
 
+Path = str | pathlib.Path
 # The default batch: at most this many visual tokens per device, and at most this many rows.
 _TOKENS_PER_DEVICE = 2**17
 _MAX_ROWS = 32
@@ -48,6 +48,27 @@ class _Prompt:
     index: int
     scene: int
     encoded: Encoded
+
+
+class Watched:
+    """Images and videos that a model has encoded."""
+
+    def __init__(self, predictor: Predictor, media: tuple[Media, ...], batch: EncodedBatch):
+        self._predictor, self._media, self._batch = predictor, media, batch
+
+    def answer(self, question: str, *, sampling: Sampling | None = None, seed: int = 0) -> str:
+        """Answers a question about all of them.
+
+        Raises:
+          ValueError: if the question is too long.
+        """
+        placeholders = "".join(f"<{medium.kind}>\n" for medium in self._media)
+        turn = Turn("user", placeholders + PLACEHOLDER.sub("", question))
+        sample = Sample(id="question", turns=(turn,), media=self._media, extra={})
+        [(_, prediction)] = self._predictor.ask(self._batch, [sample], sampling=sampling, seed=seed)
+        if prediction.error:
+            raise ValueError(prediction.error)
+        return prediction.text
 
 
 class Predictor:
@@ -81,30 +102,41 @@ class Predictor:
 
     def answer(
         self,
-        media: str | pathlib.Path,
+        media: Path | Sequence[Path],
         question: str,
         *,
         compression: CompressionConfig | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
     ) -> str:
-        """Answers a question about an image or a video file.
+        """Answers a question about images and videos.
 
         Raises:
-          ValueError: if the file cannot be read.
+          ValueError: if a file cannot be read, or the question is too long.
         """
-        path = pathlib.Path(media)
-        kind = "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
-        turn = Turn("user", f"<{kind}>\n{PLACEHOLDER.sub('', question)}")
-        sample = Sample(id=path.name, turns=(turn,), media=(Media.file(kind, path),), extra={})
-        _, prediction = next(
-            self.predict(
-                [sample], compression=compression, sampling=sampling, seed=seed, batch_size=1
-            )
+        return self.watch(media, compression=compression).answer(
+            question, sampling=sampling, seed=seed
         )
-        if prediction.error:
-            raise ValueError(prediction.error)
-        return prediction.text
+
+    def watch(
+        self,
+        media: Path | Media | Sequence[Path | Media],
+        *,
+        compression: CompressionConfig | None = None,
+    ) -> Watched:
+        """Reads and encodes images and videos once, for several questions about them.
+
+        Raises:
+          ValueError: if a file cannot be read.
+        """
+        listed = [media] if isinstance(media, (str, pathlib.Path, Media)) else media
+        files = tuple(
+            each if isinstance(each, Media) else Media.file(kind_of(each), each) for each in listed
+        )
+        (batch,) = self.encode([files], compression=compression, batch_size=1)
+        if batch.scenes[0].error:
+            raise batch.scenes[0].error
+        return Watched(self, files, batch)
 
     def predict(
         self,
@@ -148,6 +180,9 @@ class Predictor:
         Scenes are batched by shape, so they are not yielded in the order of `media`. Media that cannot be
         read have an error in their `EncodedScene`.
 
+        Raises:
+          ValueError: before anything is read, if there are more visual tokens than the decoder has positions.
+
         Args:
           batch_size: how many scenes are encoded, and prompts answered, together; rounded up to a multiple
             of the devices. Defaults to 32, or fewer if that exceeds 131,072 visual tokens per device.
@@ -162,7 +197,7 @@ class Predictor:
         size = self.config.model.vision.image_size
         scenes = [plan_scene(each, encoder) for each in media]
         largest = max((scene.visual_tokens for scene in scenes), default=0)
-        self._warn_of_length(largest)
+        self._check_visual_tokens(largest)
         yield from SceneEncoder(self._programs, encoder, size).batches(
             scenes,
             MediaReader(self._pool, size, self.config.data.frames),
@@ -192,6 +227,7 @@ class Predictor:
           ValueError: if one of `choices` is not a single token.
         """
         candidates = [self._single_tokens(texts) for texts in choices or ()]
+        sampling = sampling or Sampling()
         places = {scene.media: place for place, scene in enumerate(batch.scenes)}
         prompts = []
         for index, sample in enumerate(samples):
@@ -201,6 +237,7 @@ class Predictor:
                 if scene.error:
                     raise scene.error
                 encoded = batch.encoder.encode(sample, scene.times)
+                self._check_length(sample, len(encoded), 0 if choices else sampling.max_new_tokens)
             except (MediaError, SampleError) as error:
                 yield index, Prediction(error=str(error), cause=error.cause)
             else:
@@ -213,9 +250,7 @@ class Predictor:
             if choices is None:
                 key = jax.random.fold_in(jax.random.key(seed), batch.number)
                 key = jax.random.fold_in(key, start)
-                ids, seconds = self._programs.generate(
-                    arrays, batch.tables, key, sampling or Sampling()
-                )
+                ids, seconds = self._programs.generate(arrays, batch.tables, key, sampling)
                 texts = [self._decode(row) for row in ids[: len(part)]]
             else:
                 arrays["candidates"] = _pad(
@@ -236,14 +271,24 @@ class Predictor:
                     ),
                 )
 
-    def _warn_of_length(self, visual_tokens: int) -> None:
+    def _check_length(self, sample: Sample, prompt: int, new: int) -> None:
+        """Raises SampleError if a prompt and its answer exceed the decoder's positions."""
         limit = self.config.model.decoder.max_positions
-        if visual_tokens > limit:
-            logging.warning(
-                "%d visual tokens exceed the positions the decoder was trained for "
-                "(model.decoder.max_positions=%d): use fewer frames, or pool or sample more",
-                visual_tokens,
-                limit,
+        if prompt + new > limit:
+            answer = f" and up to {new:,} of the answer" if new else ""
+            raise SampleError(
+                sample.id,
+                "too_long",
+                f"{prompt:,} tokens{answer} exceed the decoder's {limit:,} positions "
+                f"(model.decoder.max_positions): shorten the question, use fewer frames, or pool more",
+            )
+
+    def _check_visual_tokens(self, tokens: int) -> None:
+        limit = self.config.model.decoder.max_positions
+        if tokens > limit:
+            raise ValueError(
+                f"{tokens:,} visual tokens exceed the decoder's {limit:,} positions "
+                f"(model.decoder.max_positions): use fewer frames, or pool or sample more"
             )
 
     def _batch_size(self, requested: int | None, visual_tokens: int) -> int:
@@ -286,6 +331,11 @@ class Predictor:
         answer = itertools.takewhile(lambda token: token not in self._stop_ids, ids.tolist())
         text = self._text.tokenizer.decode(list(answer), skip_special_tokens=True)
         return str(text).strip()
+
+
+def kind_of(path: Path) -> str:
+    """ "image" or "video", by the suffix of a file."""
+    return "image" if pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
 def _pad(ids: Sequence[Sequence[int]], rows: int) -> np.ndarray:

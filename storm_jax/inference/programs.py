@@ -18,6 +18,8 @@ from storm_jax.params import abstract_model, compute_dtypes, flat_params, with_s
 from storm_jax.run import Run
 from storm_jax.sharding import batch_sharding, constrain, make_mesh, param_shardings
 
+_MIN_SLOTS = 64  # for new tokens; above that, powers of two: few programs fit every token limit
+
 
 class Programs:
     """Encodes frames, generates and scores; one program is compiled per static shape.
@@ -69,7 +71,7 @@ class Programs:
         key: jax.Array,
         sampling: Sampling,
     ) -> tuple[np.ndarray, float]:
-        """Generated ids, int [B, max_new_tokens].
+        """Generated ids, int [B, N]; after an answer, a row is padded with the first stop token.
 
         Args:
           prompts: `tokens` and `visual_index` [B, S], `lengths` [B] (0 = empty row), and `scenes` [B],
@@ -77,13 +79,19 @@ class Programs:
           tables: visual tables [C, V, D].
         """
 
-        def answer(params: dict, prompts: dict, tables: list, key: jax.Array) -> jax.Array:
+        slots = max(_MIN_SLOTS, 1 << (sampling.max_new_tokens - 1).bit_length())
+
+        def answer(
+            params: dict, prompts: dict, tables: list, key: jax.Array, sampling: Sampling
+        ) -> jax.Array:
             model = nnx.merge(self._graphdef, params)
             visual = _select_tables(prompts, tables)
-            return generate(model, prompts, visual, key, sampling=sampling, stop_ids=self._stop_ids)
+            return generate(
+                model, prompts, visual, key, sampling, slots=slots, stop_ids=self._stop_ids
+            )
 
-        inputs = (self._put(prompts), list(tables), key)
-        ids, seconds = self._call(answer, (sampling,), inputs)
+        values = jax.tree.map(jnp.asarray, sampling)
+        ids, seconds = self._call(answer, (slots,), (self._put(prompts), list(tables), key, values))
         return np.asarray(ids), seconds
 
     def score_first(

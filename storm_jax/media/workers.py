@@ -36,7 +36,7 @@ class WorkerTimeoutError(TimeoutError):
 
 
 class WorkerCrashError(RuntimeError):
-    """The process that ran a call died."""
+    """The processes that ran a call died."""
 
 
 class WorkerPool:
@@ -72,10 +72,18 @@ class WorkerPool:
 
         Raises:
           WorkerTimeoutError: the call took longer than `limit`.
-          WorkerCrashError: the process died.
+          WorkerCrashError: two processes died of the call. One may have been killed from outside.
         """
         if not self.count:
             return function(*args)
+        try:
+            return self._call(function, args, limit, out)
+        except WorkerCrashError:
+            return self._call(function, args, limit, out)
+
+    def _call(
+        self, function: Callable, args: tuple, limit: float | None, out: np.ndarray | None
+    ) -> Any:
         worker = self._idle.get()
         if self._closed:
             self._idle.put(worker)

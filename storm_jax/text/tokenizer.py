@@ -33,7 +33,8 @@ def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
     Raises:
       ConfigError: the tokenizer is missing or damaged.
     """
-    if not (pathlib.Path(folder) / "tokenizer_config.json").is_file():
+    names = ("tokenizer_config.json", "tokenizer.json")  # transformers needs either
+    if not any((pathlib.Path(folder) / name).is_file() for name in names):
         raise ConfigError(
             f"{folder} contains no tokenizer: set data.tokenizer to a folder with tokenizer.json and "
             f"tokenizer_config.json, or train one (python -m storm_jax.data.tokenizer --help)"

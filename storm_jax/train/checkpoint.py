@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as managers
 
-from storm_jax.checkpoints import array_handler
+from storm_jax.checkpoints import array_handler, with_digests
 from storm_jax.params import with_sharding
 from storm_jax.run import Run, RunError
 from storm_jax.train.state import StateSpec, TrainState
@@ -51,6 +51,7 @@ class Checkpointer:
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
+                async_options=with_digests(root),
                 preservation_policy=managers.AnyPreservationPolicy(policies),
                 best_fn=(lambda metrics: metrics["val_loss"]) if tracks_best else None,
                 best_mode="min",
@@ -94,6 +95,7 @@ class Checkpointer:
                 f"{self._run.path} contains imported weights, which other runs start from. Train in "
                 f"another --workdir with --config.init_from={self._run.path}"
             )
+        self._run.checkpoints.verify(step)
         target = with_sharding(self._spec.shapes, self._spec.shardings)
         params = self._run.checkpoints.restore(target.params(), step)
         with self._run.checkpoints.reading(step):

@@ -27,7 +27,7 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, start_step: int, tensorboard: bool):
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
-            lines = [line for line in read_lines(self.path) if line["step"] <= start_step]
+            lines = [line for line in read_metrics(workdir) if line["step"] <= start_step]
             write_lines(self.path, lines)
         self._file = self.path.open("a")
         self._board: Any = None
@@ -49,6 +49,18 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The undamaged lines of metrics.jsonl."""
+
+    def check(line: dict[str, Any]) -> dict[str, Any]:
+        if not all(isinstance(value, int | float) for value in line.values()):
+            raise TypeError("not all values are numbers")
+        line["step"] = int(line["step"])
+        return line
+
+    return read_lines(workdir / "metrics.jsonl", check)
 
 
 class Progress:
@@ -138,7 +150,7 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path:
     from matplotlib import ticker
     from matplotlib.figure import Figure
 
-    lines = read_lines(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     axes = figure.subplots(1, 3)
     panels = {

@@ -7,6 +7,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from storm_jax.data.skips import Skip
 from storm_jax.files import read_lines, write_lines
@@ -27,10 +28,10 @@ class SkipLog:
         self._logged: set[tuple[str, str, str]] = set()
         self.lasting_failures: dict[str, str] = {}
         if self._path.exists():
-            lines = read_lines(self._path)
-            for line in lines:
-                self._is_new(Skip(**line))
-            write_lines(self._path, lines)  # without a truncated last line
+            skips = read_lines(self._path, _skip_of)
+            for skip in skips:
+                self._is_new(skip)
+            write_lines(self._path, map(dataclasses.asdict, skips))  # without damaged lines
 
     def write(self, skips: Sequence[Skip]) -> None:
         """Logs those of `skips` that are not in the file yet."""
@@ -52,3 +53,9 @@ class SkipLog:
         is_new = key not in self._logged
         self._logged.add(key)
         return is_new
+
+
+def _skip_of(line: dict[str, Any]) -> Skip:
+    if not all(isinstance(value, str) for value in line.values()):
+        raise TypeError("not all values are text")
+    return Skip(**line)

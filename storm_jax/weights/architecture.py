@@ -167,6 +167,11 @@ def projector_json(model: ModelConfig) -> dict[str, Any]:
 def _read(folder: pathlib.Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise WeightsError(
+                f"{folder} is a LoRA adapter, not a model: merge it into its base model and pass the "
+                f"folder of the result (PEFT: merge_and_unload, save_pretrained)"
+            )
         raise WeightsError(f"{folder} has no config.json")
     try:
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)

@@ -18,6 +18,7 @@ from storm_jax.weights import WeightsError
 from storm_jax.weights.mapping import Table
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
 
@@ -32,9 +33,16 @@ class Tensor:
     dtype: str
 
     def read(self) -> np.ndarray:
-        """Returns the values."""
+        """Returns the values.
+
+        Raises:
+          WeightsError: if they are not all finite.
+        """
         with safetensors.safe_open(self.file, "np") as file:  # closing it frees its pages
-            return file.get_tensor(self.name)
+            values = file.get_tensor(self.name)
+        if not _is_finite(values):
+            raise WeightsError(f"{self.file}: {self.name} has values that are not finite")
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +63,15 @@ class Match:
 def list_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     """Lists the tensors of a folder with one safetensors file, or with shards and their index.
 
+    If a folder has both, model.safetensors is read, as transformers does.
+
     Raises:
       WeightsError: if files are missing, damaged or contradict the index.
     """
     index = folder / INDEX
-    if not index.exists():
+    if (folder / SINGLE).exists() or not index.exists():
+        if index.exists():
+            print(f"note: {folder}: {SINGLE} is read, and not the shards of {INDEX}")
         return _list_files(folder, [_only_file(folder)])
     try:
         listed = json.loads(index.read_text())["weight_map"]
@@ -80,7 +92,7 @@ def list_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
 
 def _only_file(folder: pathlib.Path) -> pathlib.Path:
     files = sorted(folder.glob("*.safetensors"))
-    standard = folder / "model.safetensors"
+    standard = folder / SINGLE
     if standard in files or len(files) == 1:
         return standard if standard in files else files[0]
     found = f"{len(files)} safetensors files and no {INDEX}" if files else "no safetensors file"
@@ -169,6 +181,14 @@ def summary(names: tuple[str, ...]) -> str:
     return ", ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
 
 
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether all values are; infinities and NaNs have an exponent of ones. NumPy is slow for bfloat16."""
+    if values.dtype != ml_dtypes.bfloat16:
+        return bool(np.isfinite(values).all()) if values.dtype.kind == "f" else True
+    exponent = np.uint16(0x7F80)
+    return not ((values.view(np.uint16) & exponent) == exponent).any()
+
+
 class ShardWriter:
     """Writes tensors to safetensors files of at most `SHARD_BYTES` each (or one larger tensor).
 
@@ -194,7 +214,7 @@ class ShardWriter:
         count = len(self._files)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._files):
-            final = "model.safetensors"
+            final = SINGLE
             if count > 1:
                 final = f"model-{number + 1:05}-of-{count:05}.safetensors"
             (self._folder / f"{number}.part").rename(self._folder / final)

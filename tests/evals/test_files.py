@@ -86,3 +86,37 @@ def test_subtitles_of_many_forms_are_read(tmp_path):
     assert [line.text for line in read_srt(path)] == ["wide"]
     path.write_text("")
     assert read_srt(path) == []
+
+
+TIMED = "1\n00:00:01,000 --> 00:00:02,000\n{}\n\n2\n00:00:03,000 --> 00:00:04,000\n{}\n"
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"]
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_subtitles_of_many_encodings_are_read(tmp_path, encoding, newline):
+    text = TIMED.format("Ouverture à l'été", "“Déjà vu…” dit-il")
+    (tmp_path / "a.srt").write_bytes(text.replace("\n", newline).encode(encoding))
+    lines = read_srt(tmp_path / "a.srt")
+    assert [line.text for line in lines] == ["Ouverture à l'été", "“Déjà vu…” dit-il"]
+    assert [line.start for line in lines] == [1, 3]
+
+
+@pytest.mark.parametrize("time", ["00:01,500", "0:00:01.5", "00:00:01,500", "0:1.5"])
+def test_times_of_many_forms_are_read(tmp_path, time):
+    (tmp_path / "a.srt").write_text(f"1\n{time} --> 00:00:02\nHi\n")
+    assert [(x.start, x.end) for x in read_srt(tmp_path / "a.srt")] == [(1.5, 2)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\0" * 200, TIMED.format("你好，世界", "再见").encode("gb18030"), b"no times at all",
+        TIMED.format("Привет", "Пока").encode("koi8-r"), b"\xff\xfe\x00\xd8\x00",
+    ],
+)  # fmt: skip
+def test_subtitles_of_an_unknown_encoding_are_refused_not_guessed(tmp_path, content):
+    (tmp_path / "a.srt").write_bytes(content)
+    with pytest.raises(ValueError):
+        read_srt(tmp_path / "a.srt")

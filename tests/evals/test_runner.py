@@ -82,6 +82,30 @@ def test_only_the_rest_is_asked_and_failures_are_asked_again(root, tmp_path):
     assert model.asked == [] and again.scores == report.scores
 
 
+DAMAGE = [b"\0" * 30, b"null", b'{"id": "q"}', b'{"id": "a", "reply": 3}', b"\xff\xfe", b'{"id": "a',
+          b'{"id": "a", "reply": "b", "seconds": "x"}']  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_answer_is_asked_again_once(root, tmp_path, damage):
+    expected, _ = ask(root, tmp_path / "whole")
+    ask(root, tmp_path / "out")
+    (journal,) = (tmp_path / "out").glob("answers.*.jsonl")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], damage + b"\n", *lines[4:]]))
+    report, model = ask(root, tmp_path / "out")
+    assert report.scores == expected.scores and len(model.asked) == 1
+    report, model = ask(root, tmp_path / "out")
+    assert report.scores == expected.scores and not model.asked
+
+
+def test_damaged_settings_are_named(root, tmp_path):
+    ask(root, tmp_path / "out")
+    (tmp_path / "out/settings.json").write_text('{"step": 3')
+    with pytest.raises(RunError, match=r"settings.json is damaged, so that .* remove"):
+        ask(root, tmp_path / "out")
+
+
 def test_shards_write_one_report_in_any_order(root, tmp_path):
     whole, _ = ask(root, tmp_path / "whole", failing)
     first, one = ask(root, tmp_path / "shared", failing, shard=(0, 2))

@@ -30,8 +30,8 @@ SHAPE = RowShape(
 VISUAL = VisualShape(SHAPE.num_groups, 1)
 NEW = 5  # tokens
 # Shared by all tests, so that each shape is compiled once.
-run_generate = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
-OPTIONS: dict = {"sampling": Sampling(max_new_tokens=NEW), "stop_ids": (511,)}
+run_generate = nnx.jit(generate, static_argnames=("slots", "stop_ids"))
+OPTIONS: dict = {"sampling": Sampling(max_new_tokens=NEW), "slots": NEW, "stop_ids": (511,)}
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_the_papers_longest_setting_has_the_shapes_it_should():
 
     def answer(params, batch, visual, key):
         model = nnx.merge(graphdef, params)
-        return generate(model, batch, visual, key, sampling=Sampling(16), stop_ids=(1,))
+        return generate(model, batch, visual, key, Sampling(16), slots=16, stop_ids=(1,))
 
     batch = {
         "tokens": shape((8, 16_896)),

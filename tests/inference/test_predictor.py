@@ -27,6 +27,11 @@ def storm(trained_run):
     return storm_jax.load(trained_run)
 
 
+@pytest.fixture
+def video(shapes_folder):
+    return next((shapes_folder / "media/test").glob("*.mp4"))
+
+
 def questions_of(folder) -> list[Sample]:
     """The test questions of the built-in task as samples."""
     benchmark = BENCHMARKS["shapes"]
@@ -204,11 +209,36 @@ def test_batches_are_smaller_where_there_are_many_visual_tokens(storm):
     assert storm._batch_size(None, 2**17) == 8
 
 
-def test_more_tokens_than_positions_are_a_warning(storm, caplog):
-    storm._warn_of_length(32_768)
-    assert not caplog.messages
-    storm._warn_of_length(32_769)
-    assert "model.decoder.max_positions=32768" in caplog.text
+def test_what_exceeds_the_decoders_positions_is_refused_before_anything_runs(
+    storm, video, monkeypatch
+):
+    monkeypatch.setattr(storm._programs, "encode", None)
+    decoder = dataclasses.replace(storm.config.model.decoder, max_positions=3)
+    with monkeypatch.context() as patch:
+        small = dataclasses.replace(storm.config.model, decoder=decoder)
+        patch.setattr(storm, "config", dataclasses.replace(storm.config, model=small))
+        with pytest.raises(ValueError, match=r"visual tokens exceed the decoder's 3 positions"):
+            storm.watch(video)
+
+
+def test_a_question_longer_than_the_decoders_positions_is_refused(storm, video):
+    watched = storm.watch(video)
+    with pytest.raises(ValueError, match=r"exceed the decoder's 32,768 positions .*: shorten"):
+        watched.answer("why " * 80_000, sampling=SHORT)
+    with pytest.raises(ValueError, match=r"and up to 40,000 of the answer exceed"):
+        watched.answer("Why?", sampling=Sampling(40_000))
+    assert isinstance(watched.answer("Why?", sampling=SHORT), str)
+
+
+def test_other_temperatures_and_token_limits_compile_nothing(storm, video):
+    watched = storm.watch(video)
+    watched.answer("Why?", sampling=SHORT)
+    programs = len(storm._programs._compiled)
+    longest = watched.answer("Why?", sampling=Sampling(64, temperature=0.7, top_p=0.9), seed=1)
+    for limit in (1, 5, 33):
+        cut = watched.answer("Why?", sampling=Sampling(limit, temperature=0.7, top_p=0.9), seed=1)
+        assert longest.startswith(cut)
+    assert len(storm._programs._compiled) == programs
 
 
 def test_no_samples_have_no_predictions(storm):

@@ -38,6 +38,15 @@ def crash(how: str) -> None:
         ctypes.string_at(0)
 
 
+def crash_once(marker: str) -> int:
+    try:
+        pathlib.Path(marker).mkdir()
+    except FileExistsError:
+        return os.getpid()
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
 def fail() -> None:
     raise MediaError(Media(kind="video", name="a.mp4"), "truncated", "too short")
 
@@ -108,6 +117,11 @@ def test_a_crash_costs_one_call_and_is_described(pool: WorkerPool, how: str, mes
     with pytest.raises(WorkerCrashError, match=message):
         pool.call(crash, how)
     assert pool.call(array, 2, 1)["a"].shape == (2, 3)
+
+
+def test_a_process_killed_from_outside_costs_nothing(pool: WorkerPool, tmp_path):
+    assert pool.call(crash_once, str(tmp_path / "killed")) > 0
+    assert (tmp_path / "killed").exists()
 
 
 def test_errors_are_raised_unchanged_and_the_process_survives(pool: WorkerPool):

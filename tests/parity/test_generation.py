@@ -46,13 +46,14 @@ def ours_of(path, prompts: list[np.ndarray], stops: tuple[int, ...]) -> list[lis
     }
     model = load_model(path)
     empty_table = jnp.zeros((len(prompts), 1, model.decoder.head().shape[0]))
-    jitted = nnx.jit(generate, static_argnames=("sampling", "stop_ids"))
+    jitted = nnx.jit(generate, static_argnames=("slots", "stop_ids"))
     tokens = jitted(
         model,
         batch,
         empty_table,
         jax.random.key(0),
         sampling=Sampling(max_new_tokens=NEW),
+        slots=NEW,
         stop_ids=stops,
     )
     return [until(row, stops) for row in np.asarray(tokens).tolist()]

@@ -409,13 +409,18 @@ def test_a_checkpoint_is_saved_when_validation_fails(small_config, shapes_folder
     assert run.checkpoints.resolve(None) == 2
 
 
-def test_a_damaged_checkpoint_is_reported_by_step(trained_run, tmp_path):
+@pytest.mark.parametrize(
+    ("digests", "problem"), [(True, "has changed since it was written"), (False, "cannot be read")]
+)
+def test_a_damaged_checkpoint_is_reported_by_step(digests, problem, trained_run, tmp_path):
     run = Run(tmp_path / "run")
     shutil.copytree(trained_run, run.path)
     for data in (run.checkpoints.path / "2/params").rglob("*"):
         if data.is_file():
             data.write_bytes(data.read_bytes()[:20])
-    with pytest.raises(RunError, match=r"checkpoint 2 of .* cannot be read"):
+    if not digests:
+        (run.checkpoints.path / "2/digests.json").unlink()
+    with pytest.raises(RunError, match=rf"checkpoint 2 of .*: .*{problem}"):
         loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 
 

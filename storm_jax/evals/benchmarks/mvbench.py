@@ -10,6 +10,7 @@ Folders may be in DIR or DIR/video, and those of data0613.zip in DIR/video/data0
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -98,7 +99,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
                 Question(
                     id=f"{name}/{number}",
                     video=f"{task.whole}/{row['video']}",
-                    media=_medium(row, task, whole, cut),
+                    media=_medium(row, f"{folder / name}.json row {number}", task, whole, cut),
                     text=without_placeholders(row["question"]),
                     options=tuple(map(without_placeholders, options)),
                     answer=letter_of(str(row["answer"]), options),
@@ -108,17 +109,43 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
     return questions
 
 
-def _medium(row: dict[str, Any], task: Task, whole: FileFinder, cut: FileFinder) -> Media:
-    """The clip of a row: a file, or a part of a video or of a folder of frames."""
+def _medium(
+    row: dict[str, Any], where: str, task: Task, whole: FileFinder, cut: FileFinder
+) -> Media:
+    """The clip of a row: a file, or a part of a video or of a folder of frames.
+
+    Raises:
+      BenchmarkError: naming the file, row and field, if the bounds are not times in order.
+    """
+    start, end = (_seconds(row, key, where) for key in ("start", "end"))
+    if start is not None and end is not None and end < start:
+        raise BenchmarkError(f"{where}: start={row['start']} is after end={row['end']}")
     found = whole.find(row["video"])
-    if task.whole != task.cut and found is None and (clip := cut.find(row["video"])):
-        return Media.file("video", clip)
+    if task.whole != task.cut and found is None:
+        path = pathlib.PurePosixPath(row["video"])
+        named = f"{path.with_suffix('')}_{row.get('start')}_{row.get('end')}{path.suffix}"
+        if clip := cut.find(row["video"]) or cut.find(named):
+            return Media.file("video", clip)
     medium = Media.file("video", found or whole.path(row["video"]))
-    if task.bounded and row.get("start") is not None:
-        name = f"{medium.name} from {row['start']} to {row['end']} s"
-        start, end = float(row["start"]), float(row["end"])
+    if task.bounded and start is not None:
+        until = "" if end is None else f" to {row['end']}"
+        name = f"{medium.name} from {row['start']}{until} s"
         medium = dataclasses.replace(medium, name=name, start=start, end=end)
-    return dataclasses.replace(medium, fps=TVQA_FPS)
+    return dataclasses.replace(medium, fps=TVQA_FPS) if medium.is_folder() else medium
+
+
+def _seconds(row: dict[str, Any], key: str, where: str) -> float | None:
+    """A time in a row, which may be text; None if it has none."""
+    value = row.get(key)
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise BenchmarkError(f"{where}: {key}={value!r} must be seconds")
+    return seconds
 
 
 def lmms(question: Question) -> Sample:

@@ -63,7 +63,16 @@ class Thumbnails:
 
     @classmethod
     def from_fields(cls, line: Mapping[str, Any]) -> Thumbnails:
-        return cls(base64.b64decode(line["jpeg"]), tuple(line["times"]))
+        """Raises KeyError, TypeError or ValueError if the fields or the picture are damaged."""
+        jpeg, times = (
+            base64.b64decode(line["jpeg"], validate=True),
+            tuple(map(float, line["times"])),
+        )
+        try:
+            Image.open(io.BytesIO(jpeg)).load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"the picture is damaged: {error}") from error
+        return cls(jpeg, times)
 
 
 def _grid(count: int) -> tuple[int, int]:
@@ -74,6 +83,8 @@ def read_thumbnails(folder: pathlib.Path) -> dict[str, Thumbnails]:
     """The thumbnails in an evaluation's folder, by question id; questions about a video share them."""
     found = {}
     for path in sorted(folder.glob("thumbnails.*.jsonl")):
-        for line in read_lines(path):
-            found.update(dict.fromkeys(line["ids"], Thumbnails.from_fields(line)))
+        for ids, thumbnails in read_lines(
+            path, lambda line: (map(str, line["ids"]), Thumbnails.from_fields(line))
+        ):
+            found.update(dict.fromkeys(ids, thumbnails))
     return found
