@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from storm_jax.ops.guard import agrees
 from storm_jax.ops.selective_scan import xla
 from storm_jax.ops.selective_scan.inputs import Inputs
 from storm_jax.ops.spans import segment_starts, unify_varying_axes
@@ -30,6 +31,7 @@ CHUNK = {"sequential": 64, "chunked": 256}  # steps; "associative" solves the wh
 # The module of each kernel, imported on first use: a newer JAX may no longer have what it imports.
 KERNELS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 MAX_D_STATE = {"pallas_gpu": 32, "pallas_tpu": 64}  # the largest state that fits into registers
+_TOLERANCE = 1e-4  # of a kernel in float32, relative to the largest value
 IMPLEMENTATIONS = (*CHUNK, "associative", *KERNELS)
 
 
@@ -133,12 +135,50 @@ def fastest(backend: str, d_state: int) -> str:
     """Returns the fastest implementation for a JAX backend and a state size.
 
     "sequential" on CPU, and the kernel on GPU and TPU. A kernel is replaced by "chunked" if `d_state`
-    exceeds `MAX_D_STATE`, or if this version of JAX cannot lower it, which is logged once.
+    exceeds `MAX_D_STATE`, if this version of JAX cannot lower it, or if it does not agree with "chunked" on
+    this device. The last two are logged once.
     """
     if backend == "cpu":
         return "sequential"
     name, platform = ("pallas_tpu", "tpu") if backend == "tpu" else ("pallas_gpu", "cuda")
-    return name if d_state <= MAX_D_STATE[name] and _lowers(name, platform) else "chunked"
+    usable = d_state <= MAX_D_STATE[name] and _lowers(name, platform)
+    if usable and backend == jax.default_backend():
+        usable = _is_right(name)
+    return name if usable else "chunked"
+
+
+@functools.cache
+def _is_right(name: str) -> bool:
+    """Whether a kernel agrees with "chunked", values and gradients, on a ragged input with segments."""
+    rng = np.random.default_rng(0)
+    batch, length, width, d_state = 2, 77, 160, 16
+    shapes = [(batch, length, width)] * 2 + [(width, d_state)] + [(batch, length, d_state)] * 2
+    x, dt, A, B, C = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    D, dt_bias = rng.standard_normal((2, width), np.float32)
+    segments = np.sort(rng.integers(0, 4, (batch, length)), axis=1)
+    y_weight = rng.standard_normal(x.shape, np.float32)
+
+    def run(implementation: str) -> Any:
+        def loss(inputs: tuple) -> tuple[jax.Array, Any]:
+            *arrays, bias = inputs
+            outputs = selective_scan(
+                *arrays,
+                dt_bias=bias,
+                segment_ids=jnp.asarray(segments),
+                implementation=implementation,
+            )
+            return (outputs[0] * y_weight).sum() + outputs[1].sum(), outputs
+
+        inputs = (x, dt, -np.exp(A), B, C, D, dt_bias)
+        return jax.jit(jax.grad(loss, has_aux=True))(inputs)
+
+    return agrees(
+        f"the selective scan kernel {name}",
+        functools.partial(run, name),
+        functools.partial(run, "chunked"),
+        tolerance=_TOLERANCE,
+        instead="chunked",
+    )
 
 
 @functools.cache
