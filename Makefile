@@ -1,4 +1,4 @@
-# make demo          train, evaluate and query a small STORM on the built-in task (about 8 minutes on 2 cores)
+# make demo          train, evaluate and query a small STORM on the built-in task (about 7 minutes on 2 cores)
 # make test          all fast tests, one worker per core (about 7 minutes on 2 cores)
 # make test-slow     tests that take minutes: full-size import, kill and resume, the notebook, the wheel
 # make test-pythons  the quick part of the suite on Python 3.11, 3.12 and 3.13
@@ -56,7 +56,7 @@ lint: $(VENV)/development
 	$(BIN)/mypy
 
 evidence: $(VENV)/runtime
-	$(RUN) -m benchmarks.shapes --out=runs/evidence
+	$(RUN) -m benchmarks.shapes --out=runs/evidence --seeds=0,1
 
 clean:
 	rm -rf .venv .venv-* build data/shapes data_report runs/align runs/sft

@@ -7,7 +7,7 @@ the whole pipeline (parsing, decoding, tokenising, packing) by number of workers
 the same run, are (a) PyAV or Pillow in one process, decoding and resizing the same files, times the number of
 cores used, and the same in several processes at once; (b) a torch DataLoader whose workers do what (a) does.
 Rounds are interleaved, and the best one counts. Also measures host memory over many samples, and the time to
-open a large JSONL file. Writes data.json and data_memory.png to OUT. Needs requirements-dev.txt.
+open a large JSONL file. Writes data.json and data_memory.png to OUT. Needs `pip install -e '.[dev]'`.
 """
 
 from __future__ import annotations

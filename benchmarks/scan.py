@@ -10,7 +10,7 @@ written in transformers (short sequences only) and, faster, over unbound tensors
 
 Each round times every method once, so that all of them see the same load, and the best round counts.
 Errors are those of y and of the gradients of all inputs, against torch in float64, relative to the largest
-value of each array. Requires requirements-dev.txt.
+value of each array. Requires `pip install -e '.[dev]'`.
 
 Writes OUT/scan.json, OUT/scan.md and OUT/scan.png, and updates them after each problem.
 """

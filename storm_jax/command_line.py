@@ -73,7 +73,7 @@ def _parse(argv: list[str]) -> list[str]:
             check_config_arguments(argv[1:])
         return flags.FLAGS(argv)
     except (flags.Error, ConfigError) as error:
-        sys.exit(f"{_program()}: {error} (--help lists all flags)")
+        sys.exit(f"{_program()}: {error} (--help lists the flags, storm_jax/config.py the fields)")
 
 
 def check_config_arguments(arguments: Sequence[str]) -> None:

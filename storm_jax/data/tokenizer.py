@@ -1,6 +1,6 @@
 """Trains a small byte-level BPE tokenizer with a ChatML template on the text of a data set.
 
-For models trained from scratch, such as the `tiny` preset; a pretrained decoder comes with a tokenizer.
+For models trained from scratch, such as the `tiny` recipe; a pretrained decoder comes with a tokenizer.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def selective_scan(
       h0: [B, E, N], the initial state; None means zeros.
       segment_ids: int [B, L]; the state is reset to zero where the id changes.
       implementation: one of `IMPLEMENTATIONS`; None selects the fastest one for the default backend.
-        On CPU, GPU and TPU kernels run in Pallas' interpreter, which is slow.
+        On CPU, the GPU and TPU kernels are interpreted, which is slow.
 
     Returns:
       y [B, L, E] in the dtype of `x`, and the final state [B, E, N] in fp32.
