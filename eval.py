@@ -57,16 +57,7 @@ ANSWER = flags.DEFINE_enum(
 SETTINGS = flags.DEFINE_enum(
     "settings", None, list(PAPER_SETTINGS), "Frames, pooling and sampling of the paper's Table 15."
 )
-COMPRESSION = {
-    "num_frames": "Frames sampled from a video",
-    "temporal_pool": "Number of frames whose tokens are averaged",
-    "spatial_pool": "Edge of the token cells that are averaged",
-    "temporal_sample": "Keep every n-th group of frames",
-}
-for _name, _help in COMPRESSION.items():
-    flags.DEFINE_integer(
-        _name, None, f"{_help}; defaults to --settings, or else to training.", lower_bound=1
-    )
+command_line.define_compression_flags("--settings, or else to training")
 SWEEP = flags.DEFINE_multi_string(
     "sweep",
     [],
@@ -108,7 +99,7 @@ def run_command() -> str:
         "split": SPLIT.value,
         "step": STEP.value,
         "settings": SETTINGS.value or "",
-        **{name: flags.FLAGS[name].value for name in COMPRESSION},
+        **command_line.compression_flags(),
         "prompt_style": PROMPT_STYLE.value,
         "parser": PARSER.value,
         "answers": ANSWER.value,

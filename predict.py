@@ -29,14 +29,7 @@ WORKDIR = flags.DEFINE_string(
 VIDEO = flags.DEFINE_multi_string("video", [], "A video, or a folder of frames; repeatable.")
 IMAGE = flags.DEFINE_multi_string("image", [], "An image, shown before the videos; repeatable.")
 QUESTION = flags.DEFINE_multi_string("question", [], "What to ask about them; repeatable.")
-COMPRESSION = {
-    "num_frames": "Frames sampled from a video",
-    "temporal_pool": "Number of frames whose tokens are averaged",
-    "spatial_pool": "Edge of the token cells that are averaged",
-    "temporal_sample": "Keep every n-th group of frames",
-}
-for _name, _help in COMPRESSION.items():
-    flags.DEFINE_integer(_name, None, f"{_help}; defaults to training.", lower_bound=1)
+command_line.define_compression_flags("training")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; defaults to the last one.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "Maximum length of the answer.", lower_bound=1
@@ -74,8 +67,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compression(trained: CompressionConfig) -> CompressionConfig:
-    given = {name: flags.FLAGS[name].value for name in COMPRESSION}
-    return dataclasses.replace(trained, **{k: v for k, v in given.items() if v is not None})
+    given = command_line.compression_flags().items()
+    return dataclasses.replace(
+        trained, **{name: value for name, value in given if value is not None}
+    )
 
 
 def questions_from_stdin() -> Iterator[str]:

@@ -20,7 +20,25 @@ from ml_collections.config_flags import config_path
 
 from storm_jax.config import ConfigError
 
+flags.disclaim_key_flags()  # flags defined here are those of the script, and in its --help
+COMPRESSION = {
+    "num_frames": "Frames sampled from a video",
+    "temporal_pool": "Number of frames whose tokens are averaged",
+    "spatial_pool": "Edge of the token cells that are averaged",
+    "temporal_sample": "Keep every n-th group of frames",
+}
 _CACHE_BYTES = 2**32  # the programs that were used last are kept
+
+
+def define_compression_flags(default: str) -> None:
+    """Defines a flag for each of `COMPRESSION`; None is what `default` describes."""
+    for name, meaning in COMPRESSION.items():
+        flags.DEFINE_integer(name, None, f"{meaning}; defaults to {default}.", lower_bound=1)
+
+
+def compression_flags() -> dict[str, int | None]:
+    """Their values by name."""
+    return {name: flags.FLAGS[name].value for name in COMPRESSION}
 
 
 def run(main: Callable[[Sequence[str]], Any], expected: tuple[type[Exception], ...] = ()) -> None:

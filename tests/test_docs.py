@@ -11,6 +11,7 @@ from media_files import barcode, write_numbered
 from PIL import Image
 
 from configs import tiny
+from storm_jax import command_line
 from storm_jax.config import RunConfig, SourceConfig, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.pipeline import batches
@@ -71,6 +72,9 @@ def test_commands_name_scripts_and_flags_that_exist(document):
         f"-m storm_jax.{name}": f"storm_jax/{name}/__main__.py" for name in ("weights", "data")
     }
     sources = {name: (ROOT / path).read_text() for name, path in files.items()}
+    for name, source in sources.items():
+        if "define_compression_flags" in source:
+            sources[name] += " ".join(f'"{flag}"' for flag in command_line.COMPRESSION)
     commands = re.findall(
         r"python (\w+\.py|-m storm_jax\.(?:weights|data)(?= ))(.*)", document.read_text()
     )
