@@ -24,8 +24,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 _CHUNK_BYTES = 2**25  # larger chunks are compressed and copied whole on their way to the disk
 _MIN_SLICE_BYTES = 2**20  # replicas share the writing of an array only in slices of this size
-
-
 _DIGESTS = "digests.json"
 
 
@@ -114,7 +112,7 @@ class Checkpoints:
           RunError: if a file has changed since the checkpoint was written.
         """
         folder = self.path / str(step)
-        if (step, item) in self._verified or os.environ.get("STORM_VERIFY") == "0":
+        if self._verified & {(step, item), (step, "")} or os.environ.get("STORM_VERIFY") == "0":
             return
         if (folder / _DIGESTS).exists():
             with self.reading(step):
@@ -221,8 +219,6 @@ class Checkpoints:
         """Raises a RunError for any error while a checkpoint's files are read."""
         try:
             yield
-        except RunError:
-            raise
         except Exception as error:
             reason = str(error).split("\n", maxsplit=1)[0][:200] or type(error).__name__
             raise self.damaged(step, f"cannot be read: {reason}") from error

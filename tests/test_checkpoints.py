@@ -28,6 +28,14 @@ def test_an_undamaged_checkpoint_is_read(stored):
     np.testing.assert_array_equal(restored[name], checkpoints.read(2, name))
 
 
+def test_files_are_compared_once(stored, monkeypatch):
+    checkpoints = Checkpoints(stored)
+    checkpoints.verify(2)
+    monkeypatch.setattr("storm_jax.checkpoints._digests", None)
+    checkpoints.verify(2, "params")  # as part of all items
+    checkpoints.verify(2)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_flipped_bit_in_the_parameters_is_noticed(stored, seed):
     rng = np.random.default_rng(seed)

@@ -39,6 +39,7 @@ class _Timeline:
       stamps: int64 [n], sorted, in units of `base` seconds.
       keyframes: timestamps of the keyframes, sorted; empty if decoding must begin at the start.
       numbered: True if the container stores no timestamps, so frames are identified by display order.
+      step: mean time between frames, in seconds.
       first, last: declared times of the first and the last frame, in seconds.
       gaps: float64 [g, 2], start and end in seconds of what the file has lost before its last frame.
       damage: what is missing from the file; "" if it is complete.
@@ -48,6 +49,7 @@ class _Timeline:
     base: Fraction
     keyframes: np.ndarray
     numbered: bool
+    step: float
     first: float
     last: float
     gaps: np.ndarray
@@ -56,11 +58,6 @@ class _Timeline:
     @functools.cached_property
     def seconds(self) -> np.ndarray:
         return self.stamps * float(self.base)
-
-    @property
-    def step(self) -> float:
-        """Mean time between frames, in seconds."""
-        return float(self.seconds[-1] - self.seconds[0]) / max(1, len(self.stamps) - 1)
 
     @functools.cached_property
     def numbers(self) -> dict[int, int]:
@@ -243,6 +240,7 @@ def _read_timeline(video: _Video) -> _Timeline:
         base=base,
         keyframes=keyframes,
         numbered=numbered,
+        step=float(step),
         first=float(first),
         last=float(last),
         gaps=gaps,

@@ -276,6 +276,7 @@ def test_jumps_cover_every_pick_from_a_keyframe_before_it(stamps, keys, picks):
         base=Fraction(1),
         keyframes=keyframes,
         numbered=False,
+        step=1.0,
         first=float(times[0]),
         last=float(times[-1]),
         gaps=np.empty((0, 2)),

@@ -188,7 +188,7 @@ class _Document:
         lists: list[int] = []
         values: list[tuple[_Span, bool]] = []
         self._take("{")
-        while not self._ends_with("}", first=not lists and not values):
+        while not self._ends_with("}", first=not values):
             start = self.position
             self._value()
             self._skip_space()

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import logging
-import pathlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +17,7 @@ from PIL import Image
 from storm_jax.evals.benchmark import without_placeholders
 from storm_jax.evals.lmms_eval import NAME
 from storm_jax.inference.generate import Sampling
-from storm_jax.inference.predictor import Predictor
-from storm_jax.media.image import IMAGE_SUFFIXES
+from storm_jax.inference.predictor import Predictor, kind_of
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample, Turn
 
@@ -117,8 +115,7 @@ def _medium(name: str, visual: Any) -> Media:
         raise TypeError(
             f"{name} has a {type(visual).__name__}; only images and paths of videos are supported"
         )
-    is_image = pathlib.Path(visual).suffix.lower() in IMAGE_SUFFIXES
-    return Media.file("image" if is_image else "video", visual)
+    return Media.file(kind_of(visual), visual)
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:
