@@ -6,12 +6,9 @@ SHA-256 of its files, which are compared before it is read: Orbax does not notic
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import hashlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,9 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from storm_jax.files import changed_files, write_digests
+
 _CHUNK_BYTES = 2**25  # larger chunks are compressed and copied whole on their way to the disk
 _MIN_SLICE_BYTES = 2**20  # replicas share the writing of an array only in slices of this size
-_DIGESTS = "digests.json"
 
 
 class RunError(RuntimeError):
@@ -47,23 +45,11 @@ def with_digests(root: pathlib.Path) -> ocp.AsyncOptions:
 
     def write() -> None:
         for folder in root.glob("*.orbax-checkpoint-tmp"):
-            files = [path for path in folder.rglob("*") if path.is_file()]
             # Orbax writes the time of the commit into the file of this name.
-            names = {
-                str(f.relative_to(folder)): f for f in files if f.name != "_CHECKPOINT_METADATA"
-            }
-            (folder / _DIGESTS).write_text(json.dumps(_digests(names), indent=1))
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            write_digests(folder, [f for f in files if f.name != "_CHECKPOINT_METADATA"])
 
     return ocp.AsyncOptions(post_finalization_callback=write)
-
-
-def _digests(files: Mapping[str, pathlib.Path]) -> dict[str, str]:
-    def digest(path: pathlib.Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        return dict(zip(files, threads.map(digest, files.values()), strict=True))
 
 
 class Checkpoints:
@@ -111,21 +97,17 @@ class Checkpoints:
         Raises:
           RunError: if a file has changed since the checkpoint was written.
         """
-        folder = self.path / str(step)
-        if self._verified & {(step, item), (step, "")} or os.environ.get("STORM_VERIFY") == "0":
+        if self._verified & {(step, item), (step, "")}:
             return
-        if (folder / _DIGESTS).exists():
-            with self.reading(step):
-                expected = json.loads((folder / _DIGESTS).read_text())
-                names = [name for name in expected if name.startswith(item)]
-                found = _digests({name: folder / name for name in names})
-            for name in names:
-                if found[name] != expected[name]:
-                    raise self.damaged(step, f"{name} has changed since it was written")
+        with self.reading(step):
+            changed = changed_files(self.path / str(step), item)
+        if changed:
+            raise self.damaged(step, f"{changed[0]} has changed since it was written")
         self._verified.add((step, item))
 
     def shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter by path."""
+        self.verify(step, "params")
         with self.reading(step):
             metadata = ocp.PyTreeCheckpointHandler().metadata(self.path / str(step) / "params")
             return {
@@ -144,7 +126,6 @@ class Checkpoints:
         Raises:
           RunError: if the checkpoint is damaged, or its parameters have other names or shapes.
         """
-        self.verify(step, "params")
         stored = self.shapes(step)
         problems = [f"{name} is not in the checkpoint" for name in target.keys() - stored.keys()]
         problems += [f"{name} is only in the checkpoint" for name in stored.keys() - target.keys()]

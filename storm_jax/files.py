@@ -1,7 +1,12 @@
-"""JSON lines, atomic writes, digests."""
+"""JSON lines, atomic writes, digests.
+
+What a run reads again is checked: its lines have a CRC, its folders a digests.json.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,8 +14,11 @@ import logging
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+_DIGESTS = "digests.json"
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -29,14 +37,23 @@ def write_lines(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
+def to_line(fields: Mapping[str, Any]) -> str:
+    """A line of a JSONL file, with the CRC-32 of its fields, so that `read_lines` notices a changed byte."""
+    return json.dumps({**fields, "crc": _crc(fields)}) + "\n"
+
+
+def _crc(fields: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(fields).encode()):08x}"
+
+
 def read_lines(
     path: pathlib.Path, parse: Callable[[dict[str, Any]], Any] = lambda line: line
 ) -> list[Any]:
-    """Reads a JSONL file that `write_lines` or an appending process wrote.
+    """Reads a JSONL file of lines that `to_line` made.
 
     A last line without its end was left by a process that was killed, and is dropped. Any other line that is
-    no JSON object, or that `parse` rejects with a KeyError, TypeError or ValueError, is damaged: it is logged
-    and dropped.
+    no JSON object, has changed, or that `parse` rejects with a KeyError, TypeError or ValueError, is damaged:
+    it is logged and dropped. Lines of earlier versions have no CRC.
     """
     found = []
     *lines, _ = path.read_bytes().split(b"\n")
@@ -45,6 +62,8 @@ def read_lines(
             line = json.loads(text)
             if not isinstance(line, dict):
                 raise TypeError("not an object")
+            if line.pop("crc", _crc(line)) != _crc(line):
+                raise ValueError("changed since it was written")
             found.append(parse(line))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             logging.warning("%s line %d is damaged and dropped: %r", path, number, error)
@@ -65,6 +84,70 @@ def is_full(error: BaseException | None) -> bool:
 def digest(text: str | bytes) -> str:
     """The first 16 hexadecimal digits of a text's SHA-256."""
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def rewriting(folder: pathlib.Path, names: Sequence[str]) -> Iterator[None]:
+    """Files of a folder are written in this context, and their digests afterwards.
+
+    There are no digests meanwhile, so that a process that is killed leaves files that can be read.
+    """
+    (folder / _DIGESTS).unlink(missing_ok=True)
+    yield
+    write_digests(folder, [folder / name for name in names])
+
+
+def write_digests(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> None:
+    """Writes digests.json: the SHA-256 of files in a folder and its subfolders."""
+    names = (str(path.relative_to(folder)) for path in paths)
+    write_atomically(folder / _DIGESTS, json.dumps(_digests(folder, names), indent=1) + "\n")
+
+
+def changed_files(folder: pathlib.Path, prefix: str = "") -> list[str]:
+    """Names, beginning with `prefix`, of files that have changed since their digests were written.
+
+    There are none if the folder has no digests.json, as in earlier versions, or with the environment
+    variable STORM_VERIFY=0.
+    """
+    path = folder / _DIGESTS
+    if os.environ.get("STORM_VERIFY") == "0" or not path.exists():
+        return []
+    try:
+        written = {
+            name: str(value)
+            for name, value in json.loads(path.read_text()).items()
+            if name.startswith(prefix)
+        }
+        found = _digests(folder, written)
+    except (AttributeError, ValueError):
+        return [_DIGESTS]
+    return [name for name in written if found[name] != written[name]]
+
+
+def describe_change(folder: pathlib.Path) -> str:
+    """What `changed_files` finds in a folder and what to do about it; "" if nothing."""
+    changed = changed_files(folder)
+    if not changed:
+        return ""
+    return (
+        f"{folder / changed[0]} has changed since it was written: restore it from a copy, or, if it was "
+        f"changed on purpose, remove {folder / _DIGESTS}"
+    )
+
+
+def _digests(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files by name; of a missing one, "missing"."""
+
+    def sha256(name: str) -> str:
+        try:
+            with (folder / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return "missing"
+
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        return dict(zip(names, threads.map(sha256, names), strict=True))
 
 
 def file_stamp(paths: Iterable[pathlib.Path]) -> str:

@@ -1,6 +1,7 @@
 """A run: the folder that training writes and evaluation reads.
 
 RUN/config.json            the complete configuration, with absolute paths
+RUN/digests.json           the SHA-256 of config.json; the tokenizer and each checkpoint have a file of this name too
 RUN/tokenizer/
 RUN/checkpoints/STEP/      params (always complete), opt_state, data, meta
 RUN/metrics.jsonl  RUN/skipped.jsonl  RUN/curves.png
@@ -28,7 +29,7 @@ import transformers
 from storm_jax import config as config_lib
 from storm_jax.checkpoints import Checkpoints, RunError
 from storm_jax.config import ConfigError, RunConfig, SourceConfig
-from storm_jax.files import write_atomically
+from storm_jax.files import describe_change, rewriting, write_atomically, write_digests
 from storm_jax.text.tokenizer import check_tokenizer, load_tokenizer, read_tokenizer, save_tokenizer
 
 # Fields that may change when a run is resumed.
@@ -50,6 +51,8 @@ class Run:
 
     @functools.cached_property
     def config(self) -> RunConfig:
+        if change := describe_change(self.path):
+            raise RunError(change)
         return config_lib.load(self.path / "config.json")
 
     @property
@@ -133,10 +136,11 @@ class Run:
                 partial = self.path / f"tokenizer.{os.getpid()}.tmp"
                 save_tokenizer(tokenizer, tokenizer_from, partial)
                 shutil.rmtree(self.tokenizer_path, ignore_errors=True)
+                write_digests(partial, list(partial.iterdir()))
                 partial.rename(self.tokenizer_path)
-            write_atomically(
-                self.path / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n"
-            )
+            with rewriting(self.path, ["config.json"]):
+                text = json.dumps(config_lib.to_dict(config), indent=2)
+                write_atomically(self.path / "config.json", text + "\n")
         except OSError as error:
             raise RunError(f"--workdir={self.path} cannot be written: {error}") from error
         self.__dict__.pop("config", None)

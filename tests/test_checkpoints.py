@@ -31,7 +31,7 @@ def test_an_undamaged_checkpoint_is_read(stored):
 def test_files_are_compared_once(stored, monkeypatch):
     checkpoints = Checkpoints(stored)
     checkpoints.verify(2)
-    monkeypatch.setattr("storm_jax.checkpoints._digests", None)
+    monkeypatch.setattr("storm_jax.checkpoints.changed_files", None)
     checkpoints.verify(2, "params")  # as part of all items
     checkpoints.verify(2)
 
@@ -71,7 +71,7 @@ def test_the_error_names_earlier_checkpoints(stored):
 
 def test_comparison_can_be_skipped(stored, monkeypatch):
     (stored / "2/digests.json").write_text("{}x")
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match=r"digests.json has changed"):
         Checkpoints(stored).verify(2)
     monkeypatch.setenv("STORM_VERIFY", "0")
     Checkpoints(stored).verify(2)

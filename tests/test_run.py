@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from storm_jax.config import ConfigError
 from storm_jax.run import Run, RunError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -62,11 +63,30 @@ def test_the_same_command_resumes_from_the_same_folder_only(
 def test_a_run_of_an_earlier_version_with_relative_paths_resumes(run, small_config, tmp_path):
     path = run.path / "config.json"
     path.write_text(path.read_text().replace(f"{tmp_path}/", ""))
+    (run.path / "digests.json").unlink()
     old = Run(run.path)
     assert old.config.data.train[0].path == "data/train.json"
     assert old.config.init_from == "runs/align"
     old.prepare(small_config(**RELATIVE), run.tokenizer_path)
     assert old.config.data.train[0].path == str(tmp_path / "data/train.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer/tokenizer.json"])
+def test_a_changed_file_of_the_run_is_named(run, small_config, name, monkeypatch):
+    path = run.path / name
+    path.write_text(path.read_text() + "\n")
+
+    def use() -> None:
+        found = Run(run.path)
+        assert found.config and found.tokenizer()
+
+    problem = f"{name} has changed since it was written: restore it .* or, .* remove .*digests.json"
+    with pytest.raises((ConfigError, RunError), match=problem):
+        use()
+    with pytest.raises((ConfigError, RunError), match=problem):  # resumed, it would be accepted
+        Run(run.path).prepare(small_config(**RELATIVE), run.tokenizer_path)
+    monkeypatch.setenv("STORM_VERIFY", "0")
+    use()
 
 
 def test_a_run_is_evaluated_from_any_folder(run, tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from storm_jax.data.skips import DataError
-from storm_jax.files import digest
+from storm_jax.files import changed_files, digest, write_digests
 
 
 def cached_arrays(
@@ -45,6 +45,7 @@ def _write(target: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         partial.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
+        write_digests(partial, list(partial.iterdir()))
         if target.exists() and _load(target) is None:
             shutil.rmtree(target)  # damaged
         try:
@@ -57,7 +58,8 @@ def _write(target: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _load(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
-    if not folder.is_dir():
+    """None if there is no undamaged cache."""
+    if not folder.is_dir() or changed_files(folder):
         return None
     try:
         return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}

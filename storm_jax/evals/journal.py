@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from storm_jax.evals.predictions import from_fields, to_fields
 from storm_jax.evals.report.thumbnails import Thumbnails
-from storm_jax.files import read_lines, write_atomically
+from storm_jax.files import read_lines, to_line, write_atomically
 from storm_jax.inference.prediction import Prediction
 from storm_jax.run import RunError
 
@@ -115,7 +115,7 @@ def _answer(line: dict[str, Any]) -> tuple[str, Prediction]:
 
 
 def _append(file: BinaryIO, line: Mapping[str, Any]) -> None:
-    file.write(json.dumps(line).encode() + b"\n")
+    file.write(to_line(line).encode())
     file.flush()
 
 

@@ -14,6 +14,7 @@ from storm_jax.evals.judging import Judged, score_judgements
 from storm_jax.evals.provenance import about_this_machine
 from storm_jax.evals.report.files import Report, write_report
 from storm_jax.evals.scoring import score as compute_scores
+from storm_jax.files import describe_change
 
 
 def score(
@@ -99,6 +100,8 @@ def _results_of(path: pathlib.Path, benchmark: Benchmark) -> Mapping[str, Any]:
     results = path.with_name("results.json")
     if path.name != "predictions.jsonl" or not results.exists():
         return {}
+    if change := describe_change(path.parent):
+        raise BenchmarkError(change)
     try:
         found = dict(json.loads(results.read_text()))
     except (ValueError, TypeError) as error:

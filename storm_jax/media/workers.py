@@ -127,6 +127,7 @@ class _Worker:
         self._connection: Connection | None = None
         self._shared: _SharedMemory | None = None
         self._calls = 0
+        self._is_closed = False
 
     def call(
         self, function: Callable, args: tuple, limit: float | None, out: np.ndarray | None
@@ -157,6 +158,17 @@ class _Worker:
         return result
 
     def _start(self) -> None:
+        """Starts the process, again if it is killed from outside before it is ready."""
+        status: int | None = None
+        for _ in range(2):
+            if self._try_to_start():
+                return
+            status = self.stop()
+            if self._is_closed:
+                break
+        raise RuntimeError(f"a worker process did not start: {_status(status)}")
+
+    def _try_to_start(self) -> bool:
         ours, theirs = multiprocessing.Pipe()
         self._shared = _SharedMemory(_anonymous_file())
         descriptors = (theirs.fileno(), self._shared.descriptor)
@@ -169,14 +181,13 @@ class _Worker:
         theirs.close()
         self._connection, self._calls = ours, 0
         try:
-            started = ours.poll(START_LIMIT) and ours.recv_bytes() == b"ready"
+            return ours.poll(START_LIMIT) and ours.recv_bytes() == b"ready"
         except (EOFError, OSError):
-            started = False
-        if not started:
-            raise RuntimeError(f"a worker process did not start: {_status(self.stop())}")
+            return False
 
     def kill(self) -> None:
-        """Kills the process; safe to call while another thread waits for its answer."""
+        """Kills the process for good; safe to call while another thread waits for its answer."""
+        self._is_closed = True
         process = self._process
         if process is not None:
             process.kill()

@@ -9,6 +9,7 @@ import shutil
 import transformers
 
 from storm_jax.config import ConfigError, RunConfig
+from storm_jax.files import describe_change
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.sample import Sample, Turn
 from storm_jax.text.template import end_of_turn, exchange
@@ -39,6 +40,8 @@ def read_tokenizer(folder: str | pathlib.Path) -> transformers.PreTrainedTokeniz
             f"{folder} contains no tokenizer: set data.tokenizer to a folder with tokenizer.json and "
             f"tokenizer_config.json, or train one (python -m storm_jax.data.tokenizer --help)"
         )
+    if change := describe_change(pathlib.Path(folder)):
+        raise ConfigError(change)
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions

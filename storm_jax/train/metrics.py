@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import pathlib
 import sys
 import time
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from storm_jax.files import read_lines, write_lines
+from storm_jax.files import read_lines, to_line, write_atomically
 
 _RECENT_STEPS = 50  # that speed and time left are averaged over
 
@@ -28,7 +28,10 @@ class MetricsWriter:
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
             lines = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-            write_lines(self.path, lines)
+            last = lines[-1]["step"] if lines else 0
+            if last < start_step:
+                logging.warning("%s lost the steps %d to %d", self.path, last + 1, start_step)
+            write_atomically(self.path, "".join(map(to_line, lines)))
         self._file = self.path.open("a")
         self._board: Any = None
         if tensorboard:
@@ -39,7 +42,7 @@ class MetricsWriter:
             )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(to_line({"step": step, **metrics}))
         self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():

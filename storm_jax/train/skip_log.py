@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from storm_jax.data.skips import Skip
-from storm_jax.files import read_lines, write_lines
+from storm_jax.files import read_lines, to_line, write_atomically
 from storm_jax.media.reader import LASTING
 
 _MAX_WARNINGS = 20  # per call of `write`
@@ -31,7 +30,8 @@ class SkipLog:
             skips = read_lines(self._path, _skip_of)
             for skip in skips:
                 self._is_new(skip)
-            write_lines(self._path, map(dataclasses.asdict, skips))  # without damaged lines
+            kept = map(to_line, map(dataclasses.asdict, skips))  # without damaged lines
+            write_atomically(self._path, "".join(kept))
 
     def write(self, skips: Sequence[Skip]) -> None:
         """Logs those of `skips` that are not in the file yet."""
@@ -43,7 +43,7 @@ class SkipLog:
         if len(new) > _MAX_WARNINGS:
             logging.warning("and %d more: %s", len(new) - _MAX_WARNINGS, self._path)
         with self._path.open("a") as file:
-            file.writelines(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in new)
+            file.writelines(to_line(dataclasses.asdict(skip)) for skip in new)
 
     def _is_new(self, skip: Skip) -> bool:
         """Whether a skip has not been passed before; remembers it."""

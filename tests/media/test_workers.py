@@ -132,6 +132,17 @@ def test_errors_are_raised_unchanged_and_the_process_survives(pool: WorkerPool):
     assert pool.call(array, 1, 1)["pid"] == before
 
 
+def test_a_worker_killed_while_it_starts_is_started_again(monkeypatch, tmp_path):
+    program = tmp_path / "python"
+    program.write_text(
+        f'#!/bin/sh\nif mkdir {tmp_path}/once; then kill -9 $$; fi\nexec {sys.executable} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(workers.sys, "executable", str(program))
+    with WorkerPool(1) as pool:
+        assert pool.call(array, 1, 1)["pid"] > 0
+
+
 def test_a_worker_that_cannot_start_is_an_error_not_a_bad_sample(monkeypatch):
     monkeypatch.setattr(workers.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="did not start: status 1"):

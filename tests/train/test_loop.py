@@ -246,6 +246,7 @@ def test_a_checkpoint_of_another_shape_names_the_parameters(trained_run, tmp_pat
     shutil.copytree(trained_run, run.path)
     text = (run.path / "config.json").read_text()
     (run.path / "config.json").write_text(text.replace('"mlp_dim": 32', '"mlp_dim": 48'))
+    (run.path / "digests.json").unlink()
     with pytest.raises(RunError, match=r"decoder/layers/down/kernel is \(2, 32, 32\)"):
         loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 

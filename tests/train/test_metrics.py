@@ -41,6 +41,14 @@ def test_a_resumed_run_drops_steps_it_will_repeat(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
+def test_lost_steps_are_named(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    MetricsWriter(tmp_path, 4, tensorboard=False).close()
+    assert "metrics.jsonl lost the steps 2 to 4" in caplog.text
+
+
 def test_tensorboard_is_written_on_request(tmp_path):
     writer = MetricsWriter(tmp_path, 0, tensorboard=True)
     writer.write(1, {"loss": 1.0})

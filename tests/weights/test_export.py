@@ -209,7 +209,9 @@ def test_a_model_folder_as_tokenizer_leaves_no_trace(shard, small_config, tmp_pa
     other = save(make_decoder("llama3"), tmp_path / "other", "llama3", shard=shard)
     run = random_run(tmp_path / "run", other)
     names = {path.name for path in run.tokenizer_path.iterdir()}
-    assert names == {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    assert names == {
+        "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "digests.json",
+    }  # fmt: skip
     (run.tokenizer_path / "config.json").write_text("{}")  # as in older runs
     (run.tokenizer_path / "model.safetensors").write_bytes(b"stale")
     monkeypatch.setattr(tensors, "SHARD_BYTES", 50_000)

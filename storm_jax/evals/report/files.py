@@ -16,7 +16,7 @@ from storm_jax.evals.report.text import format_table
 from storm_jax.evals.report.thumbnails import read_thumbnails
 from storm_jax.evals.scoring import Scores
 from storm_jax.evals.settings import EvalSettings
-from storm_jax.files import write_atomically, write_lines
+from storm_jax.files import rewriting, write_atomically, write_lines
 
 _ERRORS = 3  # printed after the table
 
@@ -64,8 +64,9 @@ def write_report(
     thumbnails = read_thumbnails(thumbnails_from or folder)
     results = {**report.about, **dataclasses.asdict(scores)}
     page = render_report(benchmark, report.split, replies, scores, report.about, thumbnails)
-    write_lines(folder / "predictions.jsonl", map(to_line, replies))
-    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    with rewriting(folder, ["predictions.jsonl", "results.json"]):
+        write_lines(folder / "predictions.jsonl", map(to_line, replies))
+        write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_atomically(folder / "report.html", page)
     files = [folder / name for name in ("results.json", "predictions.jsonl", "report.html")]
     if any(reply.question.id in thumbnails for reply in replies):

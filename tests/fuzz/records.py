@@ -1,101 +1,22 @@
-"""Damages what people bring and counts how it ends: every input is used, or refused by name.
-
-    python -m tests.fuzz --seed=0 --media=1000 --records=5000
-
-An *escape* is any other exception: it would end a check or a training for one bad sample.
-"""
+"""Damaged records of annotation files."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
-import sys
-import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
+from storm_jax.config import CompressionConfig, SourceConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.sources import open_source
-from storm_jax.media.media import Media, MediaError
-from storm_jax.media.read import count_frames, read_media
+from storm_jax.media.read import read_media
 from storm_jax.text.bpe import train_tokenizer
 from storm_jax.text.conversation import ConversationEncoder
-from storm_jax.text.sample import SampleError
-from tests.media_files import write_numbered
-
-FRAMES = FramesConfig(fps=1.0)
-ESCAPE = "ESCAPE"
-
-
-def write_media(folder: pathlib.Path) -> list[pathlib.Path]:
-    """One small file of each common format."""
-    folder.mkdir(parents=True, exist_ok=True)
-    codecs = {
-        "mp4": "libx264",
-        "mkv": "libx264",
-        "webm": "libvpx-vp9",
-        "avi": "mpeg4",
-        "ts": "libx264",
-    }
-    files = [
-        write_numbered(folder / f"a.{suffix}", 20, codec, g="5") for suffix, codec in codecs.items()
-    ]
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
-    for suffix in ("png", "jpg", "webp", "tiff"):
-        files.append(folder / f"a.{suffix}")
-        Image.fromarray(pixels).save(files[-1])
-    return files
-
-
-def fuzz_media(seed: int, count: int, folder: pathlib.Path) -> Counter[str]:
-    """Flips, cuts, zeroes and repeats bytes of media files, and reads them."""
-    rng = np.random.default_rng(seed)
-    files = write_media(folder)
-    outcomes: Counter[str] = Counter()
-    for number in range(count):
-        file = files[number % len(files)]
-        damaged = folder / f"damaged{file.suffix}"
-        damaged.write_bytes(damage_bytes(rng, file.read_bytes()))
-        kind = "image" if file.suffix in (".png", ".jpg", ".webp", ".tiff") else "video"
-        medium = Media.file(kind, damaged)
-
-        def read(medium: Media = medium) -> str:
-            frames = count_frames(medium, 8, FRAMES)
-            clip = read_media(medium, frames, 16, 0.0)
-            assert clip.frames.shape == (frames, 16, 16, 3) and len(clip.times) == frames
-            return "read"
-
-        outcomes[outcome_of(read, f"{damaged} (media {number} of seed {seed})")] += 1
-    return outcomes
-
-
-def damage_bytes(rng: np.random.Generator, data: bytes) -> bytes:
-    """One to eight faults, anywhere or in the header."""
-    found = bytearray(data)
-    for _ in range(rng.integers(1, 9)):
-        limit = min(len(found), 400) if rng.random() < 0.5 else len(found)
-        at = int(rng.integers(max(1, limit)))
-        size = int(rng.integers(1, 40))
-        match rng.integers(5):
-            case 0:
-                found[at : at + 1] = bytes([int(rng.integers(256))])
-            case 1:
-                found[at : at + size] = bytes(len(found[at : at + size]))
-            case 2:
-                del found[at : at + size]
-            case 3:
-                found[at:at] = found[at : at + size]
-            case 4:
-                del found[max(1, at) :]
-    return bytes(found)
-
+from tests.fuzz.damage import damage_bytes, outcome_of
+from tests.fuzz.media import FRAMES, write_media
 
 ODD_VALUES: list[Any] = [
     None, True, False, 0, -1, 3, 1.5, -2.5, 10**18, 10**400, float("nan"), float("inf"), "", " ", "a",
@@ -199,38 +120,3 @@ def mutated(rng: np.random.Generator, value: Any) -> Any:
 
 def _odd(rng: np.random.Generator) -> Any:
     return ODD_VALUES[int(rng.integers(len(ODD_VALUES)))]
-
-
-def outcome_of(call: Callable[[], str], name: str) -> str:
-    try:
-        return call()
-    except (SampleError, MediaError) as error:
-        return error.cause
-    except Exception:
-        print(f"{ESCAPE}: {name}\n{traceback.format_exc()}", file=sys.stderr)
-        return ESCAPE
-
-
-FUZZERS = {"media": fuzz_media, "records": fuzz_records}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--seed", type=int, default=0, help="of all mutations")
-    for name in FUZZERS:
-        parser.add_argument(f"--{name}", type=int, default=0, help="number of mutations")
-    args = parser.parse_args()
-    escaped = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for name, fuzz in FUZZERS.items():
-            if count := getattr(args, name):
-                outcomes = fuzz(args.seed, count, pathlib.Path(folder) / name)
-                escaped += outcomes[ESCAPE]
-                listed = ", ".join(f"{n:,} {cause}" for cause, n in outcomes.most_common())
-                print(f"{name}: {count:,} mutations: {listed}")
-    print(f"{escaped} escapes")
-    sys.exit(escaped > 0)
-
-
-if __name__ == "__main__":
-    main()

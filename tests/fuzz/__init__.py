@@ -1,0 +1,1 @@
+"""Damages what people bring and what a run stores, and counts how it ends."""
