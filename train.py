@@ -9,9 +9,10 @@ Every field of the configuration can be overridden: --config.optim.learning_rate
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from storm_jax import command_line
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = from_dict(RunConfig, CONFIG.value)
     run = Run(WORKDIR.value)
+    _drop_tracebacks_of_a_full_disk()
     with run.locked():
         if config.init_from:
             config = with_inherited_model(config, run)
@@ -65,6 +67,20 @@ def main(argv: Sequence[str]) -> None:
                 f"space and run the same command to resume"
             ) from error
         print(f"training curves: {plot_curves(run.path)}")
+
+
+def _drop_tracebacks_of_a_full_disk() -> None:
+    """Orbax, asyncio and TensorStore log hundreds of lines about what `main` says in one."""
+    logging.get_absl_handler().addFilter(
+        lambda record: not is_full(record.exc_info[1] if record.exc_info else None)
+    )
+    default = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            default(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def make_evaluators(run: Run, spec: StateSpec, pool: WorkerPool) -> dict[str, Evaluator]:
