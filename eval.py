@@ -171,7 +171,9 @@ COMMANDS: Mapping[str, Callable[[], str]] = {"check": check_command, "score": sc
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 2 or (len(argv) == 2 and argv[1] not in COMMANDS):
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        raise app.UsageError(
+            f"unexpected arguments: {' '.join(argv[1:])}; commands are {' and '.join(COMMANDS)}"
+        )
     command = COMMANDS[argv[1]] if len(argv) == 2 else run_command
     try:
         problem = command()
@@ -193,4 +195,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, (ValueError,))
+    command_line.run(main, (ValueError, ImportError))

@@ -96,4 +96,4 @@ def check_text(question: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, (RunError, ValueError))
+    command_line.run(main, (RunError, ValueError, ImportError))

@@ -58,6 +58,8 @@ def _reporting(
         _keep_compiled_programs()
         try:
             return main(argv)
+        except app.UsageError as error:  # absl would print the whole help first
+            return sys.exit(f"{_program()}: {error} (--help lists the flags)")
         except expected as error:
             return sys.exit(f"{_program()}: {error}")
         except KeyboardInterrupt:

@@ -159,6 +159,11 @@ class Run:
                 f"{self.path} contains a run with a different configuration:\n  {listed}\n"
                 f"Use another --workdir, or set these fields back to resume the run"
             )
+        last = max(self.checkpoints.steps(), default=0)
+        if last > config.train.steps:
+            raise RunError(
+                f"{self.path} was trained to step {last}, beyond train.steps={config.train.steps}"
+            )
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

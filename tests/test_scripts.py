@@ -187,6 +187,7 @@ def test_the_projector_of_the_extending_guide_trains_and_answers(shapes_folder, 
     assert call(*question, path=str(tmp_path)).returncode == 0
     without_path = call(*question)
     assert without_path.returncode == 1
+    assert without_path.stderr.startswith("predict.py: ") and without_path.stderr.count("\n") == 1
     assert "my_projector" in without_path.stderr
     assert "PYTHONPATH" in without_path.stderr
 

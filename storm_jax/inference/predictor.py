@@ -16,7 +16,6 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
 from storm_jax.config import CompressionConfig
@@ -248,9 +247,8 @@ class Predictor:
             part = prompts[start : start + batch.rows]
             arrays = self._prompt_arrays(part, batch)
             if choices is None:
-                key = jax.random.fold_in(jax.random.key(seed), batch.number)
-                key = jax.random.fold_in(key, start)
-                ids, seconds = self._programs.generate(arrays, batch.tables, key, sampling)
+                seeds = (seed, batch.number, start)
+                ids, seconds = self._programs.generate(arrays, batch.tables, seeds, sampling)
                 texts = [self._decode(row) for row in ids[: len(part)]]
             else:
                 arrays["candidates"] = _pad(

@@ -68,7 +68,7 @@ class Programs:
         self,
         prompts: Mapping[str, np.ndarray],
         tables: Sequence[jax.Array],
-        key: jax.Array,
+        seeds: tuple[int, ...],
         sampling: Sampling,
     ) -> tuple[np.ndarray, float]:
         """Generated ids, int [B, N]; after an answer, a row is padded with the first stop token.
@@ -77,21 +77,25 @@ class Programs:
           prompts: `tokens` and `visual_index` [B, S], `lengths` [B] (0 = empty row), and `scenes` [B],
             the row of each prompt's scene in the concatenated `tables`.
           tables: visual tables [C, V, D].
+          seeds: of sampling; other ones draw other tokens.
         """
 
         slots = max(_MIN_SLOTS, 1 << (sampling.max_new_tokens - 1).bit_length())
 
         def answer(
-            params: dict, prompts: dict, tables: list, key: jax.Array, sampling: Sampling
+            params: dict, prompts: dict, tables: list, seed: jax.Array, sampling: Sampling
         ) -> jax.Array:
             model = nnx.merge(self._graphdef, params)
             visual = _select_tables(prompts, tables)
+            key = jax.random.key(seed)
             return generate(
                 model, prompts, visual, key, sampling, slots=slots, stop_ids=self._stop_ids
             )
 
-        values = jax.tree.map(jnp.asarray, sampling)
-        ids, seconds = self._call(answer, (slots,), (self._put(prompts), list(tables), key, values))
+        (seed,) = np.random.SeedSequence(seeds).generate_state(1)
+        values = jax.tree.map(lambda value: np.asarray(value, jnp.result_type(value)), sampling)
+        inputs = (self._put(prompts), list(tables), seed, values)
+        ids, seconds = self._call(answer, (slots,), inputs)
         return np.asarray(ids), seconds
 
     def score_first(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +40,6 @@ class Checkpointer:
                     get_metric_fn=lambda metrics: metrics["val_loss"],
                     reverse=True,  # descending; the last n are kept: the smallest losses
                     n=train.keep_best,
-                    keep_checkpoints_without_metrics=False,
                 )
             )
         self._manager = ocp.CheckpointManager(
@@ -75,7 +75,7 @@ class Checkpointer:
                 data=ocp.args.JsonSave(data),
                 meta=ocp.args.JsonSave({"step": step, **metrics}),
             ),
-            metrics=dict(metrics) if "val_loss" in metrics else None,
+            metrics={"val_loss": metrics.get("val_loss", math.inf)},
         )
         if not saved and step not in self._manager.all_steps():
             raise RunError(f"{self._run.path}: checkpoint {step} was not saved")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
+import os
 import pathlib
 import shutil
 import tempfile
@@ -29,12 +32,32 @@ def check_output(out: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def atomic_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder, which is renamed to `out` at the end, or deleted on any error."""
+    """Yields a temporary folder, which is renamed to `out` at the end, or deleted on any error.
+
+    Folders that killed processes left are deleted first.
+    """
+    for leftover in out.parent.glob(f"{glob.escape(out.name)}.????????.tmp"):
+        with contextlib.suppress(OSError), _locked(leftover):
+            shutil.rmtree(leftover)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks
+            stack.enter_context(_locked(partial))
+        try:
+            yield partial
+            partial.chmod(0o755)
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Holds a lock that ends with the process. Raises OSError if another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

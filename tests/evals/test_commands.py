@@ -89,6 +89,7 @@ def test_check_lists_what_is_missing(tmp_path):
         (["check", "--benchmark=mlvu", "--data_root=/nowhere"], "/nowhere is not a folder"),
         (["score", "--benchmark=mlvu"], "--predictions is missing"),
         (["--benchmark=mlvu"], "--workdir is missing"),
+        (["chek", "--benchmark=mlvu"], "chek; commands are check and score (--help lists"),
     ],
 )
 def test_missing_flags_and_folders_are_reported_in_one_line(arguments, problem):

@@ -198,6 +198,7 @@ def test_last_and_best_checkpoints_are_kept(small_config, shapes_folder, tmp_pat
     ("changes", "problem"),
     [
         ({"model__decoder__width": 64}, "model.decoder.width: 32 there, 64 now"),
+        ({"train__steps": 1}, "was trained to step 2, beyond train.steps=1"),
         ({"init_from": "/elsewhere"}, "init_from: '' there, '/elsewhere' now"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import pathlib
 import shutil
 
@@ -563,6 +565,18 @@ def test_a_failed_write_leaves_nothing(tower, decoder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         import_of(tmp_path / "out" / "run", tower, decoder)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_folders_that_killed_imports_left_are_deleted(tower, decoder, tmp_path):
+    killed, running = tmp_path / "run.abcdefgh.tmp", tmp_path / "run.12345678.tmp"
+    for folder in (killed, running):
+        (folder / "checkpoints").mkdir(parents=True)
+    lock = os.open(running, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    import_of(tmp_path / "run", tower, decoder)
+    os.close(lock)
+    assert {path.name for path in tmp_path.iterdir()} >= {"run", running.name}
+    assert not killed.exists()
 
 
 def test_a_full_disk_is_reported_before_reading(tower, decoder, tmp_path, monkeypatch):

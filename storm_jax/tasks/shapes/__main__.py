@@ -65,7 +65,7 @@ def main() -> None:
         "--eval_clips",
         type=int,
         default=100,
-        help="samples per family in each of val and test; default 100",
+        help="samples per family in each of val and test, in addition to --clips; default 100",
     )
     parser.add_argument(
         "--workers",

@@ -65,6 +65,10 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
     _write_json(folder / "shapes.json", dataclasses.asdict(settings))
     counts = {split: settings.eval_clips * len(settings.families) for split in SPLITS}
     counts["train"] = settings.clips
+    print(
+        f"{folder}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()),
+        flush=True,
+    )
     jobs = [(split, i) for split, count in counts.items() for i in range(count)]
     records: dict[str, list] = {split: [] for split in SPLITS}
     for split in SPLITS:
