@@ -1,4 +1,4 @@
-"""Measures time and memory of import and export on a random bfloat16 checkpoint of full size.
+"""Measures time and memory of import, reading and export on a random bfloat16 checkpoint of full size.
 
     python -m benchmarks.weights_memory --preset=storm_qwen2_1_5b --out=runs/weights_memory
 
@@ -81,6 +81,17 @@ def watch(command: list[str]) -> tuple[float, dict[str, float]]:
     return time.monotonic() - began, peak
 
 
+def time_reading(run: pathlib.Path) -> tuple[float, float]:
+    """Seconds to compare all digests of a run's parameters, and to read the parameters one by one."""
+    checkpoints = Run(run).checkpoints
+    began = time.monotonic()
+    checkpoints.verify(0, "params")
+    verified = time.monotonic()
+    for name in checkpoints.shapes(0):
+        checkpoints.read(0, name)
+    return verified - began, time.monotonic() - verified
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.weights_memory",
@@ -108,6 +119,7 @@ def main() -> None:
         leaf.size * leaf.dtype.itemsize / 1e9 for leaf in Run(run).checkpoints.shapes(0).values()
     ]
     placed, largest = sum(sizes), max(sizes)
+    verify_seconds, read_seconds = time_reading(run)
     export_seconds, export_peak = watch(
         [
             sys.executable, "-m", "storm_jax.weights", "export",
@@ -123,6 +135,8 @@ def main() -> None:
         "import_peak_anonymous_gb": round(peak["RssAnon"], 2),
         "import_peak_resident_gb": round(peak["VmRSS"], 2),
         "import_bound_gb": round(placed + BOUND * largest, 2),
+        "verify_seconds": round(verify_seconds, 1),
+        "read_seconds": round(read_seconds, 1),
         "export_seconds": round(export_seconds),
         "export_peak_anonymous_gb": round(export_peak["RssAnon"], 2),
         "export_peak_resident_gb": round(export_peak["VmRSS"], 2),

@@ -21,7 +21,7 @@ from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.skips import Skip
 from storm_jax.data.sources import Source, index_folder, open_source
 from storm_jax.files import digest
-from storm_jax.media.workers import WorkerPool
+from storm_jax.media.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
 from storm_jax.progress import with_progress
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.sample import SampleError
@@ -30,6 +30,7 @@ from storm_jax.text.tokenizer import load_tokenizer
 
 _VERSION = 3
 _CHUNK = 1024  # samples per call
+_MIN_SPEED = 10.0  # samples a second
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,16 +116,43 @@ def _measure_all(
     index_dir: str,
     pool: WorkerPool,
 ) -> dict[str, np.ndarray]:
-    starts = range(0, len(source), _CHUNK)
-    if pool.count and len(starts) > 2:
+    count = len(source)
+    parts = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    # Headers of videos are read where a hang or a crash costs one sample.
+    if pool.count and (len(parts) > 2 or encoder.frames.fps):
         job = _Job(
             config=config, index_dir=index_dir, tokenizer=str(encoder.text.tokenizer.name_or_path), system=encoder.text.system,
             side=encoder.side, compression=encoder.compression, frames=encoder.frames,
         )  # fmt: skip
         with concurrent.futures.ThreadPoolExecutor(pool.count) as threads:
-            chunks = threads.map(lambda start: pool.call(_measure_chunk, job, start), starts)
+            chunks = threads.map(lambda part: _measure_in_worker(pool, job, source, part), parts)
             return _join([*_with_progress(chunks, source)])
-    return _join([*_with_progress((_measure(source, encoder, s) for s in starts), source)])
+    return _join([*_with_progress((_measure(source, encoder, part) for part in parts), source)])
+
+
+def _measure_in_worker(pool: WorkerPool, job: _Job, source: Source, part: range) -> _Chunk:
+    """Measures samples together, or one by one if one of them hangs or takes the worker down."""
+    limit = job.frames.time_limit
+    try:
+        return pool.call(_measure_part, job, part, limit=limit + len(part) / _MIN_SPEED)
+    except (WorkerTimeoutError, WorkerCrashError) as error:
+        if len(part) > 1:
+            return _together(
+                [_measure_in_worker(pool, job, source, part[i : i + 1]) for i in range(len(part))]
+            )
+        cause = "timeout" if isinstance(error, WorkerTimeoutError) else "crashed"
+        message = f"its media's headers were not read within data.frames.time_limit={limit:g} s"
+        skip = (part[0], "", source.where(part[0]), cause, str(error) or message)
+        arrays = {
+            name: np.zeros(1, np.int32) for name in ("tokens", "min_tokens", "frames", "media")
+        }
+        return {**arrays, "counts": np.zeros(0, np.int32)}, [skip], b""
+
+
+def _together(chunks: Sequence[_Chunk]) -> _Chunk:
+    """The chunk of consecutive samples."""
+    arrays = {name: np.concatenate([chunk[0][name] for chunk in chunks]) for name in chunks[0][0]}
+    return arrays, [skip for chunk in chunks for skip in chunk[1]], b"".join(c[2] for c in chunks)
 
 
 def _with_progress(chunks: Iterable[_Chunk], source: Source) -> Iterator[_Chunk]:
@@ -133,14 +161,12 @@ def _with_progress(chunks: Iterable[_Chunk], source: Source) -> Iterator[_Chunk]
 
 
 def _join(chunks: Sequence[_Chunk]) -> dict[str, np.ndarray]:
-    arrays = {name: np.concatenate([chunk[0][name] for chunk in chunks]) for name in chunks[0][0]}
-    skips = json.dumps([skip for chunk in chunks for skip in chunk[1]]).encode()
-    whole = digest(b"".join(chunk[2] for chunk in chunks))
+    arrays, skips, content = _together(chunks)
     return {
         **{name: arrays[name] for name in ("tokens", "min_tokens", "frames", "counts")},
         "ends": np.cumsum(arrays["media"], dtype=np.int64),
-        "skips": np.frombuffer(skips, np.uint8),
-        "digest": np.frombuffer(whole.encode(), np.uint8),
+        "skips": np.frombuffer(json.dumps(skips).encode(), np.uint8),
+        "digest": np.frombuffer(digest(content).encode(), np.uint8),
     }
 
 
@@ -157,8 +183,8 @@ class _Job:
     frames: FramesConfig
 
 
-def _measure_chunk(job: _Job, start: int) -> _Chunk:
-    return _measure(*_prepare(job), start)
+def _measure_part(job: _Job, part: range) -> _Chunk:
+    return _measure(*_prepare(job), part)
 
 
 @functools.lru_cache(4)
@@ -170,8 +196,7 @@ def _prepare(job: _Job) -> tuple[Source, SampleEncoder]:
     return open_source(job.config, job.index_dir), encoder
 
 
-def _measure(source: Source, encoder: SampleEncoder, start: int) -> _Chunk:
-    indices = range(start, min(start + _CHUNK, len(source)))
+def _measure(source: Source, encoder: SampleEncoder, indices: range) -> _Chunk:
     tokens, min_tokens, frames, media = (np.zeros(len(indices), np.int32) for _ in range(4))
     counts: list[int] = []
     skips: list[tuple] = []

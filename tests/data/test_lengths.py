@@ -3,6 +3,7 @@ the number of processes."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import numpy as np
@@ -21,9 +22,11 @@ from storm_jax.text.conversation import ConversationEncoder
 
 @pytest.fixture
 def read(tokenizer):
-    def measure(path: pathlib.Path, system="", fps=0.0, pool=4, count=0, style="none"):
+    def measure(
+        path: pathlib.Path, system="", fps=0.0, pool=4, count=0, style="none", time_limit=60.0
+    ):
         config = SourceConfig(name="some", path=str(path))
-        frames = FramesConfig(fps=fps, time_text=style)
+        frames = FramesConfig(fps=fps, time_text=style, time_limit=time_limit)
         text = ConversationEncoder(tokenizer, system)
         encoder = SampleEncoder(
             text=text,
@@ -138,3 +141,17 @@ def test_a_damaged_index_is_recomputed(read, tmp_path: pathlib.Path):
     for array in (tmp_path / "a.jsonl.index").rglob("tokens.npy"):
         array.write_bytes(array.read_bytes()[:20])
     assert read(path)[0].tokens.tolist() == before
+
+
+@pytest.mark.slow
+def test_a_header_that_hangs_costs_one_sample(read, tmp_path: pathlib.Path):
+    """Without processes, the index would never be finished."""
+    os.mkfifo(tmp_path / "hangs.mp4")
+    write_numbered(tmp_path / "a.mp4", 20, "libx264")
+    names = ["a.mp4", "hangs.mp4", "a.mp4"]
+    path = write(tmp_path, [record(str(i), "<video>", video=n) for i, n in enumerate(names)])
+    found, _, _ = read(path, fps=1.0, count=1, time_limit=15.0)
+    assert found.skips.keys() == {1}
+    assert found.skips[1].cause == "timeout"
+    assert "headers were not read within data.frames.time_limit=15 s" in found.skips[1].message
+    assert found.counts_of(0) == found.counts_of(2) != []
