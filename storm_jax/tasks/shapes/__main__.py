@@ -93,6 +93,8 @@ def main() -> None:
         write(args.out, Settings(**{**fields, "families": families}), args.workers)
     except (ValueError, OSError) as error:
         sys.exit(f"shapes: {error}")
+    except KeyboardInterrupt:
+        sys.exit("shapes: stopped; rerun the same command to finish")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import signal
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
     records: dict[str, list] = {split: [] for split in SPLITS}
     for split in SPLITS:
         (folder / "media" / split).mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_ignore_interrupts) as pool:
         rendered = pool.map(functools.partial(_write_sample, folder, settings), jobs, chunksize=32)
         progress = with_progress(rendered, len(jobs), "rendering", unit="samples")
         for (split, _), record in zip(jobs, progress, strict=True):
@@ -83,6 +84,11 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
             counts[split]
         )
         _write_json(folder / f"{split}.json", [records[split][i] for i in order])
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes; the first one tells the others to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_sample(folder: pathlib.Path, settings: Settings, job: tuple[str, int]) -> dict[str, Any]:
