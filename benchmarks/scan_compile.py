@@ -158,7 +158,9 @@ def compile_mixer(chip: Any, implementation: str, gradients: bool) -> dict[str, 
 
     graphdef, state = nnx.split(
         nnx.eval_shape(
-            lambda: MambaMixer(width, config, rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16"))
+            lambda: MambaMixer(
+                width, "mamba1", config, rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16")
+            )
         )
     )
     params = jax.tree.map(lambda v: array(v.shape, v.dtype), nnx.to_pure_dict(state))

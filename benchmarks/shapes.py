@@ -38,9 +38,9 @@ FAMILIES = ("order", "motion", "needle", "place")
 FRAMES = 16
 # Overrides of configs/tiny.py for each projector.
 PROJECTORS: dict[str, dict[str, Any]] = {
-    "storm": {"projector": "storm"},
-    "mlp": {"projector": "mlp"},
-    "storm_mamba2": {"mamba.mixer": "mamba2", "mamba.head_dim": 16, "mamba.d_state": 16},
+    "storm": {"mixer": "mamba1"},
+    "mlp": {"stem.kind": "mlp_downsample", "mixer": "none"},
+    "storm_mamba2": {"mixer": "mamba2", "mamba.head_dim": 16, "mamba.d_state": 16},
 }
 TITLES = {"storm": "STORM", "mlp": "MLP", "storm_mamba2": "STORM, Mamba-2"}
 PLATEAU = 0.03
@@ -299,12 +299,12 @@ def forward_flops(model: ModelConfig, frames: int, tokens: int) -> float:
     vision_macs = frames * (patches * 3 * vision.patch_size**2 * w + depth * layer)
 
     visual, d = frames * model.side**2, decoder.width
-    projector_macs = visual * w * model.downsample**2 * d
-    if model.projector == "mlp":
+    projector_macs = visual * w * model.stem.downsample**2 * d
+    if model.stem.kind == "mlp_downsample":
         projector_macs += visual * d * d
-    else:
+    if model.mixer != "none":
         inner, d_state = mamba.expand * d, mamba.d_state
-        if mamba.mixer == "mamba1":
+        if model.mixer == "mamba1":
             rank = -(-d // 16)
             scan = inner * (mamba.d_conv + 2 * rank + 2 * d_state + 3 * d_state)
         else:

@@ -30,6 +30,7 @@ from storm_jax.config import (
     OptimConfig,
     RowConfig,
     RunConfig,
+    StemConfig,
     TrainConfig,
     VisionConfig,
 )
@@ -44,9 +45,9 @@ MODEL = ModelConfig(
         mlp_dim=4304,
         feature_layer=-2,
     ),
-    projector="storm",
-    downsample=2,
-    mamba=MambaConfig(mixer="mamba1", depth=2, d_state=16, d_conv=4, expand=2, direction="both"),
+    stem=StemConfig(kind="linear", downsample=2),
+    mixer="mamba1",
+    mamba=MambaConfig(depth=2, d_state=16, d_conv=4, expand=2, direction="both"),
     decoder=DecoderConfig(  # Qwen2-7B
         vocab_size=152_064,
         width=3584,

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from storm_jax.files import changed_files, write_digests
+from storm_jax.old_runs import current_names
 
 _CHUNK_BYTES = 2**25  # larger chunks are compressed and copied whole on their way to the disk
 _MIN_SLICE_BYTES = 2**20  # replicas share the writing of an array only in slices of this size
@@ -61,6 +62,7 @@ class Checkpoints:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._verified: set[tuple[int, str]] = set()
+        self._names: dict[int, dict[str, str]] = {}
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, ascending."""
@@ -110,10 +112,18 @@ class Checkpoints:
         self.verify(step, "params")
         with self.reading(step):
             metadata = ocp.PyTreeCheckpointHandler().metadata(self.path / str(step) / "params")
-            return {
-                name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-                for name, leaf in flatten_dict(metadata.tree, sep="/").items()
-            }
+            stored = flatten_dict(metadata.tree, sep="/")
+        self._names[step] = current_names(stored)
+        return {
+            self._names[step][name]: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+            for name, leaf in stored.items()
+        }
+
+    def stored_names(self, step: int) -> dict[str, str]:
+        """{name of a parameter: its name in the checkpoint}; earlier versions had other names."""
+        if step not in self._names:
+            self.shapes(step)
+        return {current: stored for stored, current in self._names[step].items()}
 
     def restore(
         self, target: Mapping[str, jax.ShapeDtypeStruct], step: int
@@ -137,12 +147,13 @@ class Checkpoints:
         if problems:
             listed = "\n  ".join(sorted(problems))
             raise RunError(f"checkpoint {step} of {self.path.parent}:\n  {listed}")
+        names = self.stored_names(step)
+        tree = unflatten_dict({names[name]: leaf for name, leaf in target.items()}, sep="/")
         with self.reading(step):
             restored = ocp.StandardCheckpointHandler().restore(
-                self.path / str(step) / "params",
-                args=ocp.args.StandardRestore(unflatten_dict(dict(target), sep="/")),
+                self.path / str(step) / "params", args=ocp.args.StandardRestore(tree)
             )
-        params = flatten_dict(restored, sep="/")
+        params = {self._names[step][k]: v for k, v in flatten_dict(restored, sep="/").items()}
         finite = jax.device_get(_all_finite(params))
         if bad := sorted(name for name, is_finite in finite.items() if not is_finite):
             raise self.damaged(step, f"contains {bad[0]} with values that are not finite")
@@ -150,7 +161,7 @@ class Checkpoints:
 
     def read(self, step: int, name: str, dtype: Any = None) -> np.ndarray:
         """Reads one parameter into host memory, in its stored dtype by default."""
-        self.verify(step, "params")
+        name = self.stored_names(step)[name]
         options = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
         with self.reading(step):
             restored = ocp.PyTreeCheckpointHandler().restore(

@@ -5,7 +5,7 @@
 its configuration as `config.json` and is rebuilt from it.
 
     RunConfig
-      model        ModelConfig: vision, projector (+ mamba), decoder, dtype
+      model        ModelConfig: vision, stem, mixer (+ mamba), decoder, dtype
       compression  CompressionConfig: num_frames, temporal_pool, spatial_pool, temporal_sample
       data         DataConfig: mixtures (SourceConfig), frames (FramesConfig), rows (RowConfig)
       optim        OptimConfig: AdamW, one learning rate per part (0 freezes the part)
@@ -24,6 +24,8 @@ import types
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
+
+from storm_jax.old_runs import current_model
 
 T = TypeVar("T")
 
@@ -59,6 +61,7 @@ class VisionConfig:
     num_heads: int
     mlp_dim: int
     feature_layer: int = dataclasses.field(default=-2, metadata={"minimum": -math.inf})
+    final_norm: bool = False
     norm_eps: float = 1e-6
 
     @property
@@ -74,17 +77,38 @@ class VisionConfig:
             found.append(f"patch_size={self.patch_size} exceeds image_size={self.image_size}")
         if not -self.depth <= self.feature_layer <= -1:
             found.append(f"feature_layer={self.feature_layer} must be in [-{self.depth}, -1]")
+        elif self.final_norm and self.feature_layer != -1:
+            found.append(f"final_norm=True needs feature_layer=-1, not {self.feature_layer}")
         return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StemConfig:
+    """The projector's stem (see `storm_jax.models.stems`).
+
+    Attributes:
+      downsample: r, the side of the cells of patches that pixel shuffle merges into one token.
+      bias: whether the stem "linear" has a bias.
+    """
+
+    kind: str = "linear"
+    downsample: int = 2
+    bias: bool = True
+
+    def problems(self) -> list[str]:
+        kinds = ("linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_3x3_fix")
+        if self.kind not in kinds:
+            return [f"kind={self.kind!r} must be one of {', '.join(kinds)}"]
+        if not self.bias and self.kind != "linear":
+            return [f"bias=False is only for kind='linear', not for kind={self.kind!r}"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaConfig:
-    """The temporal projector's Mamba layers (used if `projector="storm"`).
+    """Layers of the mixers "mamba1" (selective scan) and "mamba2" (SSD, with heads of `head_dim` channels and
+    usually a `d_state` of 64 to 128). `direction` is "both" or "forward", the causal variant for streaming."""
 
-    `mixer` is "mamba1" (selective scan) or "mamba2" (SSD, with heads of `head_dim` channels and usually a
-    `d_state` of 64 to 128). `direction` is "both" or "forward", the causal variant for streaming."""
-
-    mixer: str = "mamba1"
     depth: int = 2
     d_state: int = 16
     d_conv: int = 4
@@ -94,8 +118,6 @@ class MambaConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if self.mixer not in ("mamba1", "mamba2"):
-            found.append(f"mixer={self.mixer!r} must be 'mamba1' or 'mamba2'")
         if self.direction not in ("both", "forward"):
             found.append(f"direction={self.direction!r} must be 'both' or 'forward'")
         return found
@@ -173,33 +195,37 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Vision tower, projector and decoder. `projector` is "storm", "mlp" (VILA's baseline) or
-    "module:Class", a custom Flax module built with `projector_args`."""
+    """Vision tower, projector (a stem per frame, and a mixer over the frames of a clip) and decoder.
+
+    `mixer` is "mamba1", "mamba2", "none" (frames are encoded independently, as in VILA) or "module:Class", a
+    custom Flax module built with `mixer_args`."""
 
     vision: VisionConfig
     decoder: DecoderConfig
-    projector: str = "storm"
-    projector_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    downsample: int = 2
+    stem: StemConfig = StemConfig()
+    mixer: str = "mamba1"
+    mixer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mamba: MambaConfig = MambaConfig()
     dtype: str = "bfloat16"
 
     @property
     def side(self) -> int:
         """Tokens along one side of a frame after pixel shuffle. Odd grids are padded."""
-        return -(-self.vision.side // self.downsample)
+        return -(-self.vision.side // self.stem.downsample)
 
     def problems(self) -> list[str]:
         found = []
-        if self.projector not in ("storm", "mlp") and ":" not in self.projector:
-            found.append(f"projector={self.projector!r} must be 'storm', 'mlp' or 'module:Class'")
-        if self.projector in ("storm", "mlp") and self.projector_args:
+        if self.mixer not in ("none", "mamba1", "mamba2") and ":" not in self.mixer:
             found.append(
-                f"projector_args={dict(self.projector_args)!r} apply to a custom projector "
-                f"('module:Class'), not to projector={self.projector!r}"
+                f"mixer={self.mixer!r} must be 'mamba1', 'mamba2', 'none' or 'module:Class'"
+            )
+        if ":" not in self.mixer and self.mixer_args:
+            found.append(
+                f"mixer_args={dict(self.mixer_args)!r} apply to a custom mixer ('module:Class'), not to "
+                f"mixer={self.mixer!r}"
             )
         inner = self.mamba.expand * self.decoder.width
-        if self.mamba.mixer == "mamba2" and inner % self.mamba.head_dim:
+        if self.mixer == "mamba2" and inner % self.mamba.head_dim:
             found.append(
                 f"mamba.head_dim={self.mamba.head_dim} must divide mamba.expand * decoder.width = "
                 f"{inner}"
@@ -517,6 +543,8 @@ def load(path: pathlib.Path) -> RunConfig:
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     try:
+        if isinstance(mapping, dict) and isinstance(mapping.get("model"), dict):
+            mapping["model"] = current_model(mapping["model"])
         return from_dict(RunConfig, mapping)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -31,7 +31,7 @@ def abstract_model(config: ModelConfig, *, remat: bool = False) -> tuple[nnx.Gra
     if other:
         kinds = ", ".join(f"{'/'.join(map(str, p))} ({type(v).__name__})" for p, v in other)
         raise ConfigError(
-            f"model.projector={config.projector!r} has state that is not an nnx.Param: {kinds}. Only "
+            f"model.mixer={config.mixer!r} has state that is not an nnx.Param: {kinds}. Only "
             f"parameters are trained and saved"
         )
     return graphdef, params

@@ -32,9 +32,9 @@ def test_dict_and_json_round_trip(tmp_path):
 
 
 def test_arguments_of_a_projector_read_back_as_they_were():
-    changes = {"model__projector": "m:C", "model__projector_args": {"sizes": (1, 2), "a": {"b": 1}}}
+    changes = {"model__mixer": "m:C", "model__mixer_args": {"sizes": (1, 2), "a": {"b": 1}}}
     config = from_dict(RunConfig, fields(**changes))
-    assert config.model.projector_args == {"sizes": [1, 2], "a": {"b": 1}}
+    assert config.model.mixer_args == {"sizes": [1, 2], "a": {"b": 1}}
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -53,12 +53,18 @@ def test_arguments_of_a_projector_read_back_as_they_were():
         ({"model__vision__num_heads": 5}, "num_heads=5 does not divide width=64"),
         ({"model__vision__feature_layer": 0}, "feature_layer=0 must be in [-2, -1]"),
         ({"model__vision__feature_layer": -3}, "feature_layer=-3 must be in [-2, -1]"),
-        ({"model__projector": "mamba"}, "projector='mamba' must be"),
-        ({"model__projector_args": {"a": 1}}, "apply to a custom projector"),
-        ({"model__mamba__direction": "back"}, "direction='back'"),
-        ({"model__mamba__mixer": "s4"}, "mixer='s4'"),
+        ({"model__mixer": "mamba"}, "mixer='mamba' must be"),
+        ({"model__stem__kind": "mlp"}, "kind='mlp' must be one of linear, mlp2x_gelu"),
+        ({"model__stem__kind": "mlp2x_gelu", "model__stem__bias": False}, "bias=False is only for"),
         (
-            {"model__mamba__mixer": "mamba2", "model__mamba__head_dim": 50},
+            {"model__vision__final_norm": True, "model__vision__feature_layer": -2},
+            "needs feature_layer=-1",
+        ),
+        ({"model__mixer_args": {"a": 1}}, "apply to a custom mixer"),
+        ({"model__mamba__direction": "back"}, "direction='back'"),
+        ({"model__mixer": "s4"}, "mixer='s4'"),
+        (
+            {"model__mixer": "mamba2", "model__mamba__head_dim": 50},
             "mamba.head_dim=50 must divide",
         ),
         ({"model__dtype": "float16"}, "dtype='float16'"),
@@ -69,8 +75,8 @@ def test_arguments_of_a_projector_read_back_as_they_were():
             {"optim__decay_pattern": "*kernel"},
             "decay_pattern='*kernel' is not a valid regular expression",
         ),
-        ({"model__projector": "m:C", "model__projector_args": {"a": {1}}}, "must be plain JSON"),
-        ({"model__projector": "m:C", "model__projector_args": None}, "must be a mapping of fields"),
+        ({"model__mixer": "m:C", "model__mixer_args": {"a": {1}}}, "must be plain JSON"),
+        ({"model__mixer": "m:C", "model__mixer_args": None}, "must be a mapping of fields"),
         ({"data__max_skip_fraction": 1.5}, "max_skip_fraction=1.5 must be at most 1"),
         ({"data__train": []}, "data.train is empty"),
         ({"data__train": "a.json"}, "data.train='a.json' must be a list of mappings"),
@@ -143,9 +149,9 @@ def test_differences_in_a_list_are_named_by_their_place():
 
 
 def test_differences_name_what_changed():
-    old, new = fields(), fields(train__steps=7, model__projector="mlp")
+    old, new = fields(), fields(train__steps=7, model__mixer="none")
     assert config_lib.differences(old, new) == {
-        "model.projector": ("storm", "mlp"),
+        "model.mixer": ("mamba1", "none"),
         "train.steps": (old["train"]["steps"], 7),
     }
 

@@ -39,11 +39,17 @@ class Direction(Protocol):
 
 
 class MambaMixer(nnx.Module):
-    """[B, L, D] -> [B, L, D]; the output is zero at initialisation, because `out_proj` is."""
+    """[B, L, D] -> [B, L, D]; the output is zero at initialisation, because `out_proj` is.
 
-    def __init__(self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    Args:
+      version: "mamba1" or "mamba2".
+    """
+
+    def __init__(
+        self, width: int, version: str, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype
+    ):
         inner = config.expand * width
-        make = Mamba1Direction if config.mixer == "mamba1" else Mamba2Direction
+        make = Mamba1Direction if version == "mamba1" else Mamba2Direction
         self.in_proj = PairedLinear(width, inner, rngs=rngs, dtype=dtype)
         self.forward: Direction = make(inner, width, config, rngs=rngs, dtype=dtype)
         self.backward: Direction | None = (
@@ -53,7 +59,7 @@ class MambaMixer(nnx.Module):
         )
         self.norm = (
             nnx.RMSNorm(inner, epsilon=1e-5, dtype=dtype, rngs=rngs)
-            if config.mixer == "mamba2"
+            if version == "mamba2"
             else None
         )
         self.out_proj = Einsum(

@@ -1,9 +1,9 @@
 """The SigLIP vision tower (Zhai et al., arXiv 2303.15343), without its pooling head.
 
-    pixels -> patch embedding + position embedding -> depth x (x + Attn(LN(x)); x + MLP(LN(x)))
+    pixels -> patch embedding + position embedding -> depth x (x + Attn(LN(x)); x + MLP(LN(x))) [-> LN]
 
-Only the layers up to the feature layer run. The later layers and the final norm are stored in `unused`, so
-that the whole tower can be exported again, and are never trained.
+Only the layers up to the feature layer run, and the final norm only with `final_norm`. What does not run is
+stored in `unused`, so that the whole tower can be exported again, and is never trained.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class SigLIP(nnx.Module):
             return EncoderLayer(config, rngs=rngs, dtype=dtype)
 
         self.layers = stack_layers(make, num_layers, rngs)
-        self.unused = nnx.Dict(
-            norm=nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        )
+        norm = nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = norm if config.final_norm else None
+        self.unused = nnx.Dict() if config.final_norm else nnx.Dict(norm=norm)
         if num_layers < config.depth:
             self.unused["layers"] = stack_layers(make, config.depth - num_layers, rngs)
 
@@ -62,7 +62,8 @@ class SigLIP(nnx.Module):
         x = pixels.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch(x.reshape(-1, side * side, patch * patch * 3))  # [B, P, D]
         x += self.position[...].astype(self.dtype)[None]
-        return run_layers(self.layers, x, lambda layer, x: (layer(x), None), self.remat)[0]
+        x = run_layers(self.layers, x, lambda layer, x: (layer(x), None), self.remat)[0]
+        return x if self.norm is None else self.norm(x)
 
 
 class EncoderLayer(nnx.Module):

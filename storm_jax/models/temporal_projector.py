@@ -1,13 +1,14 @@
 """Projects patch features to visual tokens of the decoder's width and mixes them over space and time.
 
-    "storm"         pixel shuffle -> Linear -> depth x (x + MambaMixer(LayerNorm(x)))
-    "mlp"           pixel shuffle -> LayerNorm -> Linear -> GELU -> Linear   (VILA; no temporal mixing)
-    "module:Class"  pixel shuffle -> Linear -> a custom Flax module
+    stem    patches of each frame -> tokens [B, F, N, D]   (`storm_jax.models.stems`)
+    mixer   "mamba1", "mamba2"   depth x (x + MambaMixer(LayerNorm(x)))
+            "module:Class"       a custom Flax module
+            "none"               nothing: frames are encoded independently
 
-The mixing stage is a module that maps `(x [B, F, N, D], frame_clip [B, F])` to [B, F, N, D]. Frames of a
-clip share an id in `frame_clip`, and 0 is padding. Clips must not interact.
+A mixer maps `(x [B, F, N, D], frame_clip [B, F])` to [B, F, N, D]. Frames of a clip share an id in
+`frame_clip`, and 0 is padding. Clips must not interact. Mamba layers start as the identity.
 
-With `direction="forward"`, Mamba layers can also process a clip in blocks of frames (`extend`). The result
+With `mamba.direction="forward"`, Mamba layers can also process a clip in blocks of frames (`extend`). The result
 is the same as for the whole clip.
 """
 
@@ -21,13 +22,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from storm_jax.config import MambaConfig, ModelConfig
-from storm_jax.models.layers import Einsum, run_layers, stack_layers
+from storm_jax.models.layers import run_layers, stack_layers
 from storm_jax.models.mamba import MambaMixer, State
-from storm_jax.ops.pooling import pixel_shuffle
+from storm_jax.models.stems import Stem
 
 
-class TemporalMixer(Protocol):
-    """The interface of a custom projector."""
+class Mixer(Protocol):
+    """The interface of a mixer."""
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array: ...
 
@@ -36,36 +37,12 @@ class TemporalProjector(nnx.Module):
     """Maps patch features [B, F, P, Dv] to visual tokens [B, F, N, D], before pooling."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool):
-        self.downsample = config.downsample
-        merged, width = config.vision.width * config.downsample**2, config.decoder.width
-
-        def linear(inputs: int) -> Einsum:
-            return Einsum(
-                "bfnc,cd->bfnd",
-                (inputs, width),
-                (None, "embed"),
-                bias=True,
-                rngs=rngs,
-                dtype=dtype,
-            )
-
-        self.norm = (
-            nnx.LayerNorm(merged, epsilon=1e-5, dtype=dtype, rngs=rngs)
-            if config.projector == "mlp"
-            else None
-        )
-        self.mixer: TemporalMixer
-        self.linear = linear(merged)
-        if config.projector == "mlp":
-            self.mixer = MLPHead(linear(width))
-        elif config.projector == "storm":
-            self.mixer = MambaLayers(width, config.mamba, rngs=rngs, dtype=dtype, remat=remat)
-        else:
-            make = import_mixer(config.projector)
-            self.mixer = make(width, rngs=rngs, dtype=dtype, **config.projector_args)
+        self.stem = Stem(config, rngs=rngs, dtype=dtype)
+        self.mixer = _make_mixer(config, rngs=rngs, dtype=dtype, remat=remat)
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
-        return self.mixer(self._downsample(x), frame_clip)
+        x = self.stem(x)  # [B, F, N, D]
+        return x if self.mixer is None else self.mixer(x, frame_clip)
 
     def extend(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
         """Processes the next block of frames of a clip. Blocks may have any sizes.
@@ -80,7 +57,7 @@ class TemporalProjector(nnx.Module):
         Raises:
           ValueError: the projector does not support blocks (see `initial_state`).
         """
-        return self._streaming_mixer().extend(self._downsample(x), state)
+        return self._streaming_mixer().extend(self.stem(x), state)
 
     def initial_state(self, batch: int) -> State:
         """Returns the state before the first block; arrays have a leading layer axis.
@@ -94,28 +71,28 @@ class TemporalProjector(nnx.Module):
         if isinstance(self.mixer, MambaLayers) and self.mixer.direction == "forward":
             return self.mixer
         raise ValueError(
-            'processing a clip in blocks needs projector="storm" with mamba.direction="forward"'
+            'processing a clip in blocks needs Mamba layers with mamba.direction="forward"'
         )
-
-    def _downsample(self, x: jax.Array) -> jax.Array:
-        """[B, F, P, Dv] -> [B, F, N, D], frame by frame."""
-        batch, frames = x.shape[:2]
-        x = pixel_shuffle(x.reshape(batch * frames, *x.shape[2:]), self.downsample)
-        x = x.reshape(batch, frames, *x.shape[1:])  # [B, F, N, r * r * Dv]
-        if self.norm is not None:
-            x = self.norm(x)
-        return self.linear(x)
 
 
 class MambaLayers(nnx.Module):
     """Pre-norm residual Mamba layers over raster-flattened clips (equation 5 of the STORM paper)."""
 
     def __init__(
-        self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool
+        self,
+        width: int,
+        version: str,
+        config: MambaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        remat: bool,
     ):
         self.remat, self.direction = remat, config.direction
         self.layers = stack_layers(
-            lambda rngs: MambaLayer(width, config, rngs=rngs, dtype=dtype), config.depth, rngs
+            lambda rngs: MambaLayer(width, version, config, rngs=rngs, dtype=dtype),
+            config.depth,
+            rngs,
         )
 
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
@@ -148,9 +125,11 @@ class MambaLayers(nnx.Module):
 class MambaLayer(nnx.Module):
     """x + MambaMixer(LayerNorm(x)) on [B, L, D]."""
 
-    def __init__(self, width: int, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(
+        self, width: int, version: str, config: MambaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype
+    ):
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.mixer = MambaMixer(width, config, rngs=rngs, dtype=dtype)
+        self.mixer = MambaMixer(width, version, config, rngs=rngs, dtype=dtype)
 
     def __call__(
         self, x: jax.Array, segment_ids: jax.Array | None, state: State | None
@@ -159,14 +138,15 @@ class MambaLayer(nnx.Module):
         return x + y, state
 
 
-class MLPHead(nnx.Module):
-    """The GELU and second linear layer of VILA's projector."""
-
-    def __init__(self, linear: Einsum):
-        self.linear = linear
-
-    def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
-        return self.linear(jax.nn.gelu(x, approximate=False))
+def _make_mixer(
+    config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool
+) -> Mixer | None:
+    width = config.decoder.width
+    if config.mixer == "none":
+        return None
+    if config.mixer in ("mamba1", "mamba2"):
+        return MambaLayers(width, config.mixer, config.mamba, rngs=rngs, dtype=dtype, remat=remat)
+    return import_mixer(config.mixer)(width, rngs=rngs, dtype=dtype, **config.mixer_args)
 
 
 def import_mixer(spec: str) -> type:
@@ -180,6 +160,6 @@ def import_mixer(spec: str) -> type:
         return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"model.projector={spec!r}: {error}. The module must be importable: start from its folder "
+            f"model.mixer={spec!r}: {error}. The module must be importable: start from its folder "
             f"or add it to PYTHONPATH"
         ) from error

@@ -98,13 +98,14 @@ class Checkpointer:
         self._run.checkpoints.verify(step)
         target = with_sharding(self._spec.shapes, self._spec.shardings)
         params = self._run.checkpoints.restore(target.params(), step)
+        names = self._run.checkpoints.stored_names(step)
+        opt_state = _rename_keys(target.opt_state, names)
         with self._run.checkpoints.reading(step):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     opt_state=ocp.args.PyTreeRestore(
-                        target.opt_state,
-                        ocp.checkpoint_utils.construct_restore_args(target.opt_state),
+                        opt_state, ocp.checkpoint_utils.construct_restore_args(opt_state)
                     ),
                     data=ocp.args.JsonRestore(),
                     meta=ocp.args.JsonRestore(),
@@ -113,7 +114,7 @@ class Checkpointer:
         state = TrainState(
             {name: params[name] for name in target.trained},
             {name: params[name] for name in target.frozen},
-            restored["opt_state"],
+            _rename_keys(restored["opt_state"], {old: new for new, old in names.items()}),
             _scalar(restored["meta"]["step"], target.step),
         )
         return state, restored["data"]
@@ -122,6 +123,16 @@ class Checkpointer:
         """Waits until everything saved is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _rename_keys(tree: Any, names: Mapping[str, str]) -> Any:
+    """A tree with other keys in its dicts."""
+    if isinstance(tree, Mapping):
+        return {names.get(key, key): _rename_keys(value, names) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        parts = (_rename_keys(part, names) for part in tree)
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
 
 
 def _scalar(value: int, target: jax.ShapeDtypeStruct) -> jax.Array:

@@ -21,6 +21,7 @@ from storm_jax.config import (
     from_dict,
     to_dict,
 )
+from storm_jax.old_runs import current_model
 from storm_jax.weights import WeightsError
 
 VISION_TYPES = ("siglip_vision_model",)
@@ -65,14 +66,14 @@ _DECODER_FIELDS = {
     "norm_eps": "rms_norm_eps",
     "max_positions": "max_position_embeddings",
 }
-_PROJECTOR_FIELDS = ("projector", "projector_args", "downsample", "mamba")
+_PROJECTOR_FIELDS = ("stem", "mixer", "mixer_args", "mamba")
 
 
-def read_vision(folder: pathlib.Path, feature_layer: int) -> VisionConfig:
+def read_vision(folder: pathlib.Path, ours: VisionConfig) -> VisionConfig:
     """Reads the tower in a folder's config.json, on its own or inside a larger model.
 
     Args:
-      feature_layer: our own field, which config.json does not have.
+      ours: for the fields that config.json does not have: which layer is read, and whether after the norm.
 
     Raises:
       WeightsError: naming each unsupported field.
@@ -84,7 +85,9 @@ def read_vision(folder: pathlib.Path, feature_layer: int) -> VisionConfig:
     sizes = {name: fields[name] for name in ("image_size", "patch_size")}
     if wrong := [f"{k}={v!r} must be a number" for k, v in sizes.items() if not isinstance(v, int)]:
         raise WeightsError(f"{folder}/config.json:", wrong)
-    return VisionConfig(**fields, feature_layer=feature_layer)
+    return VisionConfig(
+        **fields, feature_layer=ours.feature_layer, final_norm=ours.final_norm
+    )
 
 
 def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
@@ -125,7 +128,7 @@ def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
 def read_projector(folder: pathlib.Path, model: ModelConfig) -> ModelConfig:
     """Returns `model` with the projector in a folder's config.json, as written by an export.
 
-    A custom projector is code. It is accepted only if `model` names the same one, so that a
+    A custom mixer is code. It is accepted only if `model` names the same one, so that a
     downloaded folder cannot choose what code runs.
 
     Raises:
@@ -133,7 +136,7 @@ def read_projector(folder: pathlib.Path, model: ModelConfig) -> ModelConfig:
     """
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text())
+        found = current_model(json.loads(path.read_text()))
         fields = {name: found[name] for name in _PROJECTOR_FIELDS}
         merged = from_dict(ModelConfig, to_dict(model) | fields)
     except FileNotFoundError:
@@ -143,12 +146,12 @@ def read_projector(folder: pathlib.Path, model: ModelConfig) -> ModelConfig:
             f"{path} is not the config.json of an exported projector: {error!r}"
         ) from error
     found_code, trusted_code = (
-        (config.projector, dict(config.projector_args)) for config in (merged, model)
+        (config.mixer, dict(config.mixer_args)) for config in (merged, model)
     )
-    if merged.projector not in ("storm", "mlp") and found_code != trusted_code:
+    if ":" in merged.mixer and found_code != trusted_code:
         raise WeightsError(
-            f"{path} would run projector={found_code[0]!r} with projector_args={found_code[1]!r}. If "
-            f"you trust that code, set model.projector and model.projector_args to it in --config"
+            f"{path} would run mixer={found_code[0]!r} with mixer_args={found_code[1]!r}. If you trust that "
+            f"code, set model.mixer and model.mixer_args to it in --config"
         )
     return merged
 

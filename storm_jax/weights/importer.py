@@ -95,7 +95,7 @@ def import_run(
     began = time.monotonic()
     out = check_output(out)
     folders = sources.folders()
-    vision = read_vision(folders["vision"], config.model.vision.feature_layer)
+    vision = read_vision(folders["vision"], config.model.vision)
     config = _with_architecture(config, vision, folders, explicit)
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as staged:

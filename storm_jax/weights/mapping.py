@@ -84,8 +84,7 @@ def vision_table(config: VisionConfig) -> Table:
         ("embeddings.patch_embedding.weight", "patch/kernel", "d c a b -> (a b c) d"),
         ("embeddings.patch_embedding.bias", "patch/bias", "d -> d"),
         ("embeddings.position_embedding.weight", "position", "p d -> p d"),
-        ("post_layernorm.weight", "unused/norm/scale", "d -> d"),
-        ("post_layernorm.bias", "unused/norm/bias", "d -> d"),
+        *_norm("post_layernorm", "norm" if config.final_norm else "unused/norm"),
     ]
     layer = [
         *_norm("layer_norm1", "attn_norm"),
@@ -186,6 +185,10 @@ def decoder_table(config: DecoderConfig) -> Table:
     )
 
 
+# The stem "mlp_downsample" in exports of version 0.1.
+_OLD_MLP = {
+    "stem.norm1.": "norm.", "stem.linear1.": "linear.", "stem.linear2.": "mixer.linear.", "": "",
+}  # fmt: skip
 # One direction of a Mamba layer.
 _DIRECTION = {
     "mamba1": (
@@ -214,38 +217,37 @@ _DIRECTION = {
 def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
     """The projector, with our own tensor names and torch's layouts (docs/weights.md).
 
-    Mamba layers have the names of mamba_ssm, one set per direction. A custom projector keeps its
-    paths and layouts.
+    Mamba layers have the names of mamba_ssm, one set per direction. A custom mixer keeps its paths and layouts.
 
     Args:
-      shapes: the model's parameters {path: shape}, used to list those of a custom projector.
+      shapes: the model's parameters {path: shape}.
     """
-    if config.projector not in ("storm", "mlp"):
-        paths = [path for path in shapes if path.startswith("projector/")]
-        return Table(tuple(_unchanged(path, len(shapes[path].shape)) for path in paths))
+    stem = [
+        rule
+        for name in ("linear1", "linear2", "linear3", "norm1", "norm2")
+        if any(path.startswith(f"projector/stem/{name}/") for path in shapes)
+        for rule in (_norm if name.startswith("norm") else _linear)(f"stem.{name}", f"stem/{name}")
+        if f"projector/{rule[1]}" in shapes  # a linear map may have no bias
+    ]
     rules = [
         TensorRule(tensor=tensor, path=f"projector/{path}", pattern=pattern)
-        for tensor, path, pattern in _linear("linear", "linear")
+        for tensor, path, pattern in stem
     ]
-    if config.projector == "mlp":
-        rules += [
-            TensorRule(tensor=tensor, path=f"projector/{path}", pattern=pattern)
-            for tensor, path, pattern in (
-                *_norm("norm", "norm"),
-                *_linear("mixer.linear", "mixer/linear"),
-            )
-        ]
-        return Table(tuple(rules))
+    layouts = ({"": ""}, {"stem.linear1.": "linear.", "": ""}, _OLD_MLP)
+    if config.mixer not in ("mamba1", "mamba2"):
+        paths = [path for path in shapes if path.startswith("projector/mixer/")]
+        rules += [_unchanged(path, len(shapes[path].shape)) for path in paths]
+        return Table(tuple(rules), layouts=layouts)
     layer = [
         *_norm("norm", "norm"),
         ("mixer.in_proj.weight", "mixer/in_proj/kernel", "(j e) d -> d j e"),
         ("mixer.out_proj.weight", "mixer/out_proj/kernel", "d e -> e d"),
     ]
-    if config.mamba.mixer == "mamba2":
+    if config.mixer == "mamba2":
         layer.append(("mixer.norm.weight", "mixer/norm/scale", "e -> e"))
     directions = ("forward", "backward") if config.mamba.direction == "both" else ("forward",)
     for name in directions:
-        for tensor, path, pattern in _DIRECTION[config.mamba.mixer]:
+        for tensor, path, pattern in _DIRECTION[config.mixer]:
             layer.append((f"mixer.{name}.{tensor}", f"mixer/{name}/{path}", pattern))
     rules += [
         TensorRule(
@@ -258,7 +260,7 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
         for i in range(config.mamba.depth)
         for tensor, path, pattern in layer
     ]
-    return Table(tuple(rules))
+    return Table(tuple(rules), layouts=layouts)
 
 
 def tables(config: ModelConfig, shapes: Mapping[str, Any]) -> dict[str, Table]:

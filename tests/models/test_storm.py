@@ -13,7 +13,7 @@ from rows_by_hand import build_rows
 
 from configs.tiny import MODEL as TINY
 from storm_jax.compression import plan_clip
-from storm_jax.config import CompressionConfig, ConfigError, ModelConfig
+from storm_jax.config import CompressionConfig, ConfigError, ModelConfig, StemConfig
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.models.temporal_projector import TemporalProjector
@@ -58,17 +58,18 @@ def hidden_states(
     return np.asarray(jitted(model, batch, shape=visual))
 
 
-@pytest.fixture(params=["storm", "mlp", "forward", "mamba2"])
+@pytest.fixture(params=["mamba1", "no mixer", "forward", "mamba2"])
 def model(request, small_model, randomise) -> Storm:
     config = small_model
-    if request.param == "mlp":
-        config = dataclasses.replace(config, projector="mlp")
+    if request.param == "no mixer":
+        stem = StemConfig(kind="mlp_downsample_3x3_fix", downsample=3)
+        config = dataclasses.replace(config, stem=stem, mixer="none")
     if request.param == "forward":
         mamba = dataclasses.replace(config.mamba, direction="forward")
         config = dataclasses.replace(config, mamba=mamba)
     if request.param == "mamba2":
-        mamba = dataclasses.replace(config.mamba, mixer="mamba2", head_dim=16)
-        config = dataclasses.replace(config, mamba=mamba)
+        mamba = dataclasses.replace(config.mamba, head_dim=16)
+        config = dataclasses.replace(config, mixer="mamba2", mamba=mamba)
     return random_storm(randomise, config)
 
 
@@ -98,12 +99,12 @@ def test_the_projector_mixes_time_before_pooling(small_model, randomise, rng):
     shape = row_shape(CompressionConfig(num_frames=8, temporal_pool=4))
     sample = make_sample(rng, shape, 8, 4)
     swapped = dataclasses.replace(sample, clips=[sample.clips[0][[1, 0, 2, 3, 4, 5, 6, 7]]])
-    for projector, sees_order in (("storm", True), ("mlp", False)):
-        config = dataclasses.replace(small_model, projector=projector)
+    for mixer, sees_order in (("mamba1", True), ("none", False)):
+        config = dataclasses.replace(small_model, mixer=mixer)
         model = random_storm(randomise, config)
         original, other = hidden_states(model, [[sample], [swapped]], shape)
         difference = np.abs(original - other).max()
-        assert (difference > 1e-2) == sees_order, (projector, difference)
+        assert (difference > 1e-2) == sees_order, (mixer, difference)
 
 
 def test_causal_projector_never_looks_ahead(small_model, randomise, rng):
@@ -179,6 +180,6 @@ class Normalised(nnx.Module):
 
 
 def test_a_projector_with_state_other_than_parameters_is_rejected(small_model):
-    config = dataclasses.replace(small_model, projector=f"{__name__}:Normalised")
+    config = dataclasses.replace(small_model, mixer=f"{__name__}:Normalised")
     with pytest.raises(ConfigError, match=r"projector/mixer/norm/mean \(BatchStat\)"):
         abstract_model(config)

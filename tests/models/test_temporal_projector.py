@@ -19,10 +19,8 @@ BATCH, FRAMES, GROUP = 2, 11, 4
 
 @pytest.fixture(params=["mamba1", "mamba2"])
 def config(request, small_model):
-    mamba = dataclasses.replace(
-        small_model.mamba, mixer=request.param, direction="forward", head_dim=16
-    )
-    return dataclasses.replace(small_model, mamba=mamba)
+    mamba = dataclasses.replace(small_model.mamba, direction="forward", head_dim=16)
+    return dataclasses.replace(small_model, mixer=request.param, mamba=mamba)
 
 
 @pytest.fixture
@@ -96,8 +94,8 @@ def test_the_state_matters(projector, config, rng):
 
 
 def test_a_bidirectional_projector_does_not_support_blocks(small_model):
-    for projector in ("storm", "mlp"):
-        config = dataclasses.replace(small_model, projector=projector)
+    for mixer in ("mamba1", "none"):
+        config = dataclasses.replace(small_model, mixer=mixer)
         model = TemporalProjector(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
         with pytest.raises(ValueError, match='direction="forward"'):
             model.initial_state(1)
@@ -111,7 +109,9 @@ def test_a_layer_stores_its_inputs_only(small_model):
         config = dataclasses.replace(small_model.mamba, depth=depth, direction="forward")
         graphdef, params = nnx.split(
             nnx.eval_shape(
-                lambda: MambaLayers(width, config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=remat)
+                lambda: MambaLayers(
+                    width, "mamba1", config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=remat
+                )
             )
         )
 

@@ -60,7 +60,9 @@ def torch_mixer(params: dict, direction: str) -> TorchMixer:
 
 def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
     config = MambaConfig(direction=direction)
-    mixer = nnx.eval_shape(lambda: MambaMixer(WIDTH, config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    mixer = nnx.eval_shape(
+        lambda: MambaMixer(WIDTH, "mamba1", config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    )
     graphdef, state = nnx.split(randomise(mixer, scale=0.25))
     params = jax.device_get(nnx.to_pure_dict(state))
     for name in {"forward", "backward"} & params.keys():

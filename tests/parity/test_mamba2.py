@@ -22,7 +22,7 @@ LENGTHS = (1, 5, 64, 65, 130)  # a step, less than a chunk, one chunk, two and t
 
 
 def make_config(direction: str) -> MambaConfig:
-    return MambaConfig(mixer="mamba2", d_state=STATE, head_dim=8, direction=direction)
+    return MambaConfig(d_state=STATE, head_dim=8, direction=direction)
 
 
 def torch_mixer(params: dict, direction: str) -> TorchMixer:
@@ -58,7 +58,9 @@ def torch_mixer(params: dict, direction: str) -> TorchMixer:
 
 def jax_mixer(randomise, direction: str) -> tuple[MambaMixer, dict]:
     mixer = nnx.eval_shape(
-        lambda: MambaMixer(WIDTH, make_config(direction), rngs=nnx.Rngs(0), dtype=jnp.float32)
+        lambda: MambaMixer(
+            WIDTH, "mamba2", make_config(direction), rngs=nnx.Rngs(0), dtype=jnp.float32
+        )
     )
     graphdef, state = nnx.split(randomise(mixer, scale=0.25))
     params = jax.device_get(nnx.to_pure_dict(state))

@@ -66,8 +66,12 @@ def test_every_layer_equals_transformers(case, randomise, rng):
     frames = rng.integers(0, 256, (2, config.image_size, config.image_size, 3)).astype(np.uint8)
     pixels = torch.from_numpy((frames / 255.0 - 0.5) / 0.5).float().permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = theirs(pixels, output_hidden_states=True).hidden_states
+        output = theirs(pixels, output_hidden_states=True)
+    expected = output.hidden_states
     assert len(expected) == config.depth + 1
+    normed = dataclasses.replace(config, final_norm=True)
+    found = nnx.jit(lambda tower: tower(frames))(with_final_norm(normed, params))
+    assert max_error(found, output.last_hidden_state) <= MAX_ERROR
     for layer in range(-config.depth, 0):
         tower = shallow(config, params, layer)
         found = nnx.jit(lambda tower: tower(frames))(tower)
@@ -122,6 +126,13 @@ def shallow(config: VisionConfig, params: dict, feature_layer: int) -> SigLIP:
     if num_layers < config.depth:
         moved["unused"]["layers"] = jax.tree.map(lambda x: x[num_layers:], params["layers"])
     return nnx.merge(nnx.split(tower)[0], moved)
+
+
+def with_final_norm(config: VisionConfig, params: dict) -> SigLIP:
+    """Returns a tower that applies its final norm, with the same weights."""
+    rest = {name: value for name, value in params.items() if name != "unused"}
+    moved = {**rest, "norm": params["unused"]["norm"], "unused": {}}
+    return nnx.merge(nnx.split(abstract_tower(config))[0], moved)
 
 
 def max_error(found: jax.Array, expected: torch.Tensor) -> float:

@@ -94,7 +94,7 @@ def test_interrupted_training_resumes_bit_for_bit(
         pass
 
     config = two_sources(
-        small_config, shapes_folder, tmp_path, model__projector="mlp", data__num_workers=1
+        small_config, shapes_folder, tmp_path, model__mixer="none", data__num_workers=1
     )
     place = loop.place
 

@@ -46,7 +46,7 @@ def test_with_adapters_nothing_else_of_the_decoder_is_trained():
     names = flat_params(abstract_model(config.model)[1])
     decoder = {name for name in names if name.startswith("decoder/") and is_trainable(name, config)}
     assert decoder == {f"decoder/layers/{n}/lora/{m}" for n in ("query", "down") for m in "ab"}
-    assert is_trainable("projector/linear/kernel", config)
+    assert is_trainable("projector/stem/linear1/kernel", config)
 
 
 def test_a_parameter_of_an_unknown_part_is_an_error():

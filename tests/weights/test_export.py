@@ -112,23 +112,25 @@ def test_the_tower_loads_in_transformers_with_its_preprocessor(decoder, tmp_path
 
 
 @pytest.mark.parametrize(
-    "projector", ["storm", "forward", "mamba2", "mlp", "reference_models:Mixer"]
+    "mixer", ["mamba1", "forward", "mamba2", "none", "mlp_downsample", "reference_models:Mixer"]
 )
-def test_importing_an_export_restores_the_run(projector, tokenizer, tmp_path):
-    changes = {"model__projector": projector}
-    if projector == "forward":
+def test_importing_an_export_restores_the_run(mixer, tokenizer, tmp_path):
+    changes = {"model__mixer": mixer}
+    if mixer == "forward":
         changes = {"model__mamba__direction": "forward"}
-    if projector == "mamba2":
-        changes = {"model__mamba__mixer": "mamba2", "model__mamba__head_dim": 32}
+    if mixer == "mlp_downsample":
+        changes = {"model__stem__kind": mixer, "model__stem__downsample": 3}
+    if mixer == "mamba2":
+        changes = {"model__mixer": "mamba2", "model__mamba__head_dim": 32}
     run = random_run(tmp_path / "run", tokenizer, **changes)
     out = tmp_path / "out"
     export_run(run, out)
     parts = [str(out / part) for part in ("vision", "decoder", "projector")]
-    named = {"model__projector": projector} if ":" in projector else {}
+    named = {"model__mixer": mixer} if ":" in mixer else {}
     config = config_for(model__vision__image_size=32, **named)
     again = import_run(config, Sources(*parts), tmp_path / "2")
     assert again.model == run.config.model
-    if projector == "reference_models:Mixer":
+    if mixer == "reference_models:Mixer":
         kernel = load_model(tmp_path / "2").projector.mixer.layers[1].kernel[...]
         expected = run.checkpoints.read(0, "projector/mixer/layers/1/kernel")
         np.testing.assert_array_equal(kernel, expected)

@@ -120,7 +120,7 @@ def test_the_checkpoint_keeps_the_dtype_of_the_files(dtype, tower, tmp_path):
     name = str(dtype).removeprefix("torch.")
     assert stored["decoder/layers/gate_up/kernel"].dtype == name
     assert stored["vision/patch/kernel"].dtype == "float32"
-    assert stored["projector/linear/kernel"].dtype == "float32"
+    assert stored["projector/stem/linear1/kernel"].dtype == "float32"
     assert load_model(run.path).decoder.embedding[...].dtype == jnp.float32
 
 
@@ -465,10 +465,10 @@ def test_no_code_from_a_folder_runs(tower, decoder, tmp_path):
     refuse(tower, folder, tmp_path / "out" / "run", "config.json cannot be read")
     code = tmp_path / "projector"
     code.mkdir()
-    fields = {"projector": "evil:Class", "projector_args": {}, "downsample": 2, "mamba": {}}
+    fields = {"stem": {}, "mixer": "evil:Class", "mixer_args": {}, "mamba": {}}
     (code / "config.json").write_text(json.dumps(fields))
     sources = Sources(str(tower), str(decoder), str(code))
-    with pytest.raises(WeightsError, match=r"would run projector='evil:Class'.*If you trust"):
+    with pytest.raises(WeightsError, match=r"would run mixer='evil:Class'.*If you trust"):
         import_run(config_for(), sources, tmp_path / "out" / "run")
     assert not (tmp_path / "ran").exists()
 

@@ -12,7 +12,7 @@ from configs.storm_llama3_8b import MODEL as LLAMA3_8B
 from configs.storm_qwen2_1_5b import MODEL as QWEN2_1_5B
 from configs.storm_qwen2_7b import MODEL as QWEN2_7B
 from configs.tiny import MODEL as TINY
-from storm_jax.config import LoraConfig
+from storm_jax.config import LoraConfig, StemConfig
 from storm_jax.params import abstract_model, flat_params
 from storm_jax.weights.mapping import TensorRule, coverage_problems, tables
 
@@ -27,13 +27,22 @@ def rules_of(model) -> list[TensorRule]:
 
 MODELS = {
     "tiny": TINY,
-    "mlp": dataclasses.replace(TINY, projector="mlp"),
-    "own": dataclasses.replace(TINY, projector="reference_models:Mixer"),
+    "no mixer": dataclasses.replace(TINY, mixer="none"),
+    "final norm": dataclasses.replace(
+        TINY, vision=dataclasses.replace(TINY.vision, feature_layer=-1, final_norm=True)
+    ),
+    "linear, no bias": dataclasses.replace(TINY, stem=StemConfig(bias=False)),
+    "mlp2x_gelu": dataclasses.replace(TINY, stem=StemConfig(kind="mlp2x_gelu", downsample=1)),
+    "mlp_downsample": dataclasses.replace(TINY, stem=StemConfig(kind="mlp_downsample")),
+    "mlp_downsample_3x3_fix": dataclasses.replace(
+        TINY, stem=StemConfig(kind="mlp_downsample_3x3_fix", downsample=3)
+    ),
+    "own": dataclasses.replace(TINY, mixer="reference_models:Mixer"),
     "one direction": dataclasses.replace(
         TINY, mamba=dataclasses.replace(TINY.mamba, direction="forward")
     ),
     "mamba2": dataclasses.replace(
-        TINY, mamba=dataclasses.replace(TINY.mamba, mixer="mamba2", head_dim=16)
+        TINY, mixer="mamba2", mamba=dataclasses.replace(TINY.mamba, head_dim=16)
     ),
     "early features": dataclasses.replace(
         TINY, vision=dataclasses.replace(TINY.vision, depth=4, feature_layer=-3)
