@@ -105,6 +105,18 @@ class StemConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """What surrounds visual tokens in the prompt; nothing in the paper.
+
+    Attributes:
+      after_group: text after the tokens of each pooled group of frames, and of each image, tokenised on its
+        own. It is a newline in VILA and NVILA.
+    """
+
+    after_group: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaConfig:
     """Layers of the mixers "mamba1" (selective scan) and "mamba2" (SSD, with heads of `head_dim` channels and
     usually a `d_state` of 64 to 128). `direction` is "both" or "forward", the causal variant for streaming."""
@@ -206,6 +218,7 @@ class ModelConfig:
     mixer: str = "mamba1"
     mixer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mamba: MambaConfig = MambaConfig()
+    layout: LayoutConfig = LayoutConfig()
     dtype: str = "bfloat16"
 
     @property

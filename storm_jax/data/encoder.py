@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from storm_jax.compression import plan_clip
-from storm_jax.config import CompressionConfig, FramesConfig
+from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import count_frames
 from storm_jax.text.conversation import ConversationEncoder, Encoded, Pieces
@@ -26,6 +26,7 @@ class SampleEncoder:
     side: int
     compression: CompressionConfig
     frames: FramesConfig
+    layout: LayoutConfig = dataclasses.field(default_factory=LayoutConfig)
 
     def frame_counts(self, media: Sequence[Media]) -> list[int]:
         """Returns the number of frames of each medium.
@@ -84,5 +85,7 @@ class SampleEncoder:
             if style == "per_group":
                 pieces.append(f"{time:.1f} s: ")
             pieces.append(plan.tokens_per_group)
+            if self.layout.after_group:
+                pieces.append(self.layout.after_group)
         rest = [caption, *left] if caption else []
         return pieces + [f"\n{caption.text}\n" for caption in rest]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
+from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig, SourceConfig
 from storm_jax.data.cache import cached_arrays
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.skips import Skip
@@ -100,7 +100,7 @@ def _key(source: Source, encoder: SampleEncoder) -> str:
     frames, compression = encoder.frames, encoder.compression
     inputs = (
         _VERSION, source.stamp, encoder.text.digest, encoder.text.system, DATE, encoder.side,
-        frames.fps, frames.time_text, compression,
+        frames.fps, frames.time_text, compression, encoder.layout,
     )  # fmt: skip
     return repr(inputs)
 
@@ -122,7 +122,7 @@ def _measure_all(
     if pool.count and (len(parts) > 2 or encoder.frames.fps):
         job = _Job(
             config=config, index_dir=index_dir, tokenizer=str(encoder.text.tokenizer.name_or_path), system=encoder.text.system,
-            side=encoder.side, compression=encoder.compression, frames=encoder.frames,
+            side=encoder.side, compression=encoder.compression, frames=encoder.frames, layout=encoder.layout,
         )  # fmt: skip
         with concurrent.futures.ThreadPoolExecutor(pool.count) as threads:
             chunks = threads.map(lambda part: _measure_in_worker(pool, job, source, part), parts)
@@ -181,6 +181,7 @@ class _Job:
     side: int
     compression: CompressionConfig
     frames: FramesConfig
+    layout: LayoutConfig
 
 
 def _measure_part(job: _Job, part: range) -> _Chunk:
@@ -191,7 +192,11 @@ def _measure_part(job: _Job, part: range) -> _Chunk:
 def _prepare(job: _Job) -> tuple[Source, SampleEncoder]:
     text = ConversationEncoder(load_tokenizer(job.tokenizer), job.system)
     encoder = SampleEncoder(
-        text=text, side=job.side, compression=job.compression, frames=job.frames
+        text=text,
+        side=job.side,
+        compression=job.compression,
+        frames=job.frames,
+        layout=job.layout,
     )
     return open_source(job.config, job.index_dir), encoder
 

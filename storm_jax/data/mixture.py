@@ -49,6 +49,7 @@ def open_mixture(
             side=side,
             compression=compression,
             frames=data.frames,
+            layout=config.model.layout,
         ),
         [
             RowShape(

@@ -192,6 +192,7 @@ class Predictor:
             side=self.config.model.side,
             compression=compression or self.compression,
             frames=self.config.data.frames,
+            layout=self.config.model.layout,
         )
         size = self.config.model.vision.image_size
         scenes = [plan_scene(each, encoder) for each in media]

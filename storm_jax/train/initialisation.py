@@ -20,6 +20,7 @@ from storm_jax.train.state import StateSpec, TrainState
 
 # Fields of the model that may differ between a run and the run it starts from.
 _NOT_IN_WEIGHTS = ("decoder.lora.", "dtype")
+_MIXER = "projector/mixer/"
 
 
 class Start(NamedTuple):
@@ -33,9 +34,9 @@ class Start(NamedTuple):
 def inherit_model(
     config: RunConfig, source: Run, explicit: Collection[str]
 ) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
-    """`config` with the vision tower and decoder of the run whose weights it starts from.
+    """`config` with the tower, stem, layout and decoder of the run whose weights it starts from.
 
-    Projector and LoRA adapters stay as configured.
+    Mixer and LoRA adapters stay as configured.
 
     Args:
       explicit: dotted names of the fields that the user set.
@@ -50,7 +51,13 @@ def inherit_model(
     decoder = dataclasses.replace(inherited.decoder, lora=config.model.decoder.lora)
     return replace_model(
         config,
-        dataclasses.replace(config.model, vision=inherited.vision, decoder=decoder),
+        dataclasses.replace(
+            config.model,
+            vision=inherited.vision,
+            stem=inherited.stem,
+            layout=inherited.layout,
+            decoder=decoder,
+        ),
         explicit,
         str(source.path),
     )
@@ -89,7 +96,7 @@ def load_params(source: Run, spec: StateSpec) -> dict[str, jax.Array]:
     """Another run's parameters {path: array} on this mesh.
 
     Adapters of the same LoRA configuration are loaded. Others are merged into the decoder, and the
-    new ones start fresh.
+    new ones start fresh. So does a mixer that the other run does not have; Mamba layers start as the identity.
 
     Raises:
       RunError: if the models differ.
@@ -97,8 +104,15 @@ def load_params(source: Run, spec: StateSpec) -> dict[str, jax.Array]:
     _check_same_model(source, spec)
     step = source.checkpoints.resolve(None)
     target = with_sharding(spec.shapes, spec.shardings).params()
+    mixer: dict[str, jax.Array] = {}
+    if _adds_mixer(source, spec):
+        added = {k: leaf.sharding for k, leaf in target.items() if k.startswith(_MIXER)}
+        target = {name: leaf for name, leaf in target.items() if name not in added}
+        with jax.set_mesh(spec.mesh):
+            mixer = random_params(spec.config.model, spec.config.train.seed, added)
+        print(f"model.mixer={spec.config.model.mixer!r} is new: {source.path} has none")
     if source.config.model.decoder.lora == spec.config.model.decoder.lora:
-        return source.checkpoints.restore(target, step)
+        return source.checkpoints.restore(target, step) | mixer
     base = {name: leaf for name, leaf in target.items() if not is_adapter(name)}
     adapters = _adapter_shapes(source, spec)
     restored = source.checkpoints.restore(base | adapters, step)
@@ -109,16 +123,23 @@ def load_params(source: Run, spec: StateSpec) -> dict[str, jax.Array]:
             donate_argnums=0,
         )({name: restored[name] for name in base}, {name: restored[name] for name in adapters})
         fresh = {name: leaf.sharding for name, leaf in target.items() if is_adapter(name)}
-        return merged | random_params(spec.config.model, spec.config.train.seed, fresh)
+        return merged | random_params(spec.config.model, spec.config.train.seed, fresh) | mixer
+
+
+def _adds_mixer(source: Run, spec: StateSpec) -> bool:
+    return source.config.model.mixer == "none" != spec.config.model.mixer
 
 
 def _check_same_model(source: Run, spec: StateSpec) -> None:
+    ignored: tuple[str, ...] = _NOT_IN_WEIGHTS
+    if source.config.model.mixer == "none":
+        ignored = (*ignored, "mixer", "mamba.")
     changed = {
         name: values
         for name, values in differences(
             to_dict(source.config.model), to_dict(spec.config.model)
         ).items()
-        if not name.startswith(_NOT_IN_WEIGHTS)
+        if not name.startswith(ignored)
     }
     if changed:
         listed = "\n  ".join(f"model.{k}: {a!r} there, {b!r} here" for k, (a, b) in changed.items())

@@ -5,6 +5,11 @@ Import public weights as a run, to train from with --config.init_from=RUN:
     python -m storm_jax.weights import --vision=DIR_OR_HUB_ID --decoder=DIR_OR_HUB_ID \\
         --config=configs/storm_qwen2_7b.py:stage=align --out=RUN
 
+or a whole video model, with Mamba layers that change nothing before they are trained:
+
+    python -m storm_jax.weights import --model=DIR_OR_HUB_ID --add_mixer=mamba1 \\
+        --config=configs/storm_qwen2_7b.py:stage=sft --out=RUN
+
 Export a run as folders that transformers loads:
 
     python -m storm_jax.weights export --workdir=RUN --out=DIR
@@ -41,6 +46,15 @@ DECODER = flags.DEFINE_string(
 PROJECTOR = flags.DEFINE_string(
     "projector", "", "import: exported projector; randomly initialised by default."
 )
+MODEL = flags.DEFINE_string(
+    "model", "", "import: a whole video model, instead of its parts: NVILA or VILA."
+)
+ADD_MIXER = flags.DEFINE_enum(
+    "add_mixer",
+    "",
+    ["", "mamba1", "mamba2"],
+    "import: with --model, Mamba layers behind its projector, which start as the identity.",
+)
 OUT = flags.DEFINE_string("out", None, "Output folder; must not exist.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "export: run folder.")
 STEP = flags.DEFINE_integer("step", None, "export: checkpoint step; defaults to the latest.")
@@ -50,22 +64,31 @@ DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "export: dtype of all tensors; defaults to the run's model.dtype.",
 )
-_REQUIRED = {"import": ("config", "vision", "decoder"), "export": ("workdir",)}
+_REQUIRED = {"import": ("config",), "export": ("workdir",)}
 
 
 def main(argv: Sequence[str]) -> None:
     command = argv[1] if len(argv) == 2 else None
     if command not in _REQUIRED:
         raise app.UsageError("the command must be `import` or `export` (see --help)")
-    missing = [name for name in _REQUIRED[command] if not flags.FLAGS[name].value]
+    required = list(_REQUIRED[command])
+    if command == "import" and not MODEL.value:
+        required += ["vision", "decoder"]
+    missing = [name for name in required if not flags.FLAGS[name].value]
     if missing:
         raise app.UsageError(f"{command} needs " + ", ".join(f"--{name}" for name in missing))
     transformers.logging.set_verbosity_error()
     out = pathlib.Path(OUT.value)
     if command == "import":
-        sources = Sources(VISION.value, DECODER.value, PROJECTOR.value)
+        if MODEL.value and (VISION.value or DECODER.value or PROJECTOR.value):
+            raise app.UsageError(
+                "--model is a whole model: leave out --vision, --decoder, --projector"
+            )
+        if ADD_MIXER.value and not MODEL.value:
+            raise app.UsageError("--add_mixer needs --model; otherwise model.mixer says which")
+        sources = Sources(VISION.value, DECODER.value, PROJECTOR.value, MODEL.value)
         explicit = config_flags.get_override_values(flags.FLAGS["config"])
-        import_run(from_dict(RunConfig, CONFIG.value), sources, out, explicit)
+        import_run(from_dict(RunConfig, CONFIG.value), sources, out, explicit, ADD_MIXER.value)
     else:
         run = Run(pathlib.Path(WORKDIR.value).expanduser())
         export_run(run, out, step=STEP.value, dtype=DTYPE.value or "")

@@ -85,9 +85,7 @@ def read_vision(folder: pathlib.Path, ours: VisionConfig) -> VisionConfig:
     sizes = {name: fields[name] for name in ("image_size", "patch_size")}
     if wrong := [f"{k}={v!r} must be a number" for k, v in sizes.items() if not isinstance(v, int)]:
         raise WeightsError(f"{folder}/config.json:", wrong)
-    return VisionConfig(
-        **fields, feature_layer=ours.feature_layer, final_norm=ours.final_norm
-    )
+    return VisionConfig(**fields, feature_layer=ours.feature_layer, final_norm=ours.final_norm)
 
 
 def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:

@@ -25,7 +25,7 @@ from storm_jax.sharding import make_mesh, param_shardings
 from storm_jax.text.bpe import CHATML
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.tokenizer import check_template, read_tokenizer, save_tokenizer, stop_ids
-from storm_jax.weights import WeightsError
+from storm_jax.weights import WeightsError, vila
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
 from storm_jax.weights.hub import local_folder
 from storm_jax.weights.mapping import (
@@ -46,14 +46,27 @@ _ALIGNMENT = 64  # bytes; the CPU backend uses such arrays without a copy
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Local folders or hub ids. Without a projector, it is randomly initialised."""
+    """Local folders or hub ids: of the parts, or of a whole model. Without a projector, it is randomly initialised."""
 
-    vision: str
-    decoder: str
+    vision: str = ""
+    decoder: str = ""
     projector: str = ""
+    model: str = ""
 
     def folders(self) -> dict[str, pathlib.Path]:
-        """{component: folder}, after downloading what is not cached."""
+        """{component: folder}, after downloading what is not cached.
+
+        Raises:
+          WeightsError: if a folder is missing, or the model is of no known family.
+        """
+        if self.model:
+            root = local_folder(self.model)
+            if not vila.recognise(root):
+                raise WeightsError(
+                    f"{root} is no model of a known family: NVILA and VILA have a config.json with llm_cfg, "
+                    f"vision_tower_cfg and mm_projector_cfg. Parts are imported with --vision and --decoder"
+                )
+            return {component: root / name for component, name in vila.FOLDERS.items()}
         return {
             component: local_folder(spec)
             for component, spec in dataclasses.asdict(self).items()
@@ -79,15 +92,20 @@ class _Plan:
 
 
 def import_run(
-    config: RunConfig, sources: Sources, out: pathlib.Path, explicit: Collection[str] = ()
+    config: RunConfig,
+    sources: Sources,
+    out: pathlib.Path,
+    explicit: Collection[str] = (),
+    add_mixer: str = "",
 ) -> RunConfig:
     """Writes a run at step 0 with imported weights, and returns its configuration.
 
-    The fields of tower and decoder come from their config.json, except `model.vision.image_size`:
-    position embeddings are resampled to it.
+    The fields of tower and decoder come from their config.json, except `model.vision.image_size` if parts are
+    imported: position embeddings are resampled to it.
 
     Args:
       explicit: dotted names of the fields of `config` that the user set.
+      add_mixer: "mamba1" or "mamba2", which starts as the identity behind the stem of a whole model.
 
     Raises:
       WeightsError, ConfigError: if anything does not match; `out` is not created.
@@ -95,13 +113,18 @@ def import_run(
     began = time.monotonic()
     out = check_output(out)
     folders = sources.folders()
+    if sources.model:
+        config = _as_whole_model(config, local_folder(sources.model), explicit, add_mixer)
     vision = read_vision(folders["vision"], config.model.vision)
+    if sources.model and "model.vision.image_size" not in explicit:
+        ours = dataclasses.replace(config.model.vision, image_size=vision.image_size)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=ours))
     config = _with_architecture(config, vision, folders, explicit)
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as staged:
         tokenizer = pathlib.Path(staged)
         _write_tokenizer(folders["decoder"], tokenizer, config)
-        plan = _make_plan(config, mesh, folders, vision.side)
+        plan = _make_plan(config, mesh, folders, vision.side, not sources.model)
         _check_space(out.parent, sum(plan.nbytes(path) for path in plan.pieces))
         params = _read(plan)
         not_imported = {
@@ -140,7 +163,7 @@ def _with_architecture(
         vision=dataclasses.replace(vision, image_size=config.model.vision.image_size),
         decoder=dataclasses.replace(decoder, lora=config.model.decoder.lora),
     )
-    if "projector" in folders:
+    if "projector" in folders and not vila.recognise(folders["projector"].parent):
         model = read_projector(folders["projector"], model)
     for note in notes:
         print(f"note: {note}")
@@ -154,6 +177,32 @@ def _with_architecture(
             f"{model.vision.image_size})"
         )
     return config
+
+
+def _as_whole_model(
+    config: RunConfig, folder: pathlib.Path, explicit: Collection[str], add_mixer: str
+) -> RunConfig:
+    """`config` with the projector, layout and pooling of a whole model; prints what changes.
+
+    Pooling is not in the weights: the user's own stays.
+    """
+    found = vila.read(folder, config)
+    pooling = {
+        name: value
+        for name, value in dataclasses.asdict(found.compression).items()
+        if f"compression.{name}" not in explicit
+    }
+    model = dataclasses.replace(found.model, mixer=add_mixer or "none")
+    config, changes = replace_model(config, model, explicit, str(folder))
+    compression = dataclasses.replace(config.compression, **pooling)
+    changes |= {
+        f"compression.{name}": (getattr(config.compression, name), value)
+        for name, value in pooling.items()
+        if getattr(config.compression, name) != value
+    }
+    for name, (before, after) in changes.items():
+        print(f"{name}={after!r} of {folder} replaces {before!r}")
+    return dataclasses.replace(config, compression=compression)
 
 
 def _has_own_head(folder: pathlib.Path, decoder: DecoderConfig) -> bool:
@@ -193,26 +242,35 @@ def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: RunConf
 
 
 def _make_plan(
-    config: RunConfig, mesh: Mesh, folders: Mapping[str, pathlib.Path], side: int
+    config: RunConfig,
+    mesh: Mesh,
+    folders: Mapping[str, pathlib.Path],
+    side: int,
+    imported_mixer: bool,
 ) -> _Plan:
     """Finds a tensor for every rule, and checks its shape and dtype.
 
     Args:
       side: patches along one edge of the tower's image, before any resampling.
+      imported_mixer: whether the folder of the projector has the mixer's tensors.
 
     Raises:
       WeightsError: listing every missing, unknown or mismatched tensor.
     """
     _, abstract = abstract_model(config.model)
     shapes = flat_params(abstract)
+    model, expected = config.model, shapes
+    if not imported_mixer:
+        model = dataclasses.replace(model, mixer="none")
+        expected = {k: v for k, v in shapes.items() if not k.startswith("projector/mixer/")}
     pieces: dict[str, list[tuple[TensorRule, Tensor]]] = {}
     problems: list[str] = []
-    for component, table in tables(config.model, shapes).items():
+    for component, table in tables(model, expected).items():
         if component not in folders:
             continue
         found, missing = match(table, list_tensors(folders[component]))
         wrong = missing + _mismatches(table, found, shapes, side)
-        part = {path: leaf for path, leaf in shapes.items() if path.startswith(f"{component}/")}
+        part = {path: leaf for path, leaf in expected.items() if path.startswith(f"{component}/")}
         wrong += coverage_problems(table.rules, part)
         problems += [f"{component}: {problem}" for problem in wrong]
         for rule in table.rules:

@@ -189,6 +189,18 @@ def decoder_table(config: DecoderConfig) -> Table:
 _OLD_MLP = {
     "stem.norm1.": "norm.", "stem.linear1.": "linear.", "stem.linear2.": "mixer.linear.", "": "",
 }  # fmt: skip
+# The stems in the mm_projector folder of VILA.
+_VILA = {
+    "linear": {"stem.linear1.": "layers.", "": ""},
+    "mlp2x_gelu": {"stem.linear1.": "layers.0.", "stem.linear2.": "layers.2.", "": ""},
+    "mlp_downsample": {
+        "stem.norm1.": "layers.1.", "stem.linear1.": "layers.2.", "stem.linear2.": "layers.4.", "": "",
+    },
+    "mlp_downsample_3x3_fix": {
+        "stem.norm1.": "layers.1.", "stem.linear1.": "layers.2.", "stem.norm2.": "layers.4.",
+        "stem.linear2.": "layers.5.", "stem.linear3.": "layers.7.", "": "",
+    },
+}  # fmt: skip
 # One direction of a Mamba layer.
 _DIRECTION = {
     "mamba1": (
@@ -233,7 +245,7 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
         TensorRule(tensor=tensor, path=f"projector/{path}", pattern=pattern)
         for tensor, path, pattern in stem
     ]
-    layouts = ({"": ""}, {"stem.linear1.": "linear.", "": ""}, _OLD_MLP)
+    layouts = ({"": ""}, {"stem.linear1.": "linear.", "": ""}, _OLD_MLP, _VILA[config.stem.kind])
     if config.mixer not in ("mamba1", "mamba2"):
         paths = [path for path in shapes if path.startswith("projector/mixer/")]
         rules += [_unchanged(path, len(shapes[path].shape)) for path in paths]

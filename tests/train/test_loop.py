@@ -285,6 +285,26 @@ def test_imported_weights_are_the_start_of_other_runs(
     start_training(config, tmp_path / "other", shapes_folder)
 
 
+def test_a_mixer_is_added_to_a_run_without_one(small_config, shapes_folder, tmp_path, capsys):
+    stem = {"model__stem__kind": "mlp_downsample"}
+    without = Run(tmp_path / "without")
+    without.prepare(small_config(model__mixer="none", **stem), shapes_folder / "tokenizer")
+    mesh = make_mesh(without.config.mesh, jax.devices()[:1])
+    spec = StateSpec.make(without.config, mesh)
+    params = spec.init().params()
+    without.checkpoints.write_params(params, {})
+    config, changes = inherit_model(small_config(init_from=str(without.path)), without, explicit=[])
+    assert changes == {"model.stem.kind": ("linear", "mlp_downsample")}
+    loaded = load_params(without, StateSpec.make(config, mesh))
+    added = {name for name in loaded if name.startswith("projector/mixer/")}
+    assert loaded.keys() - added == params.keys() and added
+    jax.tree.map(np.testing.assert_array_equal, {n: loaded[n] for n in params}, params)
+    assert not np.any(loaded["projector/mixer/layers/mixer/out_proj/kernel"])
+    assert "model.mixer='mamba1' is new" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"model.stem.kind='linear', not 'mlp_downsample'"):
+        inherit_model(small_config(), without, explicit=["model.stem.kind"])
+
+
 def test_tower_and_decoder_are_inherited_with_the_weights(trained_run, small_config):
     other = small_config(model__decoder__mlp_dim=64, model__vision__depth=3)
     inherited, changes = inherit_model(other, Run(trained_run), explicit=["train.steps"])

@@ -1,0 +1,130 @@
+"""VILA and NVILA: a folder with config.json, llm/, vision_tower/ and mm_projector/.
+
+The tower's features go through a stem (mm_projector), and the token of a newline follows the tokens of each image
+and of each pooled frame. What we do not support, such as tiles, is refused by field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from storm_jax.config import CompressionConfig, LayoutConfig, RunConfig, StemConfig
+from storm_jax.weights import WeightsError
+
+FOLDERS = {"vision": "vision_tower", "decoder": "llm", "projector": "mm_projector"}
+_STEMS = {
+    "linear": StemConfig(kind="linear", downsample=1),
+    "mlp2x_gelu": StemConfig(kind="mlp2x_gelu", downsample=1),
+    "mlp_downsample": StemConfig(kind="mlp_downsample", downsample=2),
+    "mlp_downsample_2x2_fix": StemConfig(kind="mlp_downsample", downsample=2),
+    "mlp_downsample_3x3_fix": StemConfig(kind="mlp_downsample_3x3_fix", downsample=3),
+}
+# Values that we support, by field of config.json.
+_SUPPORTS: Mapping[str, tuple[Any, ...]] = {
+    "s2": (False, None),
+    "dynamic_s2": (False, None),
+    "ps3": (False, None),
+    "mm_vision_select_feature": ("cls_patch", None),
+    "mm_use_im_start_end": (False, None),
+    "mm_use_im_patch_token": (False, None),
+}
+
+
+def recognise(folder: pathlib.Path) -> bool:
+    """Whether the config.json of a folder is that of a VILA."""
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(fields, dict)
+        and {"llm_cfg", "vision_tower_cfg", "mm_projector_cfg"} <= fields.keys()
+    )
+
+
+def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
+    """`config` with stem, layout, feature layer and pooling of a VILA, without a mixer.
+
+    Raises:
+      WeightsError: naming each missing part or unsupported field.
+    """
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    problems = [f"{part}/ is missing" for part in FOLDERS.values() if not (folder / part).is_dir()]
+    for name, supported in _SUPPORTS.items():
+        value = fields.get(name, supported[0])
+        if value not in supported:
+            problems.append(f"{name}={value!r} is not supported, only {supported[0]!r}")
+    kind = _projector_type(folder, fields)
+    if kind not in _STEMS:
+        problems.append(f"mm_projector_type={kind!r} is not supported, only {', '.join(_STEMS)}")
+    image, video = (_encoder(fields, f"{name}_encoder", problems) for name in ("image", "video"))
+    if image.get("end_tokens", "\n") != video.get("end_tokens", "\n"):
+        problems.append("image_encoder and video_encoder have different end_tokens")
+    compression = _compression(video, config.compression, problems)
+    if fields.get("num_video_frames"):
+        frames = min(int(fields["num_video_frames"]), config.data.largest_row.frames)
+        compression = dataclasses.replace(compression, num_frames=frames)
+    if problems:
+        raise WeightsError(f"{path}:", problems)
+    if fields.get("image_aspect_ratio") not in (None, "resize"):
+        print(
+            f"note: image_aspect_ratio={fields['image_aspect_ratio']!r} cuts images into tiles; here they are "
+            f"resized to a square"
+        )
+    layer = fields.get("mm_vision_select_layer")
+    model = dataclasses.replace(
+        config.model,
+        vision=dataclasses.replace(
+            config.model.vision, feature_layer=-2 if layer is None else layer, final_norm=False
+        ),
+        stem=_STEMS[kind],
+        mixer="none",
+        mixer_args={},
+        layout=LayoutConfig(after_group=image.get("end_tokens", "\n") or ""),
+    )
+    return dataclasses.replace(config, model=model, compression=compression)
+
+
+def _projector_type(folder: pathlib.Path, fields: Mapping[str, Any]) -> str:
+    for source in (folder / "mm_projector/config.json", None):
+        try:
+            found = json.loads(source.read_text()) if source else fields["mm_projector_cfg"]
+            return str(found["mm_projector_type"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return ""
+
+
+def _encoder(fields: Mapping[str, Any], name: str, problems: list[str]) -> Mapping[str, Any]:
+    """The arguments of the image or video encoder, which are JSON in a string."""
+    value = fields.get(name) or {}
+    try:
+        found = json.loads(value) if isinstance(value, str) else dict(value)
+    except ValueError:
+        problems.append(f"{name}={value!r} is not valid JSON")
+        return {}
+    for part in ("start_tokens", "sep_tokens"):
+        if found.get(part):
+            problems.append(f"{name}: {part}={found[part]!r} is not supported")
+    return found
+
+
+def _compression(
+    video: Mapping[str, Any], ours: CompressionConfig, problems: list[str]
+) -> CompressionConfig:
+    """`ours` with the pooling of the video encoder."""
+    sizes = video.get("pool_sizes", [[1, 1, 1]])
+    try:
+        ((time, height, width),) = sizes
+        assert height == width and min(time, height) >= 1
+    except (ValueError, TypeError, AssertionError):
+        problems.append(
+            f"video_encoder: pool_sizes={sizes!r} is not supported, only one with equal sides"
+        )
+        return ours
+    return dataclasses.replace(ours, temporal_pool=time, spatial_pool=height, temporal_sample=1)
