@@ -145,7 +145,12 @@ def make_vila(folder: pathlib.Path, kind: str, pool: tuple[int, int] = (2, 1)) -
     return Vila(folder, tower, project, decoder, pool)
 
 
-@pytest.fixture(params=[("mlp_downsample_2x2_fix", (2, 1)), ("mlp_downsample_3x3_fix", (1, 1)), ("mlp_downsample", (8, 2)), ("linear", (3, 2))], ids=lambda p: f"{p[0]}-{p[1]}")  # fmt: skip
+@pytest.fixture(
+    params=[
+        ("mlp_downsample_2x2_fix", (2, 1)), ("mlp_downsample_3x3_fix", (8, 2)), ("linear", (3, 2)),
+    ],
+    ids=lambda param: param[0],
+)  # fmt: skip
 def vila(request, tmp_path) -> Vila:
     return make_vila(tmp_path / "vila", *request.param)
 
@@ -231,7 +236,7 @@ def test_packed_logits_equal_torch_and_an_added_mixer_changes_nothing(vila, medi
         assert 0 <= len(expected) - len(logits) <= 2
         error = np.abs(logits - expected[: len(logits)]).max()
         assert error <= MAX_ERROR * np.abs(expected).max() < np.inf, sample.id
-    for mixer in ("mamba1", "mamba2"):
+    for mixer in ("mamba1", "mamba2") if vila.pool == (2, 1) else ():
         config = run_config()
         mamba = dataclasses.replace(config.model.mamba, head_dim=16)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, mamba=mamba))
