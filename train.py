@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from storm_jax import command_line
-from storm_jax.config import RunConfig, from_dict
+from storm_jax.config import ConfigError, RunConfig, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.skips import DataError
 from storm_jax.files import is_full
@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = from_dict(RunConfig, CONFIG.value)
+    if not config.data.train:
+        raise ConfigError("data.train is empty: list the sources to train on")
     run = Run(WORKDIR.value)
     _drop_tracebacks_of_a_full_disk()
     with run.locked():

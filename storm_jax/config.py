@@ -344,6 +344,7 @@ class DataConfig:
     """Training and validation mixtures, and the rows that their samples are packed into.
 
     Attributes:
+      train: empty in a run of imported weights that is only asked and evaluated.
       tokenizer: a tokenizer folder. Defaults to that of `init_from`, or to `tokenizer/` next to the
         first source.
       system: system prompt of samples that have none.
@@ -354,7 +355,7 @@ class DataConfig:
       num_workers: processes that decode media; 0 decodes in the training process without a time limit.
     """
 
-    train: tuple[SourceConfig, ...]
+    train: tuple[SourceConfig, ...] = ()
     val: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""
     system: str = "You are a helpful assistant"
@@ -372,8 +373,6 @@ class DataConfig:
         found = []
         if self.max_skip_fraction > 1:
             found.append(f"max_skip_fraction={self.max_skip_fraction} must be at most 1")
-        if not self.train:
-            found.append("train is empty: list the sources to train on")
         for field in ("train", "val"):
             found += _mixture_problems(field, getattr(self, field))
         if not self.rows:

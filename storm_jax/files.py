@@ -109,13 +109,24 @@ def changed_files(folder: pathlib.Path, prefix: str = "") -> list[str]:
     There are none if the folder has no digests.json, as in earlier versions, or with the environment
     variable STORM_VERIFY=0.
     """
-    path = folder / _DIGESTS
-    if os.environ.get("STORM_VERIFY") == "0" or not path.exists():
-        return []
+    before = None
+    while os.environ.get("STORM_VERIFY") != "0":
+        try:
+            text = (folder / _DIGESTS).read_bytes()
+        except FileNotFoundError:
+            break
+        changed = _changed(folder, text, prefix)
+        if not changed or text == before:
+            return changed
+        before = text  # another process may be rewriting the files
+    return []
+
+
+def _changed(folder: pathlib.Path, digests: bytes, prefix: str) -> list[str]:
     try:
         written = {
             name: str(value)
-            for name, value in json.loads(path.read_text()).items()
+            for name, value in json.loads(digests).items()
             if name.startswith(prefix)
         }
         found = _digests(folder, written)

@@ -16,10 +16,11 @@ _MLP = {
 def current_model(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a model or projector: `projector`, `projector_args` and `downsample` became `stem` and `mixer`."""
     fields = dict(fields)
-    if "projector" not in fields:
-        return fields
+    mamba = fields.get("mamba", {})
+    if not isinstance(fields.get("projector"), str) or not isinstance(mamba, Mapping):
+        return fields  # of today, or damaged
     projector, args = fields.pop("projector"), fields.pop("projector_args", {})
-    mamba = dict(fields.get("mamba", {}))
+    mamba = dict(mamba)
     version = mamba.pop("mixer", "mamba1")
     kind = "mlp_downsample" if projector == "mlp" else "linear"
     downsample = fields.pop("downsample", 2)

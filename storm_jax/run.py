@@ -138,9 +138,11 @@ class Run:
                 shutil.rmtree(self.tokenizer_path, ignore_errors=True)
                 write_digests(partial, list(partial.iterdir()))
                 partial.rename(self.tokenizer_path)
-            with rewriting(self.path, ["config.json"]):
-                text = json.dumps(config_lib.to_dict(config), indent=2)
-                write_atomically(self.path / "config.json", text + "\n")
+            text = json.dumps(config_lib.to_dict(config), indent=2) + "\n"
+            path = self.path / "config.json"
+            if not path.exists() or path.read_text() != text:
+                with rewriting(self.path, ["config.json"]):
+                    write_atomically(path, text)
         except OSError as error:
             raise RunError(f"--workdir={self.path} cannot be written: {error}") from error
         self.__dict__.pop("config", None)

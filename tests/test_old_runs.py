@@ -92,6 +92,8 @@ def write_as_before(run: Run, spec: StateSpec, state, kind: str) -> None:
 def test_fields_of_today_are_unchanged():
     fields = {"mixer": "mamba2", "stem": {"kind": "linear"}, "mamba": {"depth": 3}}
     assert current_model(fields) == fields
+    for damaged in ({"projector": ["a"]}, {"projector": "mlp", "mamba": 5}, {"projector": None}):
+        assert current_model(damaged) == damaged
     names = ["projector/stem/linear1/kernel", "projector/mixer/linear/kernel", "vision/patch/bias"]
     assert current_names(names) == {name: name for name in names}
 

@@ -44,6 +44,7 @@ WRONG_FIELDS = {
     "--config.mesh.tensor=3": "mesh.tensor=3 does not divide",
     "--config.compression.num_frames=65": "no video would fit",
     "--config.init_from=nowhere": "nowhere",
+    "--config.data.train=()": "data.train is empty: list the sources to train on",
     "--config.data.train[0].cap=-1": "data.train[0].cap=-1 must be at least 0",
 }
 

@@ -14,11 +14,15 @@ from storm_jax.files import changed_files, digest, write_digests
 
 
 def cached_arrays(
-    folder: pathlib.Path, name: str, key: str, compute: Callable[[], Mapping[str, np.ndarray]]
+    folder: pathlib.Path,
+    name: str,
+    key: str,
+    compute: Callable[[], Mapping[str, np.ndarray]],
+    keep: Callable[[Mapping[str, np.ndarray]], bool] = lambda arrays: True,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of `compute()`, cached in `folder` under `name` and `key`.
 
-    The cache is written atomically and may be deleted at any time.
+    The cache is written atomically and may be deleted at any time. Arrays that `keep` rejects are not cached.
 
     Raises:
       DataError: the folder is not writable.
@@ -27,6 +31,8 @@ def cached_arrays(
     arrays = _load(target)
     if arrays is None:
         computed = compute()
+        if not keep(computed):
+            return dict(computed)
         try:
             _write(target, computed)
         except OSError as error:

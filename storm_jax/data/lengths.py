@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.skips import Skip
 from storm_jax.data.sources import Source, index_folder, open_source
 from storm_jax.files import digest
+from storm_jax.media.reader import LASTING
 from storm_jax.media.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
 from storm_jax.progress import with_progress
 from storm_jax.text.conversation import ConversationEncoder
@@ -31,6 +32,7 @@ from storm_jax.text.tokenizer import load_tokenizer
 _VERSION = 3
 _CHUNK = 1024  # samples per call
 _MIN_SPEED = 10.0  # samples a second
+_START = 60.0  # seconds in which a worker loads the tokenizer and opens the source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ def read_lengths(
         "lengths",
         _key(source, encoder),
         lambda: _measure_all(config, source, encoder, index_dir, pool),
+        keep=lambda arrays: not _has_hung(arrays),
     )
     skips = json.loads(arrays["skips"].tobytes())
     return Lengths(
@@ -94,6 +97,11 @@ def read_lengths(
         },
         digest=arrays["digest"].tobytes().decode(),
     )
+
+
+def _has_hung(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether a sample timed out or crashed: next time, the disk may answer."""
+    return any(skip[3] in LASTING for skip in json.loads(arrays["skips"].tobytes()))
 
 
 def _key(source: Source, encoder: SampleEncoder) -> str:
@@ -134,7 +142,7 @@ def _measure_in_worker(pool: WorkerPool, job: _Job, source: Source, part: range)
     """Measures samples together, or one by one if one of them hangs or takes the worker down."""
     limit = job.frames.time_limit
     try:
-        return pool.call(_measure_part, job, part, limit=limit + len(part) / _MIN_SPEED)
+        return pool.call(_measure_part, job, part, limit=_START + limit + len(part) / _MIN_SPEED)
     except (WorkerTimeoutError, WorkerCrashError) as error:
         if len(part) > 1:
             return _together(

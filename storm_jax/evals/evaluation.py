@@ -179,6 +179,6 @@ def _data_root(
 ) -> pathlib.Path:
     if data_root is not None:
         return pathlib.Path(data_root)
-    if benchmark.name == "shapes":
+    if benchmark.name == "shapes" and run.config.data.train:
         return pathlib.Path(run.config.data.train[0].path).parent
     raise BenchmarkError(f"--data_root is missing: the folder of {benchmark.title}'s files")

@@ -92,7 +92,7 @@ class Programs:
                 model, prompts, visual, key, sampling, slots=slots, stop_ids=self._stop_ids
             )
 
-        (seed,) = np.random.SeedSequence(seeds).generate_state(1)
+        (seed,) = np.random.SeedSequence([each % 2**32 for each in seeds]).generate_state(1)
         values = jax.tree.map(lambda value: np.asarray(value, jnp.result_type(value)), sampling)
         inputs = (self._put(prompts), list(tables), seed, values)
         ids, seconds = self._call(answer, (slots,), inputs)

@@ -77,11 +77,16 @@ def tokenizer_folder(config: RunConfig) -> pathlib.Path:
 
     The first of: `data.tokenizer`, the tokenizer of the `init_from` run, and `tokenizer/` next to the
     first source.
+
+    Raises:
+      ConfigError: there is none of these.
     """
     if config.data.tokenizer:
         return pathlib.Path(config.data.tokenizer)
     if config.init_from:
         return pathlib.Path(config.init_from) / "tokenizer"
+    if not config.data.train:
+        raise ConfigError("data.tokenizer is empty, and so is data.train: set one of them")
     return pathlib.Path(config.data.train[0].path).parent / "tokenizer"
 
 

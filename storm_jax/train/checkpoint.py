@@ -40,6 +40,7 @@ class Checkpointer:
                     get_metric_fn=lambda metrics: metrics["val_loss"],
                     reverse=True,  # descending; the last n are kept: the smallest losses
                     n=train.keep_best,
+                    keep_checkpoints_without_metrics=False,  # of earlier versions
                 )
             )
         self._manager = ocp.CheckpointManager(

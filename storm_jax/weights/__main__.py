@@ -7,8 +7,7 @@ Import public weights as a run, to train from with --config.init_from=RUN:
 
 or a whole video model, with Mamba layers that change nothing before they are trained:
 
-    python -m storm_jax.weights import --model=DIR_OR_HUB_ID --add_mixer=mamba1 \\
-        --config=configs/storm_qwen2_7b.py:stage=sft --out=RUN
+    python -m storm_jax.weights import --model=DIR_OR_HUB_ID --add_mixer=mamba1 --out=RUN
 
 Export a run as folders that transformers loads:
 
@@ -32,7 +31,7 @@ from storm_jax.config import RunConfig, from_dict
 from storm_jax.run import Run, RunError
 from storm_jax.weights import WeightsError
 from storm_jax.weights.exporter import export_run
-from storm_jax.weights.importer import Sources, import_run
+from storm_jax.weights.importer import Sources, configuration_of, import_run
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "import: configuration file with its stage, configs/NAME.py:stage=align."
@@ -64,16 +63,14 @@ DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "export: dtype of all tensors; defaults to the run's model.dtype.",
 )
-_REQUIRED = {"import": ("config",), "export": ("workdir",)}
+_REQUIRED = {"import": ("config", "vision", "decoder"), "export": ("workdir",)}
 
 
 def main(argv: Sequence[str]) -> None:
     command = argv[1] if len(argv) == 2 else None
     if command not in _REQUIRED:
         raise app.UsageError("the command must be `import` or `export` (see --help)")
-    required = list(_REQUIRED[command])
-    if command == "import" and not MODEL.value:
-        required += ["vision", "decoder"]
+    required = () if command == "import" and MODEL.value else _REQUIRED[command]
     missing = [name for name in required if not flags.FLAGS[name].value]
     if missing:
         raise app.UsageError(f"{command} needs " + ", ".join(f"--{name}" for name in missing))
@@ -87,8 +84,9 @@ def main(argv: Sequence[str]) -> None:
         if ADD_MIXER.value and not MODEL.value:
             raise app.UsageError("--add_mixer needs --model; otherwise model.mixer says which")
         sources = Sources(VISION.value, DECODER.value, PROJECTOR.value, MODEL.value)
-        explicit = config_flags.get_override_values(flags.FLAGS["config"])
-        import_run(from_dict(RunConfig, CONFIG.value), sources, out, explicit, ADD_MIXER.value)
+        explicit = config_flags.get_override_values(flags.FLAGS["config"]) if CONFIG.value else ()
+        config = from_dict(RunConfig, CONFIG.value) if CONFIG.value else configuration_of(sources)
+        import_run(config, sources, out, explicit, ADD_MIXER.value)
     else:
         run = Run(pathlib.Path(WORKDIR.value).expanduser())
         export_run(run, out, step=STEP.value, dtype=DTYPE.value or "")

@@ -69,11 +69,13 @@ _DECODER_FIELDS = {
 _PROJECTOR_FIELDS = ("stem", "mixer", "mixer_args", "mamba")
 
 
-def read_vision(folder: pathlib.Path, ours: VisionConfig) -> VisionConfig:
+def read_vision(
+    folder: pathlib.Path, *, feature_layer: int = -2, final_norm: bool = False
+) -> VisionConfig:
     """Reads the tower in a folder's config.json, on its own or inside a larger model.
 
     Args:
-      ours: for the fields that config.json does not have: which layer is read, and whether after the norm.
+      feature_layer, final_norm: our own fields, which config.json does not have.
 
     Raises:
       WeightsError: naming each unsupported field.
@@ -85,7 +87,7 @@ def read_vision(folder: pathlib.Path, ours: VisionConfig) -> VisionConfig:
     sizes = {name: fields[name] for name in ("image_size", "patch_size")}
     if wrong := [f"{k}={v!r} must be a number" for k, v in sizes.items() if not isinstance(v, int)]:
         raise WeightsError(f"{folder}/config.json:", wrong)
-    return VisionConfig(**fields, feature_layer=ours.feature_layer, final_norm=ours.final_norm)
+    return VisionConfig(**fields, feature_layer=feature_layer, final_norm=final_norm)
 
 
 def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:

@@ -18,7 +18,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from storm_jax.config import DecoderConfig, RunConfig, VisionConfig, replace_model
+from storm_jax.config import (
+    CompressionConfig,
+    DataConfig,
+    DecoderConfig,
+    LearningRateConfig,
+    ModelConfig,
+    OptimConfig,
+    RowConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+    replace_model,
+)
 from storm_jax.params import abstract_model, flat_params, random_params
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
@@ -91,6 +103,26 @@ class _Plan:
         return self.shapes[path].size * self.dtype(path).itemsize
 
 
+def configuration_of(sources: Sources) -> RunConfig:
+    """The configuration of a whole model that is asked and evaluated as it is; it lists no training data.
+
+    Raises:
+      WeightsError: if the model is of no known family, or a field is not supported.
+    """
+    folders = sources.folders()
+    return RunConfig(
+        model=ModelConfig(
+            vision=read_vision(folders["vision"]), decoder=read_decoder(folders["decoder"])[0]
+        ),
+        compression=CompressionConfig(num_frames=64),
+        data=DataConfig(rows=(RowConfig(tokens=16_384, frames=256),)),
+        optim=OptimConfig(
+            learning_rate=LearningRateConfig(vision=1e-5, projector=1e-5, decoder=1e-5)
+        ),
+        train=TrainConfig(steps=1, batch_size=1),
+    )
+
+
 def import_run(
     config: RunConfig,
     sources: Sources,
@@ -115,10 +147,11 @@ def import_run(
     folders = sources.folders()
     if sources.model:
         config = _as_whole_model(config, local_folder(sources.model), explicit, add_mixer)
-    vision = read_vision(folders["vision"], config.model.vision)
-    if sources.model and "model.vision.image_size" not in explicit:
-        ours = dataclasses.replace(config.model.vision, image_size=vision.image_size)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=ours))
+    vision = read_vision(
+        folders["vision"],
+        feature_layer=config.model.vision.feature_layer,
+        final_norm=config.model.vision.final_norm,
+    )
     config = _with_architecture(config, vision, folders, explicit)
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as staged:
@@ -192,7 +225,10 @@ def _as_whole_model(
         for name, value in dataclasses.asdict(found.compression).items()
         if f"compression.{name}" not in explicit
     }
-    model = dataclasses.replace(found.model, mixer=add_mixer or "none")
+    vision = found.model.vision
+    if "model.vision.image_size" in explicit:
+        vision = dataclasses.replace(vision, image_size=config.model.vision.image_size)
+    model = dataclasses.replace(found.model, vision=vision, mixer=add_mixer or "none")
     config, changes = replace_model(config, model, explicit, str(folder))
     compression = dataclasses.replace(config.compression, **pooling)
     changes |= {

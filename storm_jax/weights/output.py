@@ -9,9 +9,12 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
 from storm_jax.weights import WeightsError
+
+_FRESH = 10.0  # seconds
 
 
 def check_output(out: pathlib.Path) -> pathlib.Path:
@@ -36,10 +39,12 @@ def atomic_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Folders that killed processes left are deleted first.
     """
-    for leftover in out.parent.glob(f"{glob.escape(out.name)}.????????.tmp"):
+    prefix = f"{out.name}.storm-"
+    for leftover in out.parent.glob(f"{glob.escape(prefix)}*.tmp"):
         with contextlib.suppress(OSError), _locked(leftover):
-            shutil.rmtree(leftover)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+            if time.time() - leftover.stat().st_mtime > _FRESH:  # it may not be locked yet
+                shutil.rmtree(leftover)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=out.parent))
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a file system without locks
             stack.enter_context(_locked(partial))

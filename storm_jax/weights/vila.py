@@ -14,6 +14,7 @@ from typing import Any
 
 from storm_jax.config import CompressionConfig, LayoutConfig, RunConfig, StemConfig
 from storm_jax.weights import WeightsError
+from storm_jax.weights.architecture import read_vision
 
 FOLDERS = {"vision": "vision_tower", "decoder": "llm", "projector": "mm_projector"}
 _STEMS = {
@@ -47,7 +48,7 @@ def recognise(folder: pathlib.Path) -> bool:
 
 
 def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
-    """`config` with stem, layout, feature layer and pooling of a VILA, without a mixer.
+    """`config` with tower, stem, layout and pooling of a VILA, without a mixer.
 
     Raises:
       WeightsError: naming each missing part or unsupported field.
@@ -66,9 +67,15 @@ def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
     if image.get("end_tokens", "\n") != video.get("end_tokens", "\n"):
         problems.append("image_encoder and video_encoder have different end_tokens")
     compression = _compression(video, config.compression, problems)
-    if fields.get("num_video_frames"):
-        frames = min(int(fields["num_video_frames"]), config.data.largest_row.frames)
+    frames = fields.get("num_video_frames")
+    if _is_positive(frames):
+        frames = min(frames, config.data.largest_row.frames)
         compression = dataclasses.replace(compression, num_frames=frames)
+    elif frames is not None:
+        problems.append(f"num_video_frames={frames!r} must be a positive number")
+    layer = fields.get("mm_vision_select_layer", -2)
+    if type(layer) is not int or layer >= 0:
+        problems.append(f"mm_vision_select_layer={layer!r} must be a negative number")
     if problems:
         raise WeightsError(f"{path}:", problems)
     if fields.get("image_aspect_ratio") not in (None, "resize"):
@@ -76,12 +83,9 @@ def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
             f"note: image_aspect_ratio={fields['image_aspect_ratio']!r} cuts images into tiles; here they are "
             f"resized to a square"
         )
-    layer = fields.get("mm_vision_select_layer")
     model = dataclasses.replace(
         config.model,
-        vision=dataclasses.replace(
-            config.model.vision, feature_layer=-2 if layer is None else layer, final_norm=False
-        ),
+        vision=read_vision(folder / FOLDERS["vision"], feature_layer=layer),
         stem=_STEMS[kind],
         mixer="none",
         mixer_args={},
@@ -104,9 +108,11 @@ def _encoder(fields: Mapping[str, Any], name: str, problems: list[str]) -> Mappi
     """The arguments of the image or video encoder, which are JSON in a string."""
     value = fields.get(name) or {}
     try:
-        found = json.loads(value) if isinstance(value, str) else dict(value)
+        found = json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        problems.append(f"{name}={value!r} is not valid JSON")
+        found = None
+    if not isinstance(found, dict):
+        problems.append(f"{name}={value!r} is not a JSON object")
         return {}
     for part in ("start_tokens", "sep_tokens"):
         if found.get(part):
@@ -121,10 +127,15 @@ def _compression(
     sizes = video.get("pool_sizes", [[1, 1, 1]])
     try:
         ((time, height, width),) = sizes
-        assert height == width and min(time, height) >= 1
-    except (ValueError, TypeError, AssertionError):
+    except (ValueError, TypeError):
+        time = height = width = None
+    if height != width or not _is_positive(time) or not _is_positive(height):
         problems.append(
             f"video_encoder: pool_sizes={sizes!r} is not supported, only one with equal sides"
         )
         return ours
     return dataclasses.replace(ours, temporal_pool=time, spatial_pool=height, temporal_sample=1)
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +42,7 @@ from storm_jax.text.sample import Sample, Turn
 from storm_jax.weights import WeightsError
 from storm_jax.weights.importer import Sources, import_run
 
+ROOT = pathlib.Path(__file__).parents[2]
 SIZE, NEW, MAX_ERROR = 56, 32, 1e-4
 KINDS = {"mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3, "mlp_downsample": 2, "linear": 1}
 QUESTIONS = {
@@ -145,14 +149,11 @@ def make_vila(folder: pathlib.Path, kind: str, pool: tuple[int, int] = (2, 1)) -
     return Vila(folder, tower, project, decoder, pool)
 
 
-@pytest.fixture(
-    params=[
-        ("mlp_downsample_2x2_fix", (2, 1)), ("mlp_downsample_3x3_fix", (8, 2)), ("linear", (3, 2)),
-    ],
-    ids=lambda param: param[0],
-)  # fmt: skip
-def vila(request, tmp_path) -> Vila:
-    return make_vila(tmp_path / "vila", *request.param)
+VILAS = {
+    "mlp_downsample_2x2_fix": (2, 1), "mlp_downsample_3x3_fix": (8, 2), "linear": (3, 2),
+}  # fmt: skip
+FIRST, *REST = VILAS
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in REST]
 
 
 @pytest.fixture
@@ -225,7 +226,9 @@ def their_logits(vila: Vila, sample: Sample, clips: list[np.ndarray], tokenizer)
         return vila.decoder(inputs_embeds=vila.inputs(text, clips, tokenizer)).logits[0].numpy()
 
 
-def test_packed_logits_equal_torch_and_an_added_mixer_changes_nothing(vila, media, tmp_path):
+@pytest.mark.parametrize("kind", VILAS)
+def test_packed_logits_equal_torch_and_an_added_mixer_changes_nothing(kind, media, tmp_path):
+    vila = make_vila(tmp_path / "vila", kind, VILAS[kind])
     import_run(run_config(), Sources(model=str(vila.folder)), tmp_path / "run")
     run = Run(tmp_path / "run")
     samples = [sample_of(question, media) for question in QUESTIONS]
@@ -236,7 +239,7 @@ def test_packed_logits_equal_torch_and_an_added_mixer_changes_nothing(vila, medi
         assert 0 <= len(expected) - len(logits) <= 2
         error = np.abs(logits - expected[: len(logits)]).max()
         assert error <= MAX_ERROR * np.abs(expected).max() < np.inf, sample.id
-    for mixer in ("mamba1", "mamba2") if vila.pool == (2, 1) else ():
+    for mixer in ("mamba1", "mamba2") if kind == FIRST else ():
         config = run_config()
         mamba = dataclasses.replace(config.model.mamba, head_dim=16)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, mamba=mamba))
@@ -247,11 +250,14 @@ def test_packed_logits_equal_torch_and_an_added_mixer_changes_nothing(vila, medi
             np.testing.assert_allclose(with_mixer, without, atol=1e-4)  # fused differently
 
 
-def test_greedy_answers_equal_torch(vila, media, tmp_path):
+@pytest.mark.parametrize("kind", [FIRST, *SLOW])
+def test_greedy_answers_equal_torch(kind, media, tmp_path):
+    vila = make_vila(tmp_path / "vila", kind, VILAS[kind])
     import_run(run_config(), Sources(model=str(vila.folder)), tmp_path / "run")
     storm = storm_jax.load(tmp_path / "run")
     tokenizer = storm.run.tokenizer()
-    samples = [sample_of(question, media) for question in QUESTIONS]
+    questions = list(QUESTIONS) if kind != FIRST else ["two images", "a video"]
+    samples = [sample_of(question, media) for question in questions]
     answered = dict(storm.predict([s.prompt() for s, _ in samples], sampling=Sampling(NEW)))
     for index, (sample, clips) in enumerate(samples):
         messages = [{"role": "user", "content": sample.turns[0].text}]
@@ -296,6 +302,23 @@ REFUSED = {
         ),
         r"pool_sizes=\[\[8, 1, 1\], \[1, 2, 2\]\] is not supported",
     ),
+    "no encoder": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(video_encoder="null")),
+        "video_encoder='null' is not a JSON object",
+    ),
+    "odd numbers": (
+        lambda f: edit_json(
+            f / "config.json",
+            lambda c: c.update(num_video_frames="auto", mm_vision_select_layer="last"),
+        ),
+        r"num_video_frames='auto' must be .*\n.*mm_vision_select_layer='last' must be",
+    ),
+    "a pool of 0": (
+        lambda f: edit_json(
+            f / "config.json", lambda c: c.update(video_encoder='{"pool_sizes": [[0, 1, 1]]}')
+        ),
+        r"pool_sizes=\[\[0, 1, 1\]\] is not supported",
+    ),
     "another family": (lambda f: (f / "config.json").write_text("{}"), "is no model of a known family"),
     "a wrong size": (
         lambda f: edit_json(f / "mm_projector/config.json", lambda c: c.update(mm_projector_type="mlp_downsample_3x3_fix")),
@@ -312,3 +335,19 @@ def test_what_is_not_supported_is_named_and_nothing_is_written(case, tmp_path):
     with pytest.raises(WeightsError, match=problem):
         import_run(run_config(), Sources(model=str(vila.folder)), tmp_path / "out/run")
     assert not (tmp_path / "out/run").exists()
+
+
+def test_one_command_imports_it_and_another_asks_it(media, tmp_path):
+    vila = make_vila(tmp_path / "vila", "mlp_downsample_2x2_fix")
+    commands = [
+        ["-m", "storm_jax.weights", "import", f"--model={vila.folder}", f"--out={tmp_path}/run"],
+        ["predict.py", f"--workdir={tmp_path}/run", f"--video={media}/clip", "--question=Why?",
+         "--max_new_tokens=4"],
+    ]  # fmt: skip
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+    assert Run(tmp_path / "run").config.data.train == ()

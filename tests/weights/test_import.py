@@ -568,9 +568,10 @@ def test_a_failed_write_leaves_nothing(tower, decoder, tmp_path, monkeypatch):
 
 
 def test_folders_that_killed_imports_left_are_deleted(tower, decoder, tmp_path):
-    killed, running = tmp_path / "run.abcdefgh.tmp", tmp_path / "run.12345678.tmp"
+    killed, running = tmp_path / "run.storm-a1.tmp", tmp_path / "run.storm-b2.tmp"
     for folder in (killed, running):
         (folder / "checkpoints").mkdir(parents=True)
+        os.utime(folder, (0, 0))
     lock = os.open(running, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     import_of(tmp_path / "run", tower, decoder)
