@@ -84,6 +84,7 @@ def test_questions_are_read_from_standard_input_about_several_files(trained_run,
         "predict.py", f"--workdir={trained_run}", f"--video={video}", f"--video={video}",
         "--num_frames=8", "--temporal_pool=4", "--spatial_pool=1", "--max_new_tokens=3",
     )  # fmt: skip
+    command = (*command, "--temperature=1", "--seed=-1")
     together = call(*command, stdin="Which came first?\nWhat colour?\n\nNot asked.\n")
     assert (together.returncode, together.stderr) == (0, "")
     alone = call(*command, "--question=Which came first?", "--question=What colour?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import threading
 
 import hypothesis
 import hypothesis.strategies as st
@@ -56,6 +57,14 @@ def test_an_interrupted_change_leaves_files_that_can_be_used(tmp_path):
         (tmp_path / "a.json").write_text("2")
         raise KeyboardInterrupt
     assert changed_files(tmp_path) == []
+
+
+def test_a_reader_during_changes_sees_none(tmp_path):
+    write(tmp_path, "0")
+    writer = threading.Thread(target=lambda: [write(tmp_path, str(i)) for i in range(300)])
+    writer.start()
+    while writer.is_alive():
+        assert changed_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a.json": 1}', '{"a.json": "0"}', "\0"])
