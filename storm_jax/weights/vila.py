@@ -73,7 +73,8 @@ def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
         compression = dataclasses.replace(compression, num_frames=frames)
     elif frames is not None:
         problems.append(f"num_video_frames={frames!r} must be a positive number")
-    layer = fields.get("mm_vision_select_layer", -2)
+    layer = fields.get("mm_vision_select_layer")
+    layer = -2 if layer is None else layer  # VILA's default
     if type(layer) is not int or layer >= 0:
         problems.append(f"mm_vision_select_layer={layer!r} must be a negative number")
     if problems:
@@ -83,6 +84,8 @@ def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
             f"note: image_aspect_ratio={fields['image_aspect_ratio']!r} cuts images into tiles; here they are "
             f"resized to a square"
         )
+    if fields.get("fps"):
+        print(f"note: fps={fields['fps']!r} is not used; set data.frames.fps to sample at a rate")
     model = dataclasses.replace(
         config.model,
         vision=read_vision(folder / FOLDERS["vision"], feature_layer=layer),

@@ -139,7 +139,7 @@ def make_vila(folder: pathlib.Path, kind: str, pool: tuple[int, int] = (2, 1)) -
         json.dumps(
             {
                 "model_type": "llava_llama", "llm_cfg": {}, "vision_tower_cfg": {},
-                "mm_projector_cfg": {}, "mm_vision_select_layer": -2, "num_video_frames": 8,
+                "mm_projector_cfg": {}, "mm_vision_select_layer": None, "num_video_frames": 8, "fps": 0.0,
                 "mm_vision_select_feature": "cls_patch", "image_aspect_ratio": "resize",
                 "image_encoder": '{"_target_": "llava.model.encoders.BasicImageEncoder"}',
                 "video_encoder": json.dumps(encoder),
