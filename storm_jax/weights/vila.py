@@ -79,13 +79,7 @@ def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
         problems.append(f"mm_vision_select_layer={layer!r} must be a negative number")
     if problems:
         raise WeightsError(f"{path}:", problems)
-    if fields.get("image_aspect_ratio") not in (None, "resize"):
-        print(
-            f"note: image_aspect_ratio={fields['image_aspect_ratio']!r} cuts images into tiles; here they are "
-            f"resized to a square"
-        )
-    if fields.get("fps"):
-        print(f"note: fps={fields['fps']!r} is not used; set data.frames.fps to sample at a rate")
+    _print_notes(fields)
     model = dataclasses.replace(
         config.model,
         vision=read_vision(folder / FOLDERS["vision"], feature_layer=layer),
@@ -95,6 +89,17 @@ def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
         layout=LayoutConfig(after_group=image.get("end_tokens", "\n") or ""),
     )
     return dataclasses.replace(config, model=model, compression=compression)
+
+
+def _print_notes(fields: Mapping[str, Any]) -> None:
+    """What differs from the model as it was published."""
+    if fields.get("image_aspect_ratio") not in (None, "resize"):
+        print(
+            f"note: image_aspect_ratio={fields['image_aspect_ratio']!r} cuts images into tiles; here they are "
+            f"resized to a square"
+        )
+    if fields.get("fps"):
+        print(f"note: fps={fields['fps']!r} is not used; set data.frames.fps to sample at a rate")
 
 
 def _projector_type(folder: pathlib.Path, fields: Mapping[str, Any]) -> str:
