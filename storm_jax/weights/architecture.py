@@ -15,6 +15,7 @@ import transformers
 
 from storm_jax.config import (
     DecoderConfig,
+    LayoutConfig,
     ModelConfig,
     RopeScalingConfig,
     VisionConfig,
@@ -66,7 +67,7 @@ _DECODER_FIELDS = {
     "norm_eps": "rms_norm_eps",
     "max_positions": "max_position_embeddings",
 }
-_PROJECTOR_FIELDS = ("stem", "mixer", "mixer_args", "mamba")
+_PROJECTOR_FIELDS = ("stem", "mixer", "mixer_args", "mamba", "layout")
 
 
 def read_vision(
@@ -137,6 +138,7 @@ def read_projector(folder: pathlib.Path, model: ModelConfig) -> ModelConfig:
     path = folder / "config.json"
     try:
         found = current_model(json.loads(path.read_text()))
+        found.setdefault("layout", to_dict(LayoutConfig()))  # version 0.1 had none
         fields = {name: found[name] for name in _PROJECTOR_FIELDS}
         merged = from_dict(ModelConfig, to_dict(model) | fields)
     except FileNotFoundError:

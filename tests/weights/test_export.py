@@ -120,6 +120,7 @@ def test_importing_an_export_restores_the_run(mixer, tokenizer, tmp_path):
         changes = {"model__mamba__direction": "forward"}
     if mixer == "mlp_downsample":
         changes = {"model__stem__kind": mixer, "model__stem__downsample": 3}
+        changes |= {"model__layout__after_group": "\n"}
     if mixer == "mamba2":
         changes = {"model__mixer": "mamba2", "model__mamba__head_dim": 32}
     run = random_run(tmp_path / "run", tokenizer, **changes)
