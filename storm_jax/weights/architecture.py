@@ -25,7 +25,8 @@ from storm_jax.config import (
 from storm_jax.old_runs import current_model
 from storm_jax.weights import WeightsError
 
-VISION_TYPES = ("siglip_vision_model",)
+# SmolVLM gives patches positions by their fraction of the image, which is raster order for a full square.
+VISION_TYPES = ("siglip_vision_model", "smolvlm_vision", "idefics3_vision")
 # What the family alone decides: biases of q, k and v; normalisation of q and k.
 DECODER_TYPES: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},

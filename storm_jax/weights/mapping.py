@@ -125,7 +125,7 @@ def vision_table(config: VisionConfig) -> Table:
         ignored=(r"head\..*", r"embeddings\.position_ids"),
         layouts=(
             *({"": prefix} for prefix in prefixes),
-            *({"": f"model.{prefix}"} for prefix in prefixes[2:]),
+            *({"": f"model.{prefix}"} for prefix in prefixes[1:]),
         ),
     )
 
@@ -179,6 +179,7 @@ def decoder_table(config: DecoderConfig) -> Table:
         layouts=(
             {"model.": "model.", "lm_head.": "lm_head."},
             {"model.": "model.language_model.", "lm_head.": "lm_head."},
+            {"model.": "model.text_model.", "lm_head.": "lm_head."},
             {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
             {"model.": "", "lm_head.": "lm_head."},
         ),

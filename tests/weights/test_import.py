@@ -208,6 +208,40 @@ def test_a_tower_is_found_inside_larger_models_and_under_old_names(kind, prefix,
     assert np.abs(np.asarray(found) - expected).max() < MAX_ERROR
 
 
+@pytest.mark.parametrize("side", [4, 9])
+def test_tower_and_decoder_of_smolvlm_equal_transformers(side, tmp_path):
+    """Its features are those after the final norm; its positions are raster order for a full square."""
+    size = side * 14
+    model = randomised(
+        transformers.SmolVLMForConditionalGeneration(
+            transformers.SmolVLMConfig(
+                text_config={**BASE, "model_type": "llama", "pad_token_id": 0},
+                vision_config={
+                    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
+                    "num_attention_heads": 3, "image_size": size, "patch_size": 14,
+                },
+                scale_factor=2, image_token_id=300, tie_word_embeddings=False,
+            )
+        )
+    )  # fmt: skip
+    folder = save(model, tmp_path / "hub", "llama3")
+    run = import_of(
+        tmp_path / "run", folder, folder, model__vision__image_size=size,
+        model__vision__feature_layer=-1, model__vision__final_norm=True,
+    )  # fmt: skip
+    frames = some_frames(size)
+    found = nnx.jit(lambda model: model.vision(frames))(load_model(run.path))
+    pixels = torch.from_numpy((frames / 255.0 - 0.5) / 0.5).float().permute(0, 3, 1, 2)
+    mask = torch.ones(len(frames), side, side, dtype=torch.bool)
+    with torch.no_grad():
+        tower = model.model.vision_model(pixel_values=pixels, patch_attention_mask=mask)
+        tokens = np.random.default_rng(0).integers(0, 290, (2, 20))
+        expected = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(np.asarray(found) - tower.last_hidden_state.numpy()).max() < MAX_ERROR
+    logits = np.asarray(logits_of(load_model(run.path), tokens))
+    assert np.abs(logits - expected).max() < MAX_ERROR * np.abs(expected).max()
+
+
 def rename_tensors(folder: pathlib.Path, start: str, rename) -> None:
     """Renames the tensors whose name starts with `start`."""
     path = folder / "model.safetensors"
