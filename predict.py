@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from absl import app, flags
 
 from storm_jax import command_line
-from storm_jax.config import CompressionConfig
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 from storm_jax.media.media import Media
@@ -51,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
              *(Media.file("video", path) for path in VIDEO.value)]  # fmt: skip
     if not media:
         raise ValueError("--video or --image is missing: the files to ask about")
-    chosen = compression(Run(WORKDIR.value).config.compression)
+    trained = Run(WORKDIR.value).config.compression
+    chosen = dataclasses.replace(trained, **command_line.compression_flags())
     for medium in media:  # mistakes are found before the model is loaded
         medium.check_exists()
     for question in QUESTION.value:
@@ -64,13 +64,6 @@ def main(argv: Sequence[str]) -> None:
             if QUESTION.value:
                 raise
             print(f"predict.py: {error}", file=sys.stderr)  # the next question may be better
-
-
-def compression(trained: CompressionConfig) -> CompressionConfig:
-    given = command_line.compression_flags().items()
-    return dataclasses.replace(
-        trained, **{name: value for name, value in given if value is not None}
-    )
 
 
 def questions_from_stdin() -> Iterator[str]:

@@ -62,7 +62,7 @@ class Checkpoints:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._verified: set[tuple[int, str]] = set()
-        self._names: dict[int, dict[str, str]] = {}
+        self._stored_names: dict[int, dict[str, str]] = {}
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, ascending."""
@@ -113,17 +113,18 @@ class Checkpoints:
         with self.reading(step):
             metadata = ocp.PyTreeCheckpointHandler().metadata(self.path / str(step) / "params")
             stored = flatten_dict(metadata.tree, sep="/")
-        self._names[step] = current_names(stored)
+        current = current_names(stored)
+        self._stored_names[step] = {current[name]: name for name in stored}
         return {
-            self._names[step][name]: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+            current[name]: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
             for name, leaf in stored.items()
         }
 
     def stored_names(self, step: int) -> dict[str, str]:
         """{name of a parameter: its name in the checkpoint}; earlier versions had other names."""
-        if step not in self._names:
+        if step not in self._stored_names:
             self.shapes(step)
-        return {current: stored for stored, current in self._names[step].items()}
+        return self._stored_names[step]
 
     def restore(
         self, target: Mapping[str, jax.ShapeDtypeStruct], step: int
@@ -153,7 +154,8 @@ class Checkpoints:
             restored = ocp.StandardCheckpointHandler().restore(
                 self.path / str(step) / "params", args=ocp.args.StandardRestore(tree)
             )
-        params = {self._names[step][k]: v for k, v in flatten_dict(restored, sep="/").items()}
+        arrays = flatten_dict(restored, sep="/")
+        params = {name: arrays[names[name]] for name in target}
         finite = jax.device_get(_all_finite(params))
         if bad := sorted(name for name, is_finite in finite.items() if not is_finite):
             raise self.damaged(step, f"contains {bad[0]} with values that are not finite")

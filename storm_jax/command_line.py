@@ -31,14 +31,15 @@ _CACHE_BYTES = 2**32  # the programs that were used last are kept
 
 
 def define_compression_flags(default: str) -> None:
-    """Defines a flag for each of `COMPRESSION`; None is what `default` describes."""
+    """Defines a flag for each of `COMPRESSION`; `default` describes what holds without it."""
     for name, meaning in COMPRESSION.items():
         flags.DEFINE_integer(name, None, f"{meaning}; defaults to {default}.", lower_bound=1)
 
 
-def compression_flags() -> dict[str, int | None]:
-    """Their values by name."""
-    return {name: flags.FLAGS[name].value for name in COMPRESSION}
+def compression_flags() -> dict[str, int]:
+    """The values, by name, of those that are set."""
+    values = {name: flags.FLAGS[name].value for name in COMPRESSION}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def run(main: Callable[[Sequence[str]], Any], expected: tuple[type[Exception], ...] = ()) -> None:

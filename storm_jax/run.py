@@ -136,7 +136,7 @@ class Run:
                 partial = self.path / f"tokenizer.{os.getpid()}.tmp"
                 save_tokenizer(tokenizer, tokenizer_from, partial)
                 shutil.rmtree(self.tokenizer_path, ignore_errors=True)
-                write_digests(partial, list(partial.iterdir()))
+                write_digests(partial, partial.iterdir())
                 partial.rename(self.tokenizer_path)
             text = json.dumps(config_lib.to_dict(config), indent=2) + "\n"
             path = self.path / "config.json"

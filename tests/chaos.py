@@ -23,12 +23,9 @@ import time
 
 from storm_jax.files import read_lines
 from tests.forked import ROOT
+from tests.small_model import SMALL
 
 _LIMIT = 600.0  # seconds without a step
-_MODEL = {
-    "model.vision.width": 16, "model.vision.mlp_dim": 32, "model.decoder.width": 32,
-    "model.decoder.head_dim": 8, "model.decoder.mlp_dim": 32, "model.mamba.d_state": 4,
-}  # fmt: skip
 
 
 class Training:
@@ -37,7 +34,7 @@ class Training:
     def __init__(self, data: pathlib.Path, workdir: pathlib.Path, steps: int):
         self.workdir, self._steps = workdir, steps
         fields = {
-            **_MODEL, "compression.num_frames": 8, "compression.temporal_pool": 2,
+            **SMALL, "compression.num_frames": 8, "compression.temporal_pool": 2,
             "data.train[0].path": data / "train.json", "data.num_workers": 2,
             "train.steps": steps, "train.batch_size": 8, "train.eval_every": 0,
             "train.save_every": 5, "train.log_every": 1,

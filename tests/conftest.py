@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import json
 import os
 import pathlib
@@ -37,9 +36,9 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from small_model import SMALL
 
 from configs import tiny
-from configs.tiny import MODEL as TINY
 from storm_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
@@ -81,12 +80,9 @@ def randomise():
 @pytest.fixture(scope="session")
 def small_model() -> ModelConfig:
     """The tiny preset with narrower layers."""
-    return dataclasses.replace(
-        TINY,
-        vision=dataclasses.replace(TINY.vision, width=16, mlp_dim=32),
-        decoder=dataclasses.replace(TINY.decoder, width=32, head_dim=8, mlp_dim=32),
-        mamba=dataclasses.replace(TINY.mamba, d_state=4),
-    )
+    config = tiny.get_config("stage=sft")
+    config.update_from_flattened_dict(SMALL)
+    return from_dict(RunConfig, config).model
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def _write(target: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         partial.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
-        write_digests(partial, list(partial.iterdir()))
+        write_digests(partial, partial.iterdir())
         if target.exists() and _load(target) is None:
             shutil.rmtree(target)  # damaged
         try:

@@ -26,9 +26,8 @@ class Stem(nnx.Module):
         kind, r = config.stem.kind, config.stem.downsample
         self.downsample = r
         width, vision_width = config.decoder.width, config.vision.width
-        merged, inner = vision_width * r * r, width
-        if kind == "mlp_downsample_3x3_fix":
-            inner = vision_width * r
+        is_deep = kind == "mlp_downsample_3x3_fix"
+        merged, inner = vision_width * r * r, vision_width * r if is_deep else width
 
         def linear(inputs: int, outputs: int, bias: bool = True) -> Einsum:
             return Einsum(
@@ -45,9 +44,9 @@ class Stem(nnx.Module):
 
         self.norm1 = norm(merged) if kind.startswith("mlp_downsample") else None
         self.linear1 = linear(merged, inner, config.stem.bias)
-        self.norm2 = norm(inner) if kind == "mlp_downsample_3x3_fix" else None
+        self.norm2 = norm(inner) if is_deep else None
         self.linear2 = linear(inner, width) if kind != "linear" else None
-        self.linear3 = linear(width, width) if kind == "mlp_downsample_3x3_fix" else None
+        self.linear3 = linear(width, width) if is_deep else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, frames = x.shape[:2]

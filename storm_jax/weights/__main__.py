@@ -31,7 +31,7 @@ from storm_jax.config import RunConfig, from_dict
 from storm_jax.run import Run, RunError
 from storm_jax.weights import WeightsError
 from storm_jax.weights.exporter import export_run
-from storm_jax.weights.importer import Sources, configuration_of, import_run
+from storm_jax.weights.importer import Sources, import_run
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "import: configuration file with its stage, configs/NAME.py:stage=align."
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
             raise app.UsageError("--add_mixer needs --model; otherwise model.mixer says which")
         sources = Sources(VISION.value, DECODER.value, PROJECTOR.value, MODEL.value)
         explicit = config_flags.get_override_values(flags.FLAGS["config"]) if CONFIG.value else ()
-        config = from_dict(RunConfig, CONFIG.value) if CONFIG.value else configuration_of(sources)
+        config = from_dict(RunConfig, CONFIG.value) if CONFIG.value else None
         import_run(config, sources, out, explicit, ADD_MIXER.value)
     else:
         run = Run(pathlib.Path(WORKDIR.value).expanduser())

@@ -103,13 +103,8 @@ class _Plan:
         return self.shapes[path].size * self.dtype(path).itemsize
 
 
-def configuration_of(sources: Sources) -> RunConfig:
-    """The configuration of a whole model that is asked and evaluated as it is; it lists no training data.
-
-    Raises:
-      WeightsError: if the model is of no known family, or a field is not supported.
-    """
-    folders = sources.folders()
+def _configuration_of(folders: Mapping[str, pathlib.Path]) -> RunConfig:
+    """The configuration of a whole model that is asked and evaluated as it is; it lists no training data."""
     return RunConfig(
         model=ModelConfig(
             vision=read_vision(folders["vision"]), decoder=read_decoder(folders["decoder"])[0]
@@ -124,7 +119,7 @@ def configuration_of(sources: Sources) -> RunConfig:
 
 
 def import_run(
-    config: RunConfig,
+    config: RunConfig | None,
     sources: Sources,
     out: pathlib.Path,
     explicit: Collection[str] = (),
@@ -136,6 +131,7 @@ def import_run(
     imported: position embeddings are resampled to it.
 
     Args:
+      config: None only for a whole model; the run then lists no training data.
       explicit: dotted names of the fields of `config` that the user set.
       add_mixer: "mamba1" or "mamba2", which starts as the identity behind the stem of a whole model.
 
@@ -145,19 +141,21 @@ def import_run(
     began = time.monotonic()
     out = check_output(out)
     folders = sources.folders()
-    if sources.model:
-        config = _as_whole_model(config, local_folder(sources.model), explicit, add_mixer)
+    is_whole = bool(sources.model)
+    config = config or _configuration_of(folders)
+    if is_whole:
+        config = _as_whole_model(config, folders["vision"].parent, explicit, add_mixer)
     vision = read_vision(
         folders["vision"],
         feature_layer=config.model.vision.feature_layer,
         final_norm=config.model.vision.final_norm,
     )
-    config = _with_architecture(config, vision, folders, explicit)
+    config = _with_architecture(config, vision, folders, explicit, is_whole)
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as staged:
         tokenizer = pathlib.Path(staged)
         _write_tokenizer(folders["decoder"], tokenizer, config)
-        plan = _make_plan(config, mesh, folders, vision.side, not sources.model)
+        plan = _make_plan(config, mesh, folders, vision.side, is_whole)
         _check_space(out.parent, sum(plan.nbytes(path) for path in plan.pieces))
         params = _read(plan)
         not_imported = {
@@ -183,6 +181,7 @@ def _with_architecture(
     vision: VisionConfig,
     folders: Mapping[str, pathlib.Path],
     explicit: Collection[str],
+    is_whole: bool,
 ) -> RunConfig:
     """`config` with the model that the folders describe; prints what changes."""
     decoder, notes = read_decoder(folders["decoder"])
@@ -196,7 +195,7 @@ def _with_architecture(
         vision=dataclasses.replace(vision, image_size=config.model.vision.image_size),
         decoder=dataclasses.replace(decoder, lora=config.model.decoder.lora),
     )
-    if "projector" in folders and not vila.recognise(folders["projector"].parent):
+    if "projector" in folders and not is_whole:
         model = read_projector(folders["projector"], model)
     for note in notes:
         print(f"note: {note}")
@@ -282,13 +281,13 @@ def _make_plan(
     mesh: Mesh,
     folders: Mapping[str, pathlib.Path],
     side: int,
-    imported_mixer: bool,
+    is_whole: bool,
 ) -> _Plan:
     """Finds a tensor for every rule, and checks its shape and dtype.
 
     Args:
       side: patches along one edge of the tower's image, before any resampling.
-      imported_mixer: whether the folder of the projector has the mixer's tensors.
+      is_whole: a whole model has no tensors of a mixer.
 
     Raises:
       WeightsError: listing every missing, unknown or mismatched tensor.
@@ -296,7 +295,7 @@ def _make_plan(
     _, abstract = abstract_model(config.model)
     shapes = flat_params(abstract)
     model, expected = config.model, shapes
-    if not imported_mixer:
+    if is_whole:
         model = dataclasses.replace(model, mixer="none")
         expected = {k: v for k, v in shapes.items() if not k.startswith("projector/mixer/")}
     pieces: dict[str, list[tuple[TensorRule, Tensor]]] = {}

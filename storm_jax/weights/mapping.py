@@ -235,16 +235,15 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
     Args:
       shapes: the model's parameters {path: shape}.
     """
-    stem = [
-        rule
-        for name in ("linear1", "linear2", "linear3", "norm1", "norm2")
-        if any(path.startswith(f"projector/stem/{name}/") for path in shapes)
-        for rule in (_norm if name.startswith("norm") else _linear)(f"stem.{name}", f"stem/{name}")
-        if f"projector/{rule[1]}" in shapes  # a linear map may have no bias
+    norms = [_norm(f"stem.{name}", f"stem/{name}") for name in ("norm1", "norm2")]
+    linears = [
+        _linear(f"stem.{name}", f"stem/{name}") for name in ("linear1", "linear2", "linear3")
     ]
     rules = [
         TensorRule(tensor=tensor, path=f"projector/{path}", pattern=pattern)
-        for tensor, path, pattern in stem
+        for layer in (*norms, *linears)
+        for tensor, path, pattern in layer
+        if f"projector/{path}" in shapes  # those of this stem
     ]
     layouts = ({"": ""}, {"stem.linear1.": "linear.", "": ""}, _OLD_MLP, _VILA[config.stem.kind])
     if config.mixer not in ("mamba1", "mamba2"):

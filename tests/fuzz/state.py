@@ -32,6 +32,7 @@ from storm_jax.train.metrics import MetricsWriter, read_metrics
 from storm_jax.train.skip_log import SkipLog
 from storm_jax.train.state import StateSpec
 from tests.fuzz.damage import SILENT, damage_bytes, outcome_of
+from tests.small_model import SMALL
 
 _STEPS = (2, 4)
 _LINES = 8
@@ -140,9 +141,7 @@ def _config(folder: pathlib.Path) -> RunConfig:
     config = tiny.get_config("stage=sft")
     config.update_from_flattened_dict(
         {
-            "model.vision.width": 16, "model.vision.mlp_dim": 32, "model.decoder.width": 32,
-            "model.decoder.head_dim": 8, "model.decoder.mlp_dim": 32, "model.mamba.d_state": 4,
-            "train.steps": 4, "mesh.data": 1, "train.eval_every": 0,
+            **SMALL, "train.steps": 4, "mesh.data": 1, "train.eval_every": 0,
             "data.train": [{"name": "shapes", "path": str(folder / "data/train.json")}],
         }
     )  # fmt: skip
