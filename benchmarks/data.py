@@ -33,6 +33,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.mixture import Mixture
@@ -196,8 +197,18 @@ def open_files(
     text = ConversationEncoder(load_tokenizer(files.root / "tokenizer"), "")
     return Mixture(
         [source],
-        SampleEncoder(text=text, side=8, compression=compression, frames=FramesConfig()),
-        [RowShape(tokens=4096, frames=64, image_size=size, side=8, compression=compression)],
+        SampleEncoder(
+            text=text, grid=Grid.square(8), compression=compression, frames=FramesConfig()
+        ),
+        [
+            RowShape(
+                tokens=4096,
+                frames=64,
+                image_size=size,
+                grid=Grid.square(8),
+                compression=compression,
+            )
+        ],
         seed=0,
         index_dir="",
         max_skip_fraction=0.0,

@@ -24,7 +24,7 @@ from typing import Any
 
 from configs import tiny
 from configs.tiny import MODEL as TINY
-from storm_jax.compression import plan_clip
+from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig, ModelConfig, from_dict
 from storm_jax.evals.report.text import markdown
 from storm_jax.evals.settings import EvalSettings
@@ -272,7 +272,7 @@ def _costs(args: argparse.Namespace) -> list[str]:
     models = [_model(p) for p in args.projectors]
     table = [["tokens", "visual tokens", *(f"{title} GFLOPs a clip" for title in titles)]]
     for setting in (SETTINGS[name] for name in args.settings):
-        visual = plan_clip(FRAMES, TINY.side, setting.tested).num_tokens
+        visual = plan_clip(FRAMES, Grid.of(TINY), setting.tested).num_tokens
         flops = [f"{forward_flops(model, FRAMES, visual + 22) / 1e9:.3f}" for model in models]
         table.append([setting.name, str(visual), *flops])
     counts = (f"{t} {parameter_count(m):,}" for t, m in zip(titles, models, strict=True))

@@ -89,19 +89,26 @@ class StemConfig:
     Attributes:
       downsample: r, the side of the cells of patches that pixel shuffle merges into one token.
       bias: whether the stem "linear" has a bias.
+      video_pool: how the grid of a video's frame is halved, as in LLaVA: "none", "bilinear", "average" or "max".
+        Images keep theirs.
     """
 
     kind: str = "linear"
     downsample: int = 2
     bias: bool = True
+    video_pool: str = "none"
 
     def problems(self) -> list[str]:
-        kinds = ("linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_3x3_fix")
-        if self.kind not in kinds:
-            return [f"kind={self.kind!r} must be one of {', '.join(kinds)}"]
+        found = []
+        for name, allowed in (
+            ("kind", ("linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_3x3_fix")),
+            ("video_pool", ("none", "bilinear", "average", "max")),
+        ):
+            if getattr(self, name) not in allowed:
+                found.append(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         if not self.bias and self.kind != "linear":
-            return [f"bias=False is only for kind='linear', not for kind={self.kind!r}"]
-        return []
+            found.append(f"bias=False is only for kind='linear', not for kind={self.kind!r}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,11 +116,48 @@ class LayoutConfig:
     """What surrounds visual tokens in the prompt; nothing in the paper.
 
     Attributes:
-      after_group: text after the tokens of each pooled group of frames, and of each image, tokenised on its
-        own. It is a newline in VILA and NVILA.
+      before_video, after_video: text around a video. The first may contain {frames}, their number in words, and
+        {duration}, H:MM:SS.
+      group_time: text before each pooled group of a video. It may contain {time}, MM:SS of its first frame.
+      before_group, after_group: text around the tokens of each pooled group, and of each image.
+      joined: whether these texts are tokenised together with the text around them, or each on its own.
+      image_newline: whether a learned vector, the newline, follows the tokens of each image.
+      video_newline: where it stands in a video: "none", or after each "row" of the grid, "group" or "clip".
     """
 
+    before_video: str = ""
+    after_video: str = ""
+    group_time: str = ""
+    before_group: str = ""
     after_group: str = ""
+    joined: bool = False
+    image_newline: bool = False
+    video_newline: str = "none"
+
+    @property
+    def has_newline(self) -> bool:
+        return self.image_newline or self.video_newline != "none"
+
+    def problems(self) -> list[str]:
+        found = []
+        positions = ("none", "row", "group", "clip")
+        if self.video_newline not in positions:
+            found.append(
+                f"video_newline={self.video_newline!r} must be one of {', '.join(positions)}"
+            )
+        for name, values in (
+            ("before_video", {"frames": "", "duration": ""}),
+            ("group_time", {"time": ""}),
+        ):
+            try:
+                getattr(self, name).format(**values)
+            except (KeyError, IndexError, ValueError, AttributeError) as error:
+                allowed = " and ".join(f"{{{value}}}" for value in values)
+                found.append(
+                    f"{name}={getattr(self, name)!r} may contain only {allowed}, and braces as {{{{ and }}}}: "
+                    f"{error!r}"
+                )
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,8 +267,15 @@ class ModelConfig:
 
     @property
     def side(self) -> int:
-        """Tokens along one side of a frame after pixel shuffle. Odd grids are padded."""
+        """Tokens along one side of an image after pixel shuffle. Odd grids are padded."""
         return -(-self.vision.side // self.stem.downsample)
+
+    @property
+    def video_side(self) -> int:
+        """Tokens along one side of a video's frame."""
+        if self.stem.video_pool == "none":
+            return self.side
+        return -(-self.side // 2) if self.stem.video_pool == "bilinear" else self.side // 2
 
     def problems(self) -> list[str]:
         found = []
@@ -236,6 +287,10 @@ class ModelConfig:
             found.append(
                 f"mixer_args={dict(self.mixer_args)!r} apply to a custom mixer ('module:Class'), not to "
                 f"mixer={self.mixer!r}"
+            )
+        if self.stem.video_pool != "none" and self.side == 1:
+            found.append(
+                f"stem.video_pool={self.stem.video_pool!r}: a grid of one token has no half"
             )
         inner = self.mamba.expand * self.decoder.width
         if self.mixer == "mamba2" and inner % self.mamba.head_dim:

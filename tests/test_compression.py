@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storm_jax.compression import plan_clip, pooled_side, visual_index
+from storm_jax.compression import Grid, plan_clip, pooled_side, visual_index
 from storm_jax.config import CompressionConfig
 from storm_jax.ops import pooling
 
@@ -31,7 +31,7 @@ def compression(k, p, s):
 @repeatable
 @given(st.integers(2, 200), st.integers(1, 30), pool_sizes, pool_sizes, pool_sizes)
 def test_video_plan_is_the_closed_form(num_frames, side, k, p, s):
-    plan = plan_clip(num_frames, side, compression(k, p, s))
+    plan = plan_clip(num_frames, Grid.square(side), compression(k, p, s))
     assert plan.num_groups == math.ceil(math.ceil(num_frames / k) / s)
     assert plan.tokens_per_group == math.ceil(side / p) ** 2 == pooled_side(side, p) ** 2
     assert plan.num_tokens == plan.num_groups * plan.tokens_per_group
@@ -49,7 +49,7 @@ def test_video_plan_is_the_closed_form(num_frames, side, k, p, s):
 @repeatable
 @given(st.integers(1, 30), pool_sizes, pool_sizes, pool_sizes)
 def test_image_is_never_pooled_or_sampled(side, k, p, s):
-    plan = plan_clip(1, side, compression(k, p, s))
+    plan = plan_clip(1, Grid.square(side), compression(k, p, s))
     assert plan.frame_group.tolist() == [0]
     assert plan.num_groups == 1
     assert plan.num_tokens == side**2
@@ -59,14 +59,14 @@ def test_image_is_never_pooled_or_sampled(side, k, p, s):
 @pytest.mark.parametrize("num_frames", [0, -1])
 def test_a_clip_without_frames_is_rejected(num_frames):
     with pytest.raises(ValueError, match=f"num_frames={num_frames}"):
-        plan_clip(num_frames, 4, compression(1, 1, 1))
+        plan_clip(num_frames, Grid.square(4), compression(1, 1, 1))
 
 
 def place_clips(lengths, side, config):
     """Plans the clips that fit into a row; returns plan, first frame and first group slot of each."""
     placed, frame, group = [], 0, 0
     for length in lengths:
-        plan = plan_clip(length, side, config)
+        plan = plan_clip(length, Grid.square(side), config)
         if frame + length <= FRAME_SLOTS and group + plan.num_groups <= GROUP_SLOTS:
             placed.append((plan, frame, group))
             frame, group = frame + length, group + plan.num_groups
@@ -117,7 +117,7 @@ def test_visual_index_points_at_what_pooling_emits(lengths, side, k, p, s):
 
     used = []
     for plan, frame, group in placed:
-        index = visual_index(plan, group, GROUP_SLOTS, side, p)
+        index = visual_index(plan, group, GROUP_SLOTS, Grid.square(side), p)
         assert index.dtype == np.int32
         assert index.shape == (plan.num_tokens,)
         clip = x[frame : frame + len(plan.frame_group)]

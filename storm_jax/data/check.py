@@ -164,9 +164,9 @@ def _media_skips(
 
 def visual_tokens(mixture: Mixture, part: Part) -> np.ndarray:
     """Returns the number of visual tokens of every sample of a source, int64 [M]."""
-    side, compression = mixture.encoder.side, mixture.encoder.compression
+    grid, compression = mixture.encoder.grid, mixture.encoder.compression
     counts, inverse = np.unique(part.lengths.counts, return_inverse=True)
-    of_count = np.array([plan_clip(int(n), side, compression).num_tokens for n in counts], np.int64)
+    of_count = np.array([plan_clip(int(n), grid, compression).num_tokens for n in counts], np.int64)
     sums = np.concatenate([[0], np.cumsum(of_count[inverse])])
     ends = np.asarray(part.lengths.ends)
     return sums[ends] - sums[np.concatenate([[0], ends[:-1]])]

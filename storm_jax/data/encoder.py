@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storm_jax.compression import plan_clip
+from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import count_frames
-from storm_jax.text.conversation import ConversationEncoder, Encoded, Pieces
+from storm_jax.text.conversation import ConversationEncoder, Encoded, Pieces, Text
 from storm_jax.text.sample import Caption, Sample
+from storm_jax.text.words import clock, duration, in_words
 
 # Seconds. Longer than any video, so that a timestamp never has more digits than planned.
 _LONGEST = 99_999.9
@@ -20,10 +21,10 @@ _LONGEST = 99_999.9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleEncoder:
-    """Encodes samples for a model with `side` x `side` tokens per frame before spatial pooling."""
+    """Encodes samples for a model whose frames have a `grid` of tokens before spatial pooling."""
 
     text: ConversationEncoder
-    side: int
+    grid: Grid
     compression: CompressionConfig
     frames: FramesConfig
     layout: LayoutConfig = dataclasses.field(default_factory=LayoutConfig)
@@ -45,12 +46,15 @@ class SampleEncoder:
     def plan(self, sample: Sample, counts: Sequence[int]) -> Encoded:
         """Encodes a sample before its media are decoded, to find its maximum length.
 
-        Timestamps are unknown, so their text is replaced by one token per byte, which is an upper bound.
+        Times are unknown, so text with times is replaced by one token per byte, which is an upper bound.
         Only the length is meaningful then, not the tokens.
         """
         times = [np.full(count, _LONGEST) for count in counts]
         pieces = [
-            [len(part.encode()) if isinstance(part, str) else part for part in parts]
+            [
+                len(part.text.encode()) if isinstance(part, Text) and part.timed else part
+                for part in parts
+            ]
             for parts in self._pieces(sample, times)
         ]
         return self.text.encode(sample, pieces)
@@ -65,27 +69,45 @@ class SampleEncoder:
 
     def _medium(
         self, medium: Media, times: np.ndarray, captions: Sequence[Caption]
-    ) -> list[str | int]:
-        """Returns the slots of the pooled groups, with timestamps and captions between them."""
-        plan = plan_clip(len(times), self.side, self.compression)
-        style = self.frames.time_text if medium.kind == "video" else "none"
-        pieces: list[str | int] = []
+    ) -> list[Text | int]:
+        """Returns the slots of the pooled groups, with the layout's text, timestamps and captions."""
+        plan = plan_clip(len(times), self.grid, self.compression)
+        groups = [
+            float(times[int(np.argmax(plan.frame_group == group))])
+            for group in range(plan.num_groups)
+        ]
+        layout, is_video = self.layout, medium.kind == "video"
+        style = self.frames.time_text if is_video else "none"
+
+        def fixed(text: str) -> list[Text]:
+            return [Text(text, joined=layout.joined)] if text else []
+
+        def timed(template: str, **values: str) -> list[Text]:
+            text = template.format(**values)
+            return [Text(text, joined=layout.joined, timed=True)] if text else []
+
+        pieces: list[Text | int] = []
+        if is_video:
+            pieces += timed(
+                layout.before_video, frames=in_words(len(times)), duration=duration(times[-1])
+            )
         if style == "sentence":
             listed = ", ".join(f"{time:.1f}" for time in times)
-            pieces.append(
+            line = (
                 f"The video lasts {times[-1]:.1f} s. Its {len(times)} frames are at {listed} s.\n"
             )
+            pieces.append(Text(line, timed=True))
         left = iter(captions)
         caption = next(left, None)
-        for group in range(plan.num_groups):
-            time = times[int(np.argmax(plan.frame_group == group))]
+        for time, tokens in zip(groups, plan.tokens_of_groups, strict=True):
             while caption and caption.time < time:
-                pieces.append(f"\n{caption.text}\n")
+                pieces.append(Text(f"\n{caption.text}\n"))
                 caption = next(left, None)
+            if is_video:
+                pieces += timed(layout.group_time, time=clock(time))
             if style == "per_group":
-                pieces.append(f"{time:.1f} s: ")
-            pieces.append(plan.tokens_per_group)
-            if self.layout.after_group:
-                pieces.append(self.layout.after_group)
+                pieces.append(Text(f"{time:.1f} s: ", timed=True))
+            pieces += [*fixed(layout.before_group), tokens, *fixed(layout.after_group)]
         rest = [caption, *left] if caption else []
-        return pieces + [f"\n{caption.text}\n" for caption in rest]
+        pieces += [Text(f"\n{caption.text}\n") for caption in rest]
+        return pieces + (fixed(layout.after_video) if is_video else [])

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig, SourceConfig
 from storm_jax.data.cache import cached_arrays
 from storm_jax.data.encoder import SampleEncoder
@@ -107,7 +108,7 @@ def _has_hung(arrays: Mapping[str, np.ndarray]) -> bool:
 def _key(source: Source, encoder: SampleEncoder) -> str:
     frames, compression = encoder.frames, encoder.compression
     inputs = (
-        _VERSION, source.stamp, encoder.text.digest, encoder.text.system, DATE, encoder.side,
+        _VERSION, source.stamp, encoder.text.digest, encoder.text.system, DATE, encoder.grid,
         frames.fps, frames.time_text, compression, encoder.layout,
     )  # fmt: skip
     return repr(inputs)
@@ -130,7 +131,7 @@ def _measure_all(
     if pool.count and (len(parts) > 2 or encoder.frames.fps):
         job = _Job(
             config=config, index_dir=index_dir, tokenizer=str(encoder.text.tokenizer.name_or_path), system=encoder.text.system,
-            side=encoder.side, compression=encoder.compression, frames=encoder.frames, layout=encoder.layout,
+            grid=encoder.grid, compression=encoder.compression, frames=encoder.frames, layout=encoder.layout,
         )  # fmt: skip
         with concurrent.futures.ThreadPoolExecutor(pool.count) as threads:
             chunks = threads.map(lambda part: _measure_in_worker(pool, job, source, part), parts)
@@ -186,7 +187,7 @@ class _Job:
     index_dir: str
     tokenizer: str
     system: str
-    side: int
+    grid: Grid
     compression: CompressionConfig
     frames: FramesConfig
     layout: LayoutConfig
@@ -201,7 +202,7 @@ def _prepare(job: _Job) -> tuple[Source, SampleEncoder]:
     text = ConversationEncoder(load_tokenizer(job.tokenizer), job.system)
     encoder = SampleEncoder(
         text=text,
-        side=job.side,
+        grid=job.grid,
         compression=job.compression,
         frames=job.frames,
         layout=job.layout,

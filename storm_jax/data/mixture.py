@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import transformers
 
+from storm_jax.compression import Grid
 from storm_jax.config import RunConfig, SourceConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.lengths import Lengths, read_lengths
@@ -39,14 +40,14 @@ def open_mixture(
     pool: WorkerPool,
 ) -> Mixture:
     """Opens the mixture of `sources` for a run's model. Temporal sampling is off: it is for test time only."""
-    data, side = config.data, config.model.side
+    data, grid = config.data, Grid.of(config.model)
     compression = dataclasses.replace(config.compression, temporal_sample=1)
     size = config.model.vision.image_size
     return Mixture(
         sources,
         SampleEncoder(
             text=ConversationEncoder(tokenizer, data.system),
-            side=side,
+            grid=grid,
             compression=compression,
             frames=data.frames,
             layout=config.model.layout,
@@ -56,7 +57,7 @@ def open_mixture(
                 tokens=row.tokens,
                 frames=row.frames,
                 image_size=size,
-                side=side,
+                grid=grid,
                 compression=compression,
             )
             for row in data.rows

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from storm_jax.compression import plan_clip, pooled_side, visual_index
+from storm_jax.compression import Grid, plan_clip, pooled_side, visual_index
 from storm_jax.config import CompressionConfig
 from storm_jax.text.conversation import Encoded
 
@@ -29,20 +29,20 @@ class RowShape:
     Attributes:
       tokens, frames: slots S and F.
       image_size: H = W in pixels.
-      side: tokens along one edge of a frame before spatial pooling.
+      grid: tokens of a frame before spatial pooling.
       compression: pooling and sampling factors.
     """
 
     tokens: int
     frames: int
     image_size: int
-    side: int
+    grid: Grid
     compression: CompressionConfig
 
     @property
     def num_groups(self) -> int:
-        """Group slots G, bounded by the frame slots and by S / N' (a pooled group fills N' token slots)."""
-        per_group = pooled_side(self.side, self.compression.spatial_pool) ** 2
+        """Group slots G, bounded by the frame slots and by S / N' (a group fills N' token slots or more)."""
+        per_group = pooled_side(self.grid.video, self.compression.spatial_pool) ** 2
         return max(1, min(self.frames, self.tokens // per_group))
 
 
@@ -92,7 +92,7 @@ def fill_row(
         if sample is None:
             continue
         indices = place_clips(
-            row, sample.clips, shape.num_groups, shape.side, shape.compression, used
+            row, sample.clips, shape.num_groups, shape.grid, shape.compression, used
         )
         _fill_text(row, sample.encoded, token, segment, indices)
         token += len(sample.encoded)
@@ -111,7 +111,7 @@ def place_clips(
     row: Mapping[str, np.ndarray],
     clips: Sequence[np.ndarray],
     num_groups: int,
-    side: int,
+    grid: Grid,
     compression: CompressionConfig,
     used: UsedSlots,
 ) -> list[np.ndarray]:
@@ -128,7 +128,7 @@ def place_clips(
     """
     indices = []
     for frames in clips:
-        plan = plan_clip(len(frames), side, compression)
+        plan = plan_clip(len(frames), grid, compression)
         used.clips += 1
         slots = slice(used.frames, used.frames + len(frames))
         if not np.may_share_memory(row["frames"][slots], frames):
@@ -137,7 +137,7 @@ def place_clips(
         row["frame_group"][slots] = np.where(
             plan.frame_group < 0, -1, plan.frame_group + used.groups
         )
-        indices.append(visual_index(plan, used.groups, num_groups, side, compression.spatial_pool))
+        indices.append(visual_index(plan, used.groups, num_groups, grid, compression.spatial_pool))
         used.frames += len(frames)
         used.groups += plan.num_groups
     return indices

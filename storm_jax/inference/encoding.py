@@ -120,7 +120,7 @@ class SceneEncoder:
             row,
             [clip.frames for clip in clips],
             scene.shape.groups,
-            self._encoder.side,
+            self._encoder.grid,
             self._encoder.compression,
             UsedSlots(),
         )

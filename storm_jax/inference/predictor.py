@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.inference.encoding import EncodedBatch, SceneEncoder
@@ -189,7 +190,7 @@ class Predictor:
         """
         encoder = SampleEncoder(
             text=self._text,
-            side=self.config.model.side,
+            grid=Grid.of(self.config.model),
             compression=compression or self.compression,
             frames=self.config.data.frames,
             layout=self.config.model.layout,

@@ -44,7 +44,7 @@ class Scene:
 def plan_scene(media: Sequence[Media], encoder: SampleEncoder) -> Scene:
     """Counts the frames and visual tokens of a scene; only headers are read."""
     counts = tuple(encoder.frame_counts(media))
-    plans = [plan_clip(count, encoder.side, encoder.compression) for count in counts]
+    plans = [plan_clip(count, encoder.grid, encoder.compression) for count in counts]
     return Scene(
         media=tuple(media),
         counts=counts,

@@ -6,6 +6,7 @@
     mlp_downsample_3x3_fix   shuffle -> LN -> Linear -> GELU -> LN -> Linear -> GELU -> Linear   (VILA)
 
 *Shuffle* is pixel shuffle by r = `stem.downsample`: it concatenates the features of r x r patches.
+`stem.video_pool` then halves the grid of a video's frames, as in LLaVA (`Stem.pool`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from flax import nnx
 
 from storm_jax.config import ModelConfig
 from storm_jax.models.layers import Einsum
-from storm_jax.ops.pooling import pixel_shuffle
+from storm_jax.ops.pooling import halve_grid, pixel_shuffle
 
 
 class Stem(nnx.Module):
@@ -24,7 +25,7 @@ class Stem(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         kind, r = config.stem.kind, config.stem.downsample
-        self.downsample = r
+        self.downsample, self.video_pool = r, config.stem.video_pool
         width, vision_width = config.decoder.width, config.vision.width
         is_deep = kind == "mlp_downsample_3x3_fix"
         merged, inner = vision_width * r * r, vision_width * r if is_deep else width
@@ -61,3 +62,7 @@ class Stem(nnx.Module):
         if self.linear3 is not None:
             x = self.linear3(jax.nn.gelu(x, approximate=False))
         return x
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        """Maps tokens [B, F, N, D] to those of a video [B, F, Nv, D]."""
+        return x if self.video_pool == "none" else halve_grid(x, self.video_pool)

@@ -61,7 +61,7 @@ class Storm(nnx.Module):
           frame_group: int [B, F], the group of each frame; -1 is padding or sampled out.
 
         Returns:
-          [B, V, D] with V = G * N' pooled tokens, followed by G * N spatially unpooled ones if p > 1.
+          [B, V, D]: G * N' pooled tokens, G * N tokens of images if those differ, and the newline if there is one.
         """
         batch, num_frames = frames.shape[:2]
         with jax.named_scope("vision"):
@@ -69,15 +69,20 @@ class Storm(nnx.Module):
             x = x.reshape(batch, num_frames, *x.shape[1:])  # [B, F, P, Dv]
             x = constrain(x, "batch", "sequence", None, None)
         with jax.named_scope("projector"):
-            x = self.projector(x, frame_clip)  # [B, F, N, D]
+            videos, images = self.projector(x, frame_clip)  # [B, F, Nv, D], [B, F, N, D]
         with jax.named_scope("pool"):
-            x = temporal_pool(x, frame_group, shape.num_groups)  # [B, G, N, D]
-            pooled = spatial_pool(x, shape.spatial_pool)  # [B, G, N', D]
-            width = x.shape[-1]
-            table = pooled.reshape(batch, -1, width)
-            if shape.spatial_pool > 1:  # images use unpooled tokens
-                table = jnp.concatenate([table, x.reshape(batch, -1, width)], axis=1)
-        return table
+            groups = temporal_pool(videos, frame_group, shape.num_groups)  # [B, G, Nv, D]
+            parts = [spatial_pool(groups, shape.spatial_pool)]  # [B, G, N', D]
+            if images is not videos:
+                parts.append(temporal_pool(images, frame_group, shape.num_groups))  # [B, G, N, D]
+            elif shape.spatial_pool > 1:
+                parts.append(groups)
+            width = videos.shape[-1]
+            tables = [part.reshape(batch, -1, width) for part in parts]
+            if self.projector.newline is not None:
+                newline = self.projector.newline[...].astype(videos.dtype)
+                tables.append(jnp.broadcast_to(newline, (batch, 1, width)))
+        return jnp.concatenate(tables, axis=1)
 
     def merge(self, tokens: jax.Array, visual: jax.Array, visual_index: jax.Array) -> jax.Array:
         """Embeds the text and inserts the visual tokens.

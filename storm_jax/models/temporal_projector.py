@@ -1,6 +1,7 @@
 """Projects patch features to visual tokens of the decoder's width and mixes them over space and time.
 
     stem    patches of each frame -> tokens [B, F, N, D]   (`storm_jax.models.stems`)
+            videos may have a smaller grid than images, [B, F, Nv, D]
     mixer   "mamba1", "mamba2"   depth x (x + MambaMixer(LayerNorm(x)))
             "module:Class"       a custom Flax module
             "none"               nothing: frames are encoded independently
@@ -34,14 +35,36 @@ class Mixer(Protocol):
 
 
 class TemporalProjector(nnx.Module):
-    """Maps patch features [B, F, P, Dv] to visual tokens [B, F, N, D], before pooling."""
+    """Maps patch features [B, F, P, Dv] to visual tokens, before pooling.
+
+    `newline` [D] is the vector that the layout puts between visual tokens, or None.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: bool):
         self.stem = Stem(config, rngs=rngs, dtype=dtype)
         self.mixer = _make_mixer(config, rngs=rngs, dtype=dtype, remat=remat)
+        width = config.decoder.width
+        init = nnx.initializers.normal(width**-0.5)
+        self.newline = (
+            nnx.Param(init(rngs.params(), (width,), jnp.float32), logical_axes=("embed",))
+            if config.layout.has_newline
+            else None
+        )
 
-    def __call__(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
-        x = self.stem(x)  # [B, F, N, D]
+    def __call__(self, x: jax.Array, frame_clip: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the tokens of videos [B, F, Nv, D] and of images [B, F, N, D]; they are the same array if the
+        grids are the same."""
+        tokens = self.stem(x)  # [B, F, N, D]
+        videos = self._mix(self.stem.pool(tokens), frame_clip)  # [B, F, Nv, D]
+        if self.stem.video_pool == "none":
+            return videos, videos
+        images = _only_images(frame_clip)
+        # Most rows of videos have no image; then its larger grid is not mixed.
+        return videos, jax.lax.cond(
+            jnp.any(images > 0), lambda x: self._mix(x, images), lambda x: x, tokens
+        )
+
+    def _mix(self, x: jax.Array, frame_clip: jax.Array) -> jax.Array:
         return x if self.mixer is None else self.mixer(x, frame_clip)
 
     def extend(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
@@ -52,12 +75,12 @@ class TemporalProjector(nnx.Module):
           state: the state after the previous block, or `initial_state`.
 
         Returns:
-          [B, F, N, D], and the state for the next block.
+          [B, F, Nv, D], and the state for the next block.
 
         Raises:
           ValueError: the projector does not support blocks (see `initial_state`).
         """
-        return self._streaming_mixer().extend(self.stem(x), state)
+        return self._streaming_mixer().extend(self.stem.pool(self.stem(x)), state)
 
     def initial_state(self, batch: int) -> State:
         """Returns the state before the first block; arrays have a leading layer axis.
@@ -136,6 +159,12 @@ class MambaLayer(nnx.Module):
     ) -> tuple[jax.Array, State]:
         y, state = self.mixer(self.norm(x), segment_ids, state)
         return x + y, state
+
+
+def _only_images(frame_clip: jax.Array) -> jax.Array:
+    """`frame_clip` [B, F] with clips of several frames as padding, 0."""
+    frames = (frame_clip[:, :, None] == frame_clip[:, None, :]).sum(-1)
+    return jnp.where(frames == 1, frame_clip, 0)
 
 
 def _make_mixer(

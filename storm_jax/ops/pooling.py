@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
@@ -42,6 +43,46 @@ def temporal_pool(x: jax.Array, frame_group: jax.Array, num_groups: int) -> jax.
         "bgf,bfnd->bgnd", members.astype(x.dtype), x, preferred_element_type=jnp.float32
     )
     return (total / count).astype(x.dtype)
+
+
+def halve_grid(x: jax.Array, method: str) -> jax.Array:
+    """Halves the sides of a square grid of tokens, as LLaVA does in videos (`get_2dPool`).
+
+    Args:
+      x: [..., N, D]; the N tokens are a square grid in raster order.
+      method: "average" or "max" of 2 x 2 cells, without the last row and column of an odd grid; or "bilinear"
+        with half-pixel centres and no antialiasing, whose side is rounded up.
+
+    Returns:
+      [..., Nv, D].
+    """
+    *lead, tokens, width = x.shape
+    side = _side(tokens)
+    x = x.reshape(-1, side, side, width)
+    if method == "bilinear":
+        weights = jnp.asarray(_bilinear(side), jnp.float32)
+        # 27 x 27 to 14 x 14 in float32, as a bfloat16 sum of four weights would round them.
+        y = jnp.einsum("ip,jq,bpqd->bijd", weights, weights, x.astype(jnp.float32))
+    else:
+        half = side // 2
+        cells = x[:, : 2 * half, : 2 * half].reshape(-1, half, 2, half, 2, width)
+        if method == "max":
+            y = cells.max(axis=(2, 4))
+        else:
+            y = cells.astype(jnp.float32).mean(axis=(2, 4))
+    return y.reshape(*lead, -1, width).astype(x.dtype)
+
+
+def _bilinear(side: int) -> np.ndarray:
+    """Weights [ceil(side / 2), side] of linear interpolation along one axis."""
+    new = -(-side // 2)
+    centres = np.clip((np.arange(new) + 0.5) * side / new - 0.5, 0, None)
+    first = np.floor(centres).astype(int)
+    weights = np.zeros((new, side))
+    rows = np.arange(new)
+    np.add.at(weights, (rows, first), 1 - (centres - first))
+    np.add.at(weights, (rows, np.minimum(first + 1, side - 1)), centres - first)
+    return weights
 
 
 class PartialGroup(NamedTuple):
@@ -111,11 +152,16 @@ def spatial_pool(x: jax.Array, factor: int) -> jax.Array:
 def _grid(x: jax.Array, factor: int) -> jax.Array:
     """Reshapes [B, side * side, D] to [B, cells, factor, cells, factor, D], zero-padded."""
     batch, tokens, width = x.shape
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise ValueError(f"{tokens} tokens do not form a square grid")
+    side = _side(tokens)
     x = x.reshape(batch, side, side, width)
     pad = -side % factor
     x = jnp.pad(x, ((0, 0), (0, pad), (0, pad), (0, 0)))
     cells = (side + pad) // factor
     return x.reshape(batch, cells, factor, cells, factor, width)
+
+
+def _side(tokens: int) -> int:
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(f"{tokens} tokens do not form a square grid")
+    return side

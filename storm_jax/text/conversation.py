@@ -3,7 +3,7 @@
 The text is rendered by the tokenizer's own chat template. Each answer, with its end marker, is one span of
 that text, located by rendering the conversation up to it. Spans are tokenised separately, so an answer has
 the same ids as after a prompt at inference. Media placeholders never reach the tokenizer: each is replaced
-by slots for its visual tokens and, optionally, text with their timestamps.
+by slots for its visual tokens and, optionally, text around them, such as timestamps.
 """
 
 from __future__ import annotations
@@ -20,8 +20,23 @@ from storm_jax.files import digest
 from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 from storm_jax.text.template import end_of_turn, render
 
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Text between visual tokens.
+
+    Attributes:
+      joined: whether it is tokenised together with the text around it, or on its own.
+      timed: whether it depends on times, which are known only when the medium was read.
+    """
+
+    text: str
+    joined: bool = False
+    timed: bool = False
+
+
 # What replaces a medium's placeholder: text, and numbers of visual slots.
-Pieces = Sequence[str | int]
+Pieces = Sequence[Text | int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +127,33 @@ class ConversationEncoder:
                 f"{len(sample.turns)} turns with {placeholders} placeholders for {len(media)} media",
             )
         parts = _Parts(self.tokenizer, media)
-        for text, answer in self._spans(sample):
+        spans = self._spans(sample)
+        self._check_order(sample, [text for text, answer in spans if not answer])
+        for text, answer in spans:
             if answer:
                 parts.add_text(text, is_trained=answer.trained)
             else:
                 parts.add_prompt(text)
         return parts.encoded()
+
+    def _check_order(self, sample: Sample, prompts: Sequence[str]) -> None:
+        """Raises SampleError if the template drops, renames, reorders or adds placeholders."""
+        if not sample.media:
+            return
+        named = [
+            name
+            for turn in sample.turns
+            if turn.role == "user"
+            for name in PLACEHOLDER.findall(turn.text)
+        ]
+        rendered = [name for text in prompts for name in PLACEHOLDER.findall(text)]
+        if rendered != named:
+            raise SampleError(
+                sample.id,
+                "template",
+                f"the prompt has {', '.join(rendered) or 'no media'}, and not {', '.join(named)}: its text, or the "
+                f"chat template, names other media",
+            )
 
     def _spans(self, sample: Sample) -> list[tuple[str, Turn | None]]:
         """Returns the rendered text as (text, turn if it is an answer with its end marker) spans."""
@@ -162,21 +198,26 @@ class _Parts:
         self.next_medium = 0
 
     def add_text(self, text: str, is_trained: bool) -> None:
-        self._extend(self._ids(text), is_trained, -1)
+        if text:
+            self._extend(self._ids(text), is_trained, -1)
 
     def add_prompt(self, text: str) -> None:
         """Adds a prompt; its placeholders are replaced, unless the sample has no media."""
-        for i, piece in enumerate(PLACEHOLDER.split(text) if self.pieces else [text]):
-            if i > 0:
-                for part in self.pieces[self.next_medium]:
-                    if isinstance(part, str):
-                        self.add_text(part, is_trained=False)
-                    else:
-                        pad = self.tokenizer.pad_token_id
-                        self._extend([pad] * part, False, self.next_medium)
-                self.next_medium += 1
-            if piece:
-                self.add_text(piece, is_trained=False)
+        before, *texts = PLACEHOLDER.split(text) if self.pieces else [text]
+        for after in texts:
+            for part in self.pieces[self.next_medium]:
+                if isinstance(part, Text) and part.joined:
+                    before += part.text
+                    continue
+                self.add_text(before, is_trained=False)
+                before = ""
+                if isinstance(part, Text):
+                    self.add_text(part.text, is_trained=False)
+                else:
+                    self._extend([self.tokenizer.pad_token_id] * part, False, self.next_medium)
+            self.next_medium += 1
+            before += after
+        self.add_text(before, is_trained=False)
 
     def _ids(self, text: str) -> list[int]:
         # Bypasses the transformers wrapper, whose overhead exceeds the tokenisation itself.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import transformers
+
+from storm_jax.text.sample import PLACEHOLDER
 
 # Llama 3's templates insert today's date unless one is passed; this is their own default.
 DATE = "26 Jul 2024"
@@ -27,12 +32,46 @@ def render(
 ) -> str:
     """Renders a conversation as text; `opened` adds the generation prompt.
 
-    The date is always `DATE`, so that samples do not change from day to day.
+    Media are <image> and <video> in a user's text. The date is always `DATE`, so that samples do not change from
+    day to day.
     """
+    if _wants_parts(tokenizer, str(tokenizer.chat_template)):
+        return _apply(tokenizer, [_in_parts(message) for message in messages], opened)
+    return _apply(tokenizer, messages, opened)
+
+
+def _apply(
+    tokenizer: transformers.PreTrainedTokenizerBase, messages: list[dict[str, Any]], opened: bool
+) -> str:
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=opened, date_string=DATE
     )
     return str(text)
+
+
+@functools.lru_cache(maxsize=8)
+def _wants_parts(tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether messages must be lists of parts, as the templates of multimodal models expect: they drop plain text."""
+    message = {"role": "user", "content": "question"}
+    try:
+        return "question" not in _apply(tokenizer, [message], opened=True)
+    except Exception:  # templates can raise anything; the same error follows
+        return False
+
+
+def _in_parts(message: dict[str, str]) -> dict[str, Any]:
+    """The message as texts, images and videos, without the spaces and lines that separate them."""
+    text = message["content"]
+    if message["role"] != "user":
+        return message | {"content": [{"type": "text", "text": text}]}
+    kinds = [found[1:-1] for found in PLACEHOLDER.findall(text)]
+    first, *rest = PLACEHOLDER.split(text)
+    parts: list[dict[str, str]] = []
+    for kind, piece in zip(["", *kinds], [first, *rest], strict=True):
+        parts += [{"type": kind}] if kind else []
+        piece = piece.strip() if kinds else piece
+        parts += [{"type": "text", "text": piece}] if piece or not kinds else []
+    return message | {"content": parts}
 
 
 def exchange(text: str) -> list[tuple[str, str]]:

@@ -41,12 +41,10 @@ _DECODER_SUPPORTS = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
-    "quantization_config": (None,),
 }
 _VISION_SUPPORTS = {
     "hidden_act": ("gelu_pytorch_tanh",),
     "num_channels": (3,),
-    "quantization_config": (None,),
 }
 
 # {our field: field of config.json}, for both directions.
@@ -84,6 +82,7 @@ def read_vision(
     """
     whole = _read(folder)
     config = getattr(whole, "vision_config", whole)
+    _check_not_quantized(folder, whole)
     _check_supported(folder, config, VISION_TYPES, _VISION_SUPPORTS)
     fields = {name: getattr(config, hf_name) for name, hf_name in _VISION_FIELDS.items()}
     sizes = {name: fields[name] for name in ("image_size", "patch_size")}
@@ -103,6 +102,7 @@ def read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
     """
     whole = _read(folder)
     config = whole.get_text_config(decoder=True)
+    _check_not_quantized(folder, whole)
     _check_supported(folder, config, DECODER_TYPES, _DECODER_SUPPORTS)
     unsupported_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     scaling, problems, notes = _rope_scaling(config)
@@ -180,9 +180,24 @@ def _read(folder: pathlib.Path) -> Any:
             )
         raise WeightsError(f"{folder} has no config.json")
     try:
+        fields = json.loads(path.read_text())
+        if (
+            fields.get("model_type") == "llava_qwen"
+        ):  # the original LLaVA: the fields of a Qwen2, and more
+            return transformers.Qwen2Config(**fields | {"model_type": "qwen2"})
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # configuration classes raise anything
         raise WeightsError(f"{path} cannot be read: {error}") from error
+
+
+def _check_not_quantized(folder: pathlib.Path, config: Any) -> None:
+    for part in (config, *(getattr(config, n, None) for n in ("vision_config", "text_config"))):
+        if found := getattr(part, "quantization_config", None):
+            method = found.get("quant_method", found) if isinstance(found, dict) else found
+            raise WeightsError(
+                f"{folder}/config.json: quantization_config ({method}): quantized weights are not supported; use "
+                f"the model in float32, float16 or bfloat16"
+            )
 
 
 def _check_supported(

@@ -7,6 +7,8 @@ read straight into place one at a time, largest first. The run folder is complet
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import pathlib
 import shutil
 import tempfile
@@ -29,7 +31,10 @@ from storm_jax.config import (
     RunConfig,
     TrainConfig,
     VisionConfig,
+    differences,
+    from_dict,
     replace_model,
+    to_dict,
 )
 from storm_jax.params import abstract_model, flat_params, random_params
 from storm_jax.run import Run
@@ -37,7 +42,7 @@ from storm_jax.sharding import make_mesh, param_shardings
 from storm_jax.text.bpe import CHATML
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.tokenizer import check_template, read_tokenizer, save_tokenizer, stop_ids
-from storm_jax.weights import WeightsError, vila
+from storm_jax.weights import WeightsError, llava, smolvlm, vila
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
 from storm_jax.weights.hub import local_folder
 from storm_jax.weights.mapping import (
@@ -51,7 +56,9 @@ from storm_jax.weights.mapping import (
 from storm_jax.weights.output import atomic_folder, check_output
 from storm_jax.weights.positions import resample
 from storm_jax.weights.tensors import DTYPES, Match, Tensor, list_tensors, match, summary
+from storm_jax.weights.whole import WholeModel, read_json
 
+_FAMILIES = (vila, llava, smolvlm)
 _POSITION = "vision/position"
 _ALIGNMENT = 64  # bytes; the CPU backend uses such arrays without a copy
 
@@ -66,24 +73,36 @@ class Sources:
     model: str = ""
 
     def folders(self) -> dict[str, pathlib.Path]:
-        """{component: folder}, after downloading what is not cached.
+        """{component: folder} of the parts, after downloading what is not cached.
 
         Raises:
-          WeightsError: if a folder is missing, or the model is of no known family.
+          WeightsError: if a folder is missing.
         """
-        if self.model:
-            root = local_folder(self.model)
-            if not vila.recognise(root):
-                raise WeightsError(
-                    f"{root} is no model of a known family: NVILA and VILA have a config.json with llm_cfg, "
-                    f"vision_tower_cfg and mm_projector_cfg. Parts are imported with --vision and --decoder"
-                )
-            return {component: root / name for component, name in vila.FOLDERS.items()}
         return {
             component: local_folder(spec)
             for component, spec in dataclasses.asdict(self).items()
-            if spec
+            if spec and component != "model"
         }
+
+    def whole(self) -> WholeModel | None:
+        """The whole model, after downloading what is not cached; None for parts.
+
+        Raises:
+          WeightsError: if the folder is missing, of no known family, or unsupported.
+        """
+        if not self.model:
+            return None
+        root = local_folder(self.model)
+        fields = read_json(root / "config.json")
+        for family in _FAMILIES:
+            if family.recognise(fields):
+                return family.read(root, fields)
+        raise WeightsError(
+            f"{root} is no model of a known family (config.json: model_type={fields.get('model_type')!r}): known are "
+            f"NVILA and VILA (llm_cfg, vision_tower_cfg, mm_projector_cfg), LLaVA-OneVision and LLaVA-Video "
+            f"(llava_onevision, llava_qwen), SmolVLM (smolvlm, idefics3). Parts are imported with --vision and "
+            f"--decoder"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +120,6 @@ class _Plan:
 
     def nbytes(self, path: str) -> int:
         return self.shapes[path].size * self.dtype(path).itemsize
-
-
-def _configuration_of(folders: Mapping[str, pathlib.Path]) -> RunConfig:
-    """The configuration of a whole model that is asked and evaluated as it is; it lists no training data."""
-    return RunConfig(
-        model=ModelConfig(
-            vision=read_vision(folders["vision"]), decoder=read_decoder(folders["decoder"])[0]
-        ),
-        compression=CompressionConfig(num_frames=64),
-        data=DataConfig(rows=(RowConfig(tokens=16_384, frames=256),)),
-        optim=OptimConfig(
-            learning_rate=LearningRateConfig(vision=1e-5, projector=1e-5, decoder=1e-5)
-        ),
-        train=TrainConfig(steps=1, batch_size=1),
-    )
 
 
 def import_run(
@@ -140,22 +144,36 @@ def import_run(
     """
     began = time.monotonic()
     out = check_output(out)
-    folders = sources.folders()
-    is_whole = bool(sources.model)
-    config = config or _configuration_of(folders)
-    if is_whole:
-        config = _as_whole_model(config, folders["vision"].parent, explicit, add_mixer)
-    vision = read_vision(
-        folders["vision"],
-        feature_layer=config.model.vision.feature_layer,
-        final_norm=config.model.vision.final_norm,
-    )
-    config = _with_architecture(config, vision, folders, explicit, is_whole)
+    whole = sources.whole()
+    folders = whole.folders if whole else sources.folders()
+    decoder, notes = _read_decoder(folders["decoder"])
+    if whole:
+        config = config or _configuration_of(whole.vision, decoder)
+        vision = whole.vision
+        model = _whole_model(config, whole, decoder, explicit, add_mixer)
+        named = str(sources.model)
+    else:
+        assert config is not None
+        ours = config.model.vision
+        vision = read_vision(
+            folders["vision"], feature_layer=ours.feature_layer, final_norm=ours.final_norm
+        )
+        model = _model_of_parts(config, vision, decoder, folders)
+        named = ", ".join(map(str, folders.values()))
+    for note in (*notes, *(whole.notes if whole else ())):
+        print(f"note: {note}")
+    config, changes = replace_model(config, model, explicit, named)
+    if whole:
+        config, chosen = _with_choices(config, whole, explicit)
+        changes |= chosen
+    for name, (before, after) in changes.items():
+        print(f"{name}={after!r} of {'the model' if whole else 'config.json'} replaces {before!r}")
+    _print_resampling(vision, config.model.vision)
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as staged:
         tokenizer = pathlib.Path(staged)
         _write_tokenizer(folders["decoder"], tokenizer, config)
-        plan = _make_plan(config, mesh, folders, vision.side, is_whole)
+        plan = _make_plan(config, mesh, folders, vision.side, whole is not None)
         _check_space(out.parent, sum(plan.nbytes(path) for path in plan.pieces))
         params = _read(plan)
         not_imported = {
@@ -176,68 +194,90 @@ def import_run(
     return config
 
 
-def _with_architecture(
-    config: RunConfig,
-    vision: VisionConfig,
-    folders: Mapping[str, pathlib.Path],
-    explicit: Collection[str],
-    is_whole: bool,
-) -> RunConfig:
-    """`config` with the model that the folders describe; prints what changes."""
-    decoder, notes = read_decoder(folders["decoder"])
-    if decoder.tie_embeddings and _has_own_head(folders["decoder"], decoder):
+def _read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
+    """The decoder in a folder, and notes for the user."""
+    decoder, notes = read_decoder(folder)
+    if decoder.tie_embeddings and _has_own_head(folder, decoder):
         notes.append(
             "tie_word_embeddings is set, but lm_head.weight differs: embeddings are untied"
         )
         decoder = dataclasses.replace(decoder, tie_embeddings=False)
+    return decoder, notes
+
+
+def _configuration_of(vision: VisionConfig, decoder: DecoderConfig) -> RunConfig:
+    """The configuration of a whole model that is asked and evaluated as it is; it lists no training data."""
+    return RunConfig(
+        model=ModelConfig(vision=vision, decoder=decoder),
+        compression=CompressionConfig(num_frames=64),
+        data=DataConfig(rows=(RowConfig(tokens=16_384, frames=256),)),
+        optim=OptimConfig(
+            learning_rate=LearningRateConfig(vision=1e-5, projector=1e-5, decoder=1e-5)
+        ),
+        train=TrainConfig(steps=1, batch_size=1),
+    )
+
+
+def _model_of_parts(
+    config: RunConfig,
+    vision: VisionConfig,
+    decoder: DecoderConfig,
+    folders: Mapping[str, pathlib.Path],
+) -> ModelConfig:
+    """The model that the folders of its parts describe."""
     model = dataclasses.replace(
         config.model,
         vision=dataclasses.replace(vision, image_size=config.model.vision.image_size),
         decoder=dataclasses.replace(decoder, lora=config.model.decoder.lora),
     )
-    if "projector" in folders and not is_whole:
-        model = read_projector(folders["projector"], model)
-    for note in notes:
-        print(f"note: {note}")
-    config, changes = replace_model(config, model, explicit, ", ".join(map(str, folders.values())))
-    for name, (before, after) in changes.items():
-        print(f"{name}={after!r} of config.json replaces {before!r}")
-    if vision.side != model.vision.side:
-        print(
-            f"position embeddings are resampled from {vision.side} x {vision.side} to "
-            f"{model.vision.side} x {model.vision.side} patches (model.vision.image_size="
-            f"{model.vision.image_size})"
-        )
-    return config
+    return read_projector(folders["projector"], model) if "projector" in folders else model
 
 
-def _as_whole_model(
-    config: RunConfig, folder: pathlib.Path, explicit: Collection[str], add_mixer: str
-) -> RunConfig:
-    """`config` with the projector, layout and pooling of a whole model; prints what changes.
-
-    Pooling is not in the weights: the user's own stays.
-    """
-    found = vila.read(folder, config)
-    pooling = {
-        name: value
-        for name, value in dataclasses.asdict(found.compression).items()
-        if f"compression.{name}" not in explicit
-    }
-    vision = found.model.vision
+def _whole_model(
+    config: RunConfig,
+    whole: WholeModel,
+    decoder: DecoderConfig,
+    explicit: Collection[str],
+    add_mixer: str,
+) -> ModelConfig:
+    """The model that the folder of a whole model describes, with a mixer behind its stem if there is one to add."""
+    vision = whole.vision
     if "model.vision.image_size" in explicit:
         vision = dataclasses.replace(vision, image_size=config.model.vision.image_size)
-    model = dataclasses.replace(found.model, vision=vision, mixer=add_mixer or "none")
-    config, changes = replace_model(config, model, explicit, str(folder))
-    compression = dataclasses.replace(config.compression, **pooling)
-    changes |= {
-        f"compression.{name}": (getattr(config.compression, name), value)
-        for name, value in pooling.items()
-        if getattr(config.compression, name) != value
-    }
-    for name, (before, after) in changes.items():
-        print(f"{name}={after!r} of {folder} replaces {before!r}")
-    return dataclasses.replace(config, compression=compression)
+    return dataclasses.replace(
+        config.model,
+        vision=vision,
+        decoder=dataclasses.replace(decoder, lora=config.model.decoder.lora),
+        stem=whole.stem,
+        layout=whole.layout,
+        mixer=add_mixer or "none",
+        mixer_args={},
+    )
+
+
+def _with_choices(
+    config: RunConfig, whole: WholeModel, explicit: Collection[str]
+) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
+    """`config` with the pooling, frames and system text of a whole model, except those that the user set; and what
+    changed."""
+    choices = {name: value for name, value in whole.choices.items() if name not in explicit}
+    if "compression.num_frames" in choices:
+        most = config.data.largest_row.frames
+        choices["compression.num_frames"] = min(choices["compression.num_frames"], most)
+    fields = to_dict(config)
+    for name, value in choices.items():
+        *parents, leaf = name.split(".")
+        functools.reduce(operator.getitem, parents, fields)[leaf] = value
+    changes = differences(to_dict(config), fields)
+    return from_dict(RunConfig, fields), changes
+
+
+def _print_resampling(stored: VisionConfig, vision: VisionConfig) -> None:
+    if stored.side != vision.side:
+        print(
+            f"position embeddings are resampled from {stored.side} x {stored.side} to {vision.side} x "
+            f"{vision.side} patches (model.vision.image_size={vision.image_size})"
+        )
 
 
 def _has_own_head(folder: pathlib.Path, decoder: DecoderConfig) -> bool:

@@ -126,6 +126,7 @@ def vision_table(config: VisionConfig) -> Table:
         layouts=(
             *({"": prefix} for prefix in prefixes),
             *({"": f"model.{prefix}"} for prefix in prefixes[1:]),
+            {"": "model.vision_tower.vision_tower.vision_model."},  # the original LLaVA
         ),
     )
 
@@ -202,6 +203,22 @@ _VILA = {
         "stem.linear2.": "layers.5.", "stem.linear3.": "layers.7.", "": "",
     },
 }  # fmt: skip
+# Projectors in the files of whole models.
+_WHOLE = (
+    {"stem.linear1.": "model.connector.modality_projection.proj."},  # SmolVLM
+    *(
+        {
+            "stem.linear1.": f"{prefix}multi_modal_projector.linear_1.",
+            "stem.linear2.": f"{prefix}multi_modal_projector.linear_2.",
+            "newline": f"{prefix}image_newline",
+        }
+        for prefix in ("model.", "")  # LLaVA in transformers
+    ),
+    {
+        "stem.linear1.": "model.mm_projector.0.", "stem.linear2.": "model.mm_projector.2.",
+        "newline": "model.image_newline",
+    },  # the original LLaVA
+)  # fmt: skip
 # One direction of a Mamba layer.
 _DIRECTION = {
     "mamba1": (
@@ -239,13 +256,15 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
     linears = [
         _linear(f"stem.{name}", f"stem/{name}") for name in ("linear1", "linear2", "linear3")
     ]
+    newline = [("newline", "newline", "d -> d")]
     rules = [
         TensorRule(tensor=tensor, path=f"projector/{path}", pattern=pattern)
-        for layer in (*norms, *linears)
+        for layer in (*norms, *linears, newline)
         for tensor, path, pattern in layer
-        if f"projector/{path}" in shapes  # those of this stem
+        if f"projector/{path}" in shapes  # those of this stem and layout
     ]
-    layouts = ({"": ""}, {"stem.linear1.": "linear.", "": ""}, _OLD_MLP, _VILA[config.stem.kind])
+    old = {"stem.linear1.": "linear.", "": ""}
+    layouts = ({"": ""}, old, _OLD_MLP, _VILA[config.stem.kind], *_WHOLE)
     if config.mixer not in ("mamba1", "mamba2"):
         paths = [path for path in shapes if path.startswith("projector/mixer/")]
         rules += [_unchanged(path, len(shapes[path].shape)) for path in paths]

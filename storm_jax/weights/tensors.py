@@ -163,8 +163,8 @@ def match(table: Table, tensors: Mapping[str, Tensor]) -> tuple[Match, list[str]
 
 def _file_name(name: str, layout: Mapping[str, str]) -> str:
     """The name in the file of a tensor of the table."""
-    prefix = next(prefix for prefix in layout if name.startswith(prefix))
-    return layout[prefix] + name.removeprefix(prefix)
+    prefix = next((prefix for prefix in layout if name.startswith(prefix)), None)
+    return name if prefix is None else layout[prefix] + name.removeprefix(prefix)
 
 
 def _table_name(name: str, layout: Mapping[str, str]) -> str | None:

@@ -6,17 +6,17 @@ and of each pooled frame. What we do not support, such as tiles, is refused by f
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from storm_jax.config import CompressionConfig, LayoutConfig, RunConfig, StemConfig
+from storm_jax.config import LayoutConfig, StemConfig
 from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_vision
+from storm_jax.weights.whole import WholeModel, is_positive, read_json, unsupported
 
-FOLDERS = {"vision": "vision_tower", "decoder": "llm", "projector": "mm_projector"}
+_FOLDERS = {"vision": "vision_tower", "decoder": "llm", "projector": "mm_projector"}
 _STEMS = {
     "linear": StemConfig(kind="linear", downsample=1),
     "mlp2x_gelu": StemConfig(kind="mlp2x_gelu", downsample=1),
@@ -35,42 +35,28 @@ _SUPPORTS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def recognise(folder: pathlib.Path) -> bool:
-    """Whether the config.json of a folder is that of a VILA."""
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return (
-        isinstance(fields, dict)
-        and {"llm_cfg", "vision_tower_cfg", "mm_projector_cfg"} <= fields.keys()
-    )
+def recognise(fields: Mapping[str, Any]) -> bool:
+    return {"llm_cfg", "vision_tower_cfg", "mm_projector_cfg"} <= fields.keys()
 
 
-def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
-    """`config` with tower, stem, layout and pooling of a VILA, without a mixer.
+def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
+    """Reads the tower, stem, layout and pooling.
 
     Raises:
       WeightsError: naming each missing part or unsupported field.
     """
-    path = folder / "config.json"
-    fields = json.loads(path.read_text())
-    problems = [f"{part}/ is missing" for part in FOLDERS.values() if not (folder / part).is_dir()]
-    for name, supported in _SUPPORTS.items():
-        value = fields.get(name, supported[0])
-        if value not in supported:
-            problems.append(f"{name}={value!r} is not supported, only {supported[0]!r}")
+    problems = [f"{part}/ is missing" for part in _FOLDERS.values() if not (folder / part).is_dir()]
+    problems += unsupported(fields, _SUPPORTS)
     kind = _projector_type(folder, fields)
     if kind not in _STEMS:
         problems.append(f"mm_projector_type={kind!r} is not supported, only {', '.join(_STEMS)}")
     image, video = (_encoder(fields, f"{name}_encoder", problems) for name in ("image", "video"))
     if image.get("end_tokens", "\n") != video.get("end_tokens", "\n"):
         problems.append("image_encoder and video_encoder have different end_tokens")
-    compression = _compression(video, config.compression, problems)
+    choices = _pooling(video, problems)
     frames = fields.get("num_video_frames")
-    if _is_positive(frames):
-        frames = min(frames, config.data.largest_row.frames)
-        compression = dataclasses.replace(compression, num_frames=frames)
+    if is_positive(frames):
+        choices["compression.num_frames"] = frames
     elif frames is not None:
         problems.append(f"num_video_frames={frames!r} must be a positive number")
     layer = fields.get("mm_vision_select_layer")
@@ -78,38 +64,33 @@ def read(folder: pathlib.Path, config: RunConfig) -> RunConfig:
     if type(layer) is not int or layer >= 0:
         problems.append(f"mm_vision_select_layer={layer!r} must be a negative number")
     if problems:
-        raise WeightsError(f"{path}:", problems)
-    _print_notes(fields)
-    model = dataclasses.replace(
-        config.model,
-        vision=read_vision(folder / FOLDERS["vision"], feature_layer=layer),
+        raise WeightsError(f"{folder}/config.json:", problems)
+    return WholeModel(
+        folders={component: folder / name for component, name in _FOLDERS.items()},
+        vision=read_vision(folder / _FOLDERS["vision"], feature_layer=layer),
         stem=_STEMS[kind],
-        mixer="none",
-        mixer_args={},
         layout=LayoutConfig(after_group=image.get("end_tokens", "\n") or ""),
+        choices=choices,
+        notes=_notes(fields),
     )
-    return dataclasses.replace(config, model=model, compression=compression)
 
 
-def _print_notes(fields: Mapping[str, Any]) -> None:
-    """What differs from the model as it was published."""
+def _notes(fields: Mapping[str, Any]) -> list[str]:
+    notes = []
     if fields.get("image_aspect_ratio") not in (None, "resize"):
-        print(
-            f"note: image_aspect_ratio={fields['image_aspect_ratio']!r} cuts images into tiles; here they are "
-            f"resized to a square"
+        notes.append(
+            f"image_aspect_ratio={fields['image_aspect_ratio']!r} cuts images into tiles; here they are resized to "
+            f"a square"
         )
     if fields.get("fps"):
-        print(f"note: fps={fields['fps']!r} is not used; set data.frames.fps to sample at a rate")
+        notes.append(f"fps={fields['fps']!r} is not used; set data.frames.fps to sample at a rate")
+    return notes
 
 
 def _projector_type(folder: pathlib.Path, fields: Mapping[str, Any]) -> str:
-    for source in (folder / "mm_projector/config.json", None):
-        try:
-            found = json.loads(source.read_text()) if source else fields["mm_projector_cfg"]
-            return str(found["mm_projector_type"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return ""
+    found = read_json(folder / "mm_projector/config.json").get("mm_projector_type")
+    inside = fields["mm_projector_cfg"]
+    return str(found or (inside.get("mm_projector_type") if isinstance(inside, dict) else ""))
 
 
 def _encoder(fields: Mapping[str, Any], name: str, problems: list[str]) -> Mapping[str, Any]:
@@ -128,22 +109,19 @@ def _encoder(fields: Mapping[str, Any], name: str, problems: list[str]) -> Mappi
     return found
 
 
-def _compression(
-    video: Mapping[str, Any], ours: CompressionConfig, problems: list[str]
-) -> CompressionConfig:
-    """`ours` with the pooling of the video encoder."""
+def _pooling(video: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The pooling of the video encoder."""
     sizes = video.get("pool_sizes", [[1, 1, 1]])
     try:
         ((time, height, width),) = sizes
     except (ValueError, TypeError):
         time = height = width = None
-    if height != width or not _is_positive(time) or not _is_positive(height):
+    if height != width or not is_positive(time) or not is_positive(height):
         problems.append(
             f"video_encoder: pool_sizes={sizes!r} is not supported, only one with equal sides"
         )
-        return ours
-    return dataclasses.replace(ours, temporal_pool=time, spatial_pool=height, temporal_sample=1)
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return {
+        "compression.temporal_pool": time,
+        "compression.spatial_pool": height,
+        "compression.temporal_sample": 1,
+    }

@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.mixture import Mixture
@@ -19,7 +20,7 @@ SHAPE = RowShape(
     tokens=160,
     frames=24,
     image_size=32,
-    side=2,
+    grid=Grid.square(2),
     compression=CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1),
 )
 
@@ -41,7 +42,7 @@ def make_mixture(tokenizer):
             configs,
             SampleEncoder(
                 text=text,
-                side=first.side,
+                grid=first.grid,
                 compression=first.compression,
                 frames=frames or FramesConfig(),
             ),

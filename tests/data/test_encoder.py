@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from storm_jax.compression import plan_clip
+from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig, FramesConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.media.media import Media
@@ -28,7 +28,10 @@ def sample(text: str = "<video>\nWhy?", *kinds: str, answer: str = "So.") -> Sam
 def encoder(tokenizer, style: str, compression: CompressionConfig, side: int = 2) -> SampleEncoder:
     text = ConversationEncoder(tokenizer, "")
     return SampleEncoder(
-        text=text, side=side, compression=compression, frames=FramesConfig(time_text=style)
+        text=text,
+        grid=Grid.square(side),
+        compression=compression,
+        frames=FramesConfig(time_text=style),
     )
 
 
@@ -105,7 +108,7 @@ def test_slots_match_the_models_tokens_and_plans_are_upper_bounds(
     item = sample("<image>\n<video>\nWhy?", "image", "video")
     times = [np.zeros(1), np.linspace(0, seconds, frames)]
     encoded, planned = sample_encoder.encode(item, times), sample_encoder.plan(item, [1, frames])
-    assert (encoded.media == 1).sum() == plan_clip(frames, 3, compression).num_tokens
+    assert (encoded.media == 1).sum() == plan_clip(frames, Grid.square(3), compression).num_tokens
     assert (encoded.media == 0).sum() == 9
     assert len(encoded) <= len(planned) and encoded.min_tokens <= planned.min_tokens
     if style == "none":

@@ -11,6 +11,7 @@ import pytest
 from media_files import write_numbered
 from source_files import record, write_lines
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig, FramesConfig, SourceConfig
 from storm_jax.data import lengths as lengths_lib
 from storm_jax.data.encoder import SampleEncoder
@@ -30,7 +31,7 @@ def read(tokenizer):
         text = ConversationEncoder(tokenizer, system)
         encoder = SampleEncoder(
             text=text,
-            side=2,
+            grid=Grid.square(2),
             compression=CompressionConfig(num_frames=8, temporal_pool=pool),
             frames=frames,
         )

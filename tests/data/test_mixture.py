@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from storm_jax.compression import Grid
 from storm_jax.config import SourceConfig
 from storm_jax.data import mixture as mixture_lib
 from storm_jax.data.rows import RowShape
@@ -147,9 +148,11 @@ def test_samples_that_fit_any_shape_are_used(make_mixture, write_texts, tmp_path
         tokens=60,
         frames=4,
         image_size=32,
-        side=2,
+        grid=Grid.square(2),
         compression=make_mixture(path, skip=1.0).shapes[0].compression,
     )
-    large = RowShape(tokens=600, frames=4, image_size=32, side=2, compression=small.compression)
+    large = RowShape(
+        tokens=600, frames=4, image_size=32, grid=Grid.square(2), compression=small.compression
+    )
     assert len(make_mixture(path, shapes=(small, large))) == 30
     assert len(make_mixture(path, shapes=(small,), skip=1.0)) < 30

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig
 from storm_jax.data import packing
 from storm_jax.data.packing import plan_rows, smallest_fit
@@ -19,7 +20,7 @@ LARGE, SMALL = (
         tokens=tokens,
         frames=frames,
         image_size=4,
-        side=2,
+        grid=Grid.square(2),
         compression=CompressionConfig(num_frames=4),
     )
     for tokens, frames in ((TOKENS, FRAMES), (TOKENS // 2, FRAMES // 4))

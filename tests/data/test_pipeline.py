@@ -16,6 +16,7 @@ from media_files import barcode, numbers, write_numbered
 from PIL import Image
 from source_files import record
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig, FramesConfig
 from storm_jax.data.mixture import Mixture
 from storm_jax.data.pipeline import Batch, batches
@@ -265,7 +266,7 @@ def test_every_frame_is_where_it_was_planned(make_mixture, tmp_path: pathlib.Pat
         tokens=400,
         frames=32,
         image_size=32,
-        side=2,
+        grid=Grid.square(2),
         compression=CompressionConfig(
             num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1
         ),

@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig
 from storm_jax.data import mixture as mixture_lib
 from storm_jax.data.plan import EvalPlan, TrainPlan
@@ -17,7 +18,7 @@ from storm_jax.data.rows import RowShape
 
 COMPRESSION = CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1)
 SMALL, LARGE = (
-    RowShape(tokens=160, frames=frames, image_size=32, side=2, compression=COMPRESSION)
+    RowShape(tokens=160, frames=frames, image_size=32, grid=Grid.square(2), compression=COMPRESSION)
     for frames in (2, 24)
 )
 BATCH = 4

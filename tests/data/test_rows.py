@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows_by_hand import build_row, build_rows
 
-from storm_jax.compression import plan_clip
+from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import (
     RowSample,
@@ -25,20 +25,20 @@ LARGE = RowShape(
     tokens=TOKENS,
     frames=FRAMES,
     image_size=IMAGE,
-    side=2,
+    grid=Grid.square(2),
     compression=CompressionConfig(num_frames=4),
 )
 SMALL = RowShape(
     tokens=TOKENS // 2,
     frames=FRAMES // 4,
     image_size=IMAGE,
-    side=2,
+    grid=Grid.square(2),
     compression=CompressionConfig(num_frames=4),
 )
 
 
 def clip_tokens(shape: RowShape, frames: int) -> int:
-    return plan_clip(frames, shape.side, shape.compression).num_tokens
+    return plan_clip(frames, shape.grid, shape.compression).num_tokens
 
 
 def make_sample(rng: np.random.Generator, shape: RowShape, lengths: list[int]) -> RowSample:
@@ -68,7 +68,7 @@ def packed(draw) -> tuple[RowShape, list[RowSample]]:
         tokens=120,
         frames=20,
         image_size=IMAGE,
-        side=draw(st.integers(1, 4)),
+        grid=Grid.square(draw(st.integers(1, 4))),
         compression=compression,
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -84,8 +84,8 @@ def packed(draw) -> tuple[RowShape, list[RowSample]]:
 
 def table(shape: RowShape) -> tuple[int, int, int]:
     """Group slots, and visual tokens of a pooled and of an unpooled group."""
-    side = -(-shape.side // shape.compression.spatial_pool)
-    return shape.num_groups, side * side, shape.side * shape.side
+    side = -(-shape.grid.image // shape.compression.spatial_pool)
+    return shape.num_groups, side * side, shape.grid.image * shape.grid.image
 
 
 @PROPERTY
@@ -194,7 +194,9 @@ def test_visual_slots_match_the_plan_and_index_their_own_groups(case):
 def test_image_indexes_the_unpooled_part_when_space_is_pooled(spatial_pool: int, first: int):
     """Side 3 is 9 tokens, or 4 if pooled by 2; a row of 20 tokens then has 5 group slots."""
     compression = CompressionConfig(num_frames=4, spatial_pool=spatial_pool)
-    shape = RowShape(tokens=20, frames=5, image_size=IMAGE, side=3, compression=compression)
+    shape = RowShape(
+        tokens=20, frames=5, image_size=IMAGE, grid=Grid.square(3), compression=compression
+    )
     sample = make_sample(np.random.default_rng(0), shape, [1])
     row = build_row([sample], PAD, shape)
     visual = row["visual_index"]
@@ -219,7 +221,7 @@ def test_group_slots_are_bounded_by_frames_and_tokens(
         tokens=tokens,
         frames=frames,
         image_size=IMAGE,
-        side=side,
+        grid=Grid.square(side),
         compression=CompressionConfig(num_frames=4, spatial_pool=pool),
     )
     assert shape.num_groups == groups
@@ -244,7 +246,11 @@ def test_failed_sample_leaves_no_trace(case, data):
 
 def test_row_of_failed_samples_is_padding():
     shape = RowShape(
-        tokens=20, frames=5, image_size=IMAGE, side=3, compression=CompressionConfig(num_frames=4)
+        tokens=20,
+        frames=5,
+        image_size=IMAGE,
+        grid=Grid.square(3),
+        compression=CompressionConfig(num_frames=4),
     )
     got, expected = build_row([None, None], PAD, shape), build_row([], PAD, shape)
     for name in expected:
@@ -255,7 +261,11 @@ def test_row_of_failed_samples_is_padding():
 
 def test_arrays_have_their_documented_shapes_and_types():
     shape = RowShape(
-        tokens=20, frames=5, image_size=IMAGE, side=3, compression=CompressionConfig(num_frames=4)
+        tokens=20,
+        frames=5,
+        image_size=IMAGE,
+        grid=Grid.square(3),
+        compression=CompressionConfig(num_frames=4),
     )
     batch = empty_rows(3, PAD, shape)
     expected = dict.fromkeys(
@@ -269,7 +279,11 @@ def test_arrays_have_their_documented_shapes_and_types():
 
 def test_rows_of_a_batch_are_independent():
     shape = RowShape(
-        tokens=20, frames=5, image_size=IMAGE, side=3, compression=CompressionConfig(num_frames=4)
+        tokens=20,
+        frames=5,
+        image_size=IMAGE,
+        grid=Grid.square(3),
+        compression=CompressionConfig(num_frames=4),
     )
     rng = np.random.default_rng(0)
     samples = [[make_sample(rng, shape, [])] for _ in range(2)]

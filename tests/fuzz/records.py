@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from storm_jax.compression import Grid
 from storm_jax.config import CompressionConfig, SourceConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.sources import open_source
@@ -58,7 +59,7 @@ def fuzz_records(seed: int, count: int, folder: pathlib.Path) -> Counter[str]:
     source = open_source(SourceConfig(name="fuzz", path=str(path)))
     encoder = SampleEncoder(
         text=ConversationEncoder(train_tokenizer(["Why? So. Be brief."], 300), ""),
-        side=2, compression=CompressionConfig(num_frames=8), frames=FRAMES,
+        grid=Grid.square(2), compression=CompressionConfig(num_frames=8), frames=FRAMES,
     )  # fmt: skip
     outcomes: Counter[str] = Counter()
     for index in range(len(source)):

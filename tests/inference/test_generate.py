@@ -12,7 +12,7 @@ from rows_by_hand import build_rows
 
 from configs.storm_qwen2_7b import MODEL as QWEN2_7B
 from configs.tiny import MODEL as TINY
-from storm_jax.compression import plan_clip
+from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.inference.generate import Sampling, choose, decode_step, generate, prefill
@@ -24,7 +24,7 @@ SHAPE = RowShape(
     tokens=48,
     frames=8,
     image_size=32,
-    side=TINY.side,
+    grid=Grid.of(TINY),
     compression=CompressionConfig(num_frames=8, temporal_pool=4),
 )
 VISUAL = VisualShape(SHAPE.num_groups, 1)
@@ -40,7 +40,7 @@ def batch() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     rows, lengths = [], []
     for frames, words in ((0, 11), (8, 21), (7, 40)):
-        visual = plan_clip(frames, SHAPE.side, SHAPE.compression).num_tokens if frames else 0
+        visual = plan_clip(frames, SHAPE.grid, SHAPE.compression).num_tokens if frames else 0
         tokens = np.concatenate([np.zeros(visual, int), rng.integers(1, 500, words)])
         media = np.where(np.arange(visual + words) < visual, 0, -1)
         clips = [rng.integers(0, 256, (frames, 32, 32, 3)).astype(np.uint8)] if frames else []

@@ -116,7 +116,7 @@ def test_a_new_mixer_behind_a_stem_changes_nothing(mixer, kind, r, bias, small_m
         config_ = dataclasses.replace(config, mixer=mixer)
         projector = TemporalProjector(config_, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False)
         clip = jnp.ones((1, 4), jnp.int32)
-        return np.asarray(nnx.jit(lambda p, x: p(x, clip))(projector, x))
+        return np.asarray(nnx.jit(lambda p, x: p(x, clip)[0])(projector, x))
 
     x = rng.standard_normal((1, 4, config.vision.side**2, config.vision.width)).astype(np.float32)
     np.testing.assert_array_equal(output(mixer), output("none"))

@@ -12,7 +12,7 @@ from flax import nnx
 from rows_by_hand import build_rows
 
 from configs.tiny import MODEL as TINY
-from storm_jax.compression import plan_clip
+from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig, ConfigError, ModelConfig, StemConfig
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.models.storm import Storm, VisualShape
@@ -26,14 +26,14 @@ def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24
         tokens=tokens,
         frames=frames,
         image_size=TINY.vision.image_size,
-        side=TINY.side,
+        grid=Grid.of(TINY),
         compression=compression,
     )
 
 
 def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
     """Creates a clip of `frames` frames with `words` text tokens before and after it."""
-    visual = plan_clip(frames, shape.side, shape.compression).num_tokens
+    visual = plan_clip(frames, shape.grid, shape.compression).num_tokens
     text = rng.integers(1, 500, 2 * words)
     tokens = np.concatenate([text[:words], np.zeros(visual, int), text[words:]]).astype(np.int32)
     media = np.full(len(tokens), -1, np.int32)
@@ -132,7 +132,7 @@ def test_a_new_storm_projector_does_not_mix_time(small_model, rng):
     x = rng.standard_normal(shape).astype(np.float32)
     order = np.array([3, 2, 1, 0, 4, 5, 6, 7])
     clip = jnp.ones((1, 8), jnp.int32)
-    y, permuted = (nnx.jit(lambda p, x: p(x, clip))(projector, v) for v in (x, x[:, order]))
+    y, permuted = (nnx.jit(lambda p, x: p(x, clip)[0])(projector, v) for v in (x, x[:, order]))
     np.testing.assert_allclose(permuted, y[:, order], atol=1e-5)
 
 

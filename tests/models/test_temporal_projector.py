@@ -34,7 +34,7 @@ def projector(config, randomise) -> TemporalProjector:
 
 def in_one_pass(projector: TemporalProjector, x: jax.Array) -> jax.Array:
     """Returns [B, G, N, D]; the last group is partial."""
-    x = projector(x, jnp.ones(x.shape[:2], jnp.int32))
+    x = projector(x, jnp.ones(x.shape[:2], jnp.int32))[0]
     group = jnp.broadcast_to(jnp.arange(FRAMES)[None] // GROUP, x.shape[:2])
     return temporal_pool(x, group, -(-FRAMES // GROUP))
 

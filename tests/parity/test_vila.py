@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import storm_jax
+from storm_jax.compression import Grid
 from storm_jax.config import RunConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.rows import RowSample, RowShape
@@ -197,7 +198,7 @@ def our_logits(run: Run, samples: list[tuple[Sample, list[np.ndarray]]]) -> list
     """Logits of samples packed into one row."""
     config = run.config
     encoder = SampleEncoder(
-        text=ConversationEncoder(run.tokenizer(), config.data.system), side=config.model.side,
+        text=ConversationEncoder(run.tokenizer(), config.data.system), grid=Grid.of(config.model),
         compression=config.compression, frames=config.data.frames, layout=config.model.layout,
     )  # fmt: skip
     encoded = [encoder.encode(s, [np.arange(len(c)) * 1.0 for c in clips]) for s, clips in samples]
@@ -207,7 +208,7 @@ def our_logits(run: Run, samples: list[tuple[Sample, list[np.ndarray]]]) -> list
         tokens=1600,
         frames=32,
         image_size=SIZE,
-        side=config.model.side,
+        grid=Grid.of(config.model),
         compression=config.compression,
     )
     rows = [RowSample(e, clips) for e, (_, clips) in zip(encoded, samples, strict=True)]

@@ -462,7 +462,10 @@ FIELDS = {
     "intermediate_size": (40, "up_proj.weight is (48, 56), not (40, 56)"),
     "hidden_size": (64, "embed_tokens.weight is (307, 56), not (307, 64)"),
     "vocab_size": (300, "embed_tokens.weight is (307, 56), not (300, 56)"),
-    "quantization_config": ({"quant_method": "fp8"}, "quantization_config="),
+    "quantization_config": (
+        {"quant_method": "fp8"},
+        r"quantization_config \(fp8\): quantized weights are not",
+    ),
 }
 
 

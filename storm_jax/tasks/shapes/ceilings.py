@@ -6,7 +6,7 @@ import functools
 from collections import Counter, defaultdict
 from typing import Any
 
-from storm_jax.compression import plan_clip
+from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.tasks.shapes.families import FAMILIES
 from storm_jax.tasks.shapes.settings import Settings
@@ -25,7 +25,7 @@ def ceiling(family: str, settings: Settings, temporal_pool: int, temporal_sample
     compression = CompressionConfig(
         num_frames=settings.frames, temporal_pool=temporal_pool, temporal_sample=temporal_sample
     )
-    group = plan_clip(settings.frames, 1, compression).frame_group
+    group = plan_clip(settings.frames, Grid.square(1), compression).frame_group
     events = kind.events(settings)
     # Answers are equally likely, and so are the events of an answer.
     events_per_answer = Counter(event.answer for event in events)

@@ -1,0 +1,57 @@
+"""A whole video model, as its family describes it.
+
+A family is a module with `recognise(fields)` and `read(folder, fields)`, where `fields` is the folder's config.json.
+What the model puts around its visual tokens becomes our layout; what we do not support is refused by field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from storm_jax.config import LayoutConfig, StemConfig, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeModel:
+    """Everything but the decoder, whose fields are read as those of any decoder. There is no mixer.
+
+    Attributes:
+      folders: {component: folder of its tensors}.
+      choices: fields of the run that are not in the weights and that the user may set otherwise, such as
+        {"compression.temporal_pool": 8}.
+      notes: what differs from the model as it was published.
+    """
+
+    folders: Mapping[str, pathlib.Path]
+    vision: VisionConfig
+    stem: StemConfig
+    layout: LayoutConfig
+    choices: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+
+def unsupported(fields: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Problems with fields whose value is not listed; the first one is the default."""
+    values = {name: fields.get(name, allowed[0]) for name, allowed in supported.items()}
+    return [
+        f"{name}={value!r} is not supported, only {supported[name][0]!r}"
+        for name, value in values.items()
+        if value not in supported[name]
+    ]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0
