@@ -129,3 +129,40 @@ def test_visual_index_points_at_what_pooling_emits(lengths, side, k, p, s):
     # All inputs are positive, so the slots that pooling filled are those above zero.
     emitted = sum(plan.num_groups for plan, _, _ in placed) * pooled_side(side, p) ** 2
     assert (pooled > 0).all(axis=-1).sum() == emitted
+
+
+@repeatable
+@given(
+    st.integers(1, 12),
+    st.integers(2, 7),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["none", "row", "group", "clip"]),
+    st.integers(1, 3),
+)
+def test_newlines_and_a_smaller_grid_for_videos(frames, side, halved, image_newline, position, p):
+    """The table's entries are numbered by hand: pooled tokens, then tokens of images, then the newline."""
+    video = -(-side // 2) if halved else side
+    grid = Grid(side, video, image_newline, position)
+    plan = plan_clip(frames, grid, compression(3, p, 1))
+    groups, first = plan.num_groups, 2
+    pooled = pooled_side(video, p)
+    apart = p > 1 or halved
+    newline = GROUP_SLOTS * (pooled**2 + side**2 * apart)
+    if frames == 1:
+        start = GROUP_SLOTS * pooled**2 + first * side**2 if apart else first * side**2
+        expected = [*range(start, start + side**2), *[newline] * image_newline]
+    else:
+        expected = []
+        entry = first * pooled**2
+        for _ in range(groups):
+            for _ in range(pooled):
+                expected += range(entry, entry + pooled)
+                expected += [newline] * (position == "row")
+                entry += pooled
+            expected += [newline] * (position == "group")
+        expected += [newline] * (position == "clip")
+    index = visual_index(plan, first, GROUP_SLOTS, grid, p)
+    assert index.dtype == np.int32
+    assert index.tolist() == expected
+    assert plan.num_tokens == len(expected) == sum(plan.tokens_of_groups)

@@ -60,6 +60,17 @@ def test_arguments_of_a_projector_read_back_as_they_were():
             {"model__vision__final_norm": True, "model__vision__feature_layer": -2},
             "needs feature_layer=-1",
         ),
+        ({"model__stem__video_pool": "mean"}, "video_pool='mean' must be one of none, bilinear"),
+        (
+            {"model__stem__video_pool": "max", "model__stem__downsample": 4},
+            "a grid of one token has no half",
+        ),
+        ({"model__layout__video_newline": "grid"}, "video_newline='grid' must be one of none, row"),
+        (
+            {"model__layout__group_time": "{frames}"},
+            "group_time='{frames}' may contain only {time}",
+        ),
+        ({"model__layout__before_video": "{0"}, "before_video='{0' may contain only {frames} and"),
         ({"model__mixer_args": {"a": 1}}, "apply to a custom mixer"),
         ({"model__mamba__direction": "back"}, "direction='back'"),
         ({"model__mixer": "s4"}, "mixer='s4'"),

@@ -51,12 +51,13 @@ def _apply(
 
 @functools.lru_cache(maxsize=8)
 def _wants_parts(tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether messages must be lists of parts, as the templates of multimodal models expect: they drop plain text."""
-    message = {"role": "user", "content": "question"}
+    """Whether messages are lists of parts, as in the templates of multimodal models, which place the media."""
+    message = {"role": "user", "content": "<image> question"}
     try:
-        return "question" not in _apply(tokenizer, [message], opened=True)
-    except Exception:  # templates can raise anything; the same error follows
+        rendered = _apply(tokenizer, [_in_parts(message)], opened=True)
+    except Exception:  # templates can raise anything
         return False
+    return "<image>" in rendered and "question" in rendered
 
 
 def _in_parts(message: dict[str, str]) -> dict[str, Any]:

@@ -340,11 +340,18 @@ def _make_plan(
         expected = {k: v for k, v in shapes.items() if not k.startswith("projector/mixer/")}
     pieces: dict[str, list[tuple[TensorRule, Tensor]]] = {}
     problems: list[str] = []
-    for component, table in tables(model, expected).items():
-        if component not in folders:
-            continue
-        found, missing = match(table, list_tensors(folders[component]))
-        wrong = missing + _mismatches(table, found, shapes, side)
+    used = {
+        component: table
+        for component, table in tables(model, expected).items()
+        if component in folders
+    }
+    listed = {folder: list_tensors(folder) for folder in set(folders.values())}
+    matches = {part: match(table, listed[folders[part]]) for part, table in used.items()}
+    for component, table in used.items():
+        found, missing = matches[component]
+        wrong = [f"{name} is missing" for name in missing]
+        wrong += [f"{name} is unknown" for name in _unclaimed(component, folders, matches)]
+        wrong += _mismatches(table, found, shapes, side)
         part = {path: leaf for path, leaf in expected.items() if path.startswith(f"{component}/")}
         wrong += coverage_problems(table.rules, part)
         problems += [f"{component}: {problem}" for problem in wrong]
@@ -356,6 +363,20 @@ def _make_plan(
         named = ", ".join(f"{name} {folder}" for name, folder in folders.items())
         raise WeightsError(f"the weights ({named}) do not match the model:", problems)
     return _Plan(pieces, shapes, param_shardings(abstract, mesh))
+
+
+def _unclaimed(
+    component: str,
+    folders: Mapping[str, pathlib.Path],
+    matches: Mapping[str, tuple[Match, Sequence[str]]],
+) -> list[str]:
+    """Unknown tensors of a component that are not those of another component in the same folder."""
+    others = [
+        found for other, (found, _) in matches.items() if folders[other] == folders[component]
+    ]
+    claimed = {tensor.name for found in others for tensor in found.tensors.values()}
+    claimed |= {name for found in others for name in found.ignored}
+    return [name for name in matches[component][0].unknown if name not in claimed]
 
 
 def _mismatches(table: Table, found: Match, shapes: Mapping[str, Any], side: int) -> list[str]:

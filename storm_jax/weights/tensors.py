@@ -52,11 +52,13 @@ class Match:
     Attributes:
       tensors: by the name that the table has for them.
       ignored: names that the table lists as ignored.
+      unknown: names of the component that are neither in the table nor ignored.
       outside: names without any prefix of the component, such as those of other components.
     """
 
     tensors: Mapping[str, Tensor]
     ignored: tuple[str, ...]
+    unknown: tuple[str, ...]
     outside: tuple[str, ...]
 
 
@@ -133,8 +135,7 @@ def match(table: Table, tensors: Mapping[str, Tensor]) -> tuple[Match, list[str]
     """Finds the tensors of a table, using the layout that matches the most names.
 
     Returns:
-      The match, and its problems: every missing tensor, and every tensor of the component that is
-      neither in the table nor ignored.
+      The match, and the names of missing tensors.
     """
     names = {rule.tensor for rule in table.rules}
     layout = max(
@@ -143,13 +144,9 @@ def match(table: Table, tensors: Mapping[str, Tensor]) -> tuple[Match, list[str]
     found = {
         name: tensors[in_file] for name in names if (in_file := _file_name(name, layout)) in tensors
     }
-    problems = [
-        f"{_file_name(rule.tensor, layout)} is missing"
-        for rule in table.rules
-        if rule.tensor not in found
-    ]
+    missing = [_file_name(rule.tensor, layout) for rule in table.rules if rule.tensor not in found]
     used = {tensor.name for tensor in found.values()}
-    ignored, outside = [], []
+    ignored, unknown, outside = [], [], []
     for in_file in tensors.keys() - used:
         name = _table_name(in_file, layout)
         if name is None:
@@ -157,8 +154,9 @@ def match(table: Table, tensors: Mapping[str, Tensor]) -> tuple[Match, list[str]
         elif any(re.fullmatch(pattern, name) for pattern in table.ignored):
             ignored.append(in_file)
         else:
-            problems.append(f"{in_file} is unknown")
-    return Match(found, tuple(sorted(ignored)), tuple(sorted(outside))), problems
+            unknown.append(in_file)
+    groups = (tuple(sorted(names)) for names in (ignored, unknown, outside))
+    return Match(found, *groups), missing
 
 
 def _file_name(name: str, layout: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from storm_jax.compression import Grid, plan_clip
-from storm_jax.config import CompressionConfig, FramesConfig
+from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.media.media import Media
 from storm_jax.text.conversation import ConversationEncoder
@@ -131,3 +131,62 @@ def test_min_tokens_cover_the_media_and_the_start_of_the_answer(tokenizer, text:
     encoded = sample_encoder.encode(sample(text), [np.zeros(4)])
     shortest = encoded.truncated(encoded.min_tokens)
     assert shortest.answer.sum() == 1 and (shortest.media == 0).sum() == (encoded.media == 0).sum()
+
+
+JOINED = LayoutConfig(
+    before_video="Here are {frames} frames of {duration}.\n",
+    group_time="\nFrame from {time}:",
+    before_group="<|im_start|>",
+    after_group="<|im_end|>",
+    after_video="\n\n",
+    joined=True,
+)
+
+
+def test_text_of_a_layout_is_tokenised_with_the_prompt_or_on_its_own(tokenizer):
+    compression = CompressionConfig(num_frames=4, temporal_pool=2)
+    item = sample("See <video>Why?")
+    times = [np.array([0.0, 30.0, 60.0, 90.0])]
+    joined = dataclasses.replace(encoder(tokenizer, "none", compression), layout=JOINED)
+    tokens = joined.encode(item, times)
+    visual = tokenizer.encode("<|endoftext|>", add_special_tokens=False) * 4
+    mark = tokenizer.decode(visual)
+    text = (
+        "<|im_start|>user\nSee Here are four frames of 0:01:30.\n"
+        f"\nFrame from 00:00:<|im_start|>{mark}<|im_end|>"
+        f"\nFrame from 01:00:<|im_start|>{mark}<|im_end|>\n\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    assert tokens.tokens[: len(expected)].tolist() == expected
+    alone = dataclasses.replace(joined, layout=LayoutConfig(after_group="\n"))
+    found = alone.encode(sample("<video>\n\nWhy?"), times).tokens.tolist()
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    rest = tokenizer.encode("\n\nWhy?<|im_end|>", add_special_tokens=False)
+    start = found.index(visual[0])
+    assert found[start : start + 10 + len(rest)] == [*visual, *newline] * 2 + rest
+
+
+@hypothesis.given(
+    before=st.text("ab \n:0<", max_size=6),
+    after=st.text("ab \n:0<", max_size=6),
+    frames=st.integers(2, 12),
+    seconds=st.floats(0.0, 99_999),
+)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_the_plan_of_a_joined_layout_is_an_upper_bound(tokenizer, before, after, frames, seconds):
+    compression = CompressionConfig(num_frames=frames, temporal_pool=2)
+    joined = dataclasses.replace(encoder(tokenizer, "none", compression), layout=JOINED)
+    item = sample(f"{before}<video>{after}")
+    encoded = joined.encode(item, [np.linspace(0, seconds, frames)])
+    planned = joined.plan(item, [frames])
+    assert len(encoded) <= len(planned) and encoded.min_tokens <= planned.min_tokens
+
+
+def test_the_newline_takes_slots(tokenizer):
+    grid = Grid(3, 2, image_newline=True, video_newline="row")
+    compression = CompressionConfig(num_frames=4, temporal_pool=2)
+    item = sample("<image>\n<video>\nWhy?", "image", "video")
+    sample_encoder = dataclasses.replace(encoder(tokenizer, "none", compression), grid=grid)
+    encoded = sample_encoder.encode(item, [np.zeros(1), np.arange(4.0)])
+    assert (encoded.media == 0).sum() == 9 + 1
+    assert (encoded.media == 1).sum() == 2 * (4 + 2)

@@ -13,7 +13,7 @@ from rows_by_hand import build_rows
 
 from configs.tiny import MODEL as TINY
 from storm_jax.compression import Grid, plan_clip
-from storm_jax.config import CompressionConfig, ConfigError, ModelConfig, StemConfig
+from storm_jax.config import CompressionConfig, ConfigError, LayoutConfig, ModelConfig, StemConfig
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.models.temporal_projector import TemporalProjector
@@ -71,6 +71,33 @@ def model(request, small_model, randomise) -> Storm:
         mamba = dataclasses.replace(config.mamba, head_dim=16)
         config = dataclasses.replace(config, mixer="mamba2", mamba=mamba)
     return random_storm(randomise, config)
+
+
+def test_images_keep_their_grid_beside_videos_with_a_smaller_one(small_model, randomise, rng):
+    """An image is mixed over its own tokens, and only where there is one; the newline is the last entry."""
+    stem = StemConfig(kind="mlp2x_gelu", downsample=1, video_pool="bilinear")
+    layout = LayoutConfig(image_newline=True, video_newline="row")
+    config = dataclasses.replace(small_model, stem=stem, layout=layout)
+    model = random_storm(randomise, config)
+    compression = CompressionConfig(num_frames=8, temporal_pool=3)
+    shape = dataclasses.replace(row_shape(compression), grid=Grid.of(config))
+    samples = [make_sample(rng, shape, frames, words) for frames, words in [(1, 3), (8, 5), (1, 4)]]
+    packed, *unpacked = hidden_states(model, [samples, *([sample] for sample in samples)], shape)
+    start = 0
+    for sample, hidden in zip(samples, unpacked, strict=True):
+        size = len(sample.encoded)
+        np.testing.assert_allclose(packed[start : start + size], hidden[:size], atol=2e-4)
+        start += size
+    frames = jnp.asarray(samples[0].clips[0])[None]
+    ones = jnp.ones((1, 1), jnp.int32)
+    table = nnx.jit(lambda m, x: m.encode(x, ones, ones - 1, VisualShape(1, 1)))(model, frames)
+    side = config.side
+    patches = nnx.jit(lambda m, x: m.vision(x))(model, frames[0])[None]
+    image = nnx.jit(lambda m, x: m.projector.mixer(m.projector.stem(x), ones))(model, patches)
+    np.testing.assert_allclose(table[0, -1 - side**2 : -1], image[0, 0], atol=1e-4)
+    np.testing.assert_array_equal(table[0, -1], model.projector.newline[...])
+    unmixed = nnx.jit(lambda m, x: m.projector.stem(x))(model, patches)
+    assert np.abs(np.asarray(unmixed - image)).max() > 0.1
 
 
 @pytest.mark.parametrize(

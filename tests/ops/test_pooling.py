@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from storm_jax.ops import pooling
 
@@ -143,3 +144,24 @@ def test_rows_may_be_at_different_frames_of_their_group(rng):
     expected = [(1 + x[0, 0, 0, 0]) / 3, x[0, 1:4].mean()]
     np.testing.assert_allclose(means[0, :2, 0, 0], expected, rtol=1e-6)
     np.testing.assert_allclose(group.total[1, 0, 0], x[1, 3:].sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [2, 3, 4, 7, 27])
+@pytest.mark.parametrize("method", ["bilinear", "average", "max"])
+def test_a_halved_grid_equals_torch(rng, method, side):
+    x = draw(rng, 2, 3, side * side, WIDTH)
+    cells = torch.from_numpy(x.reshape(6, side, side, WIDTH)).double().permute(0, 3, 1, 2)
+    functional = torch.nn.functional
+    expected = {
+        "average": lambda: functional.avg_pool2d(cells, 2),
+        "max": lambda: functional.max_pool2d(cells, 2),
+        "bilinear": lambda: functional.interpolate(
+            cells, size=[-(-side // 2)] * 2, mode="bilinear"
+        ),
+    }[method]()
+    found = jax.jit(pooling.halve_grid, static_argnums=1)(x, method)
+    expected = expected.permute(0, 2, 3, 1).reshape(2, 3, -1, WIDTH)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+    np.testing.assert_allclose(
+        pooling.halve_grid(x.astype(jnp.bfloat16), method).astype(np.float32), expected, atol=0.05
+    )

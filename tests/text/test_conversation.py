@@ -362,3 +362,48 @@ def test_a_system_text_that_the_template_cannot_render_is_refused(start: str, me
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: pathlib.Path):
     with pytest.raises(ConfigError, match=f"{tmp_path} contains no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+# Templates that place the media themselves.
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] | capitalize }}"
+    "{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ '<' + part['type'] + '>' }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>Assistant:{% endif %}"
+)
+IMAGES_FIRST = PARTS.replace(
+    "{% for part in m['content'] %}",
+    "{% for part in m['content'] | sort(attribute='type') %}",
+)
+
+
+def test_a_template_of_parts_places_the_media():
+    tokenizer = with_template(PARTS)
+    encoder = ConversationEncoder(tokenizer, "Be brief.")
+    sample = sample_of(("<image>\n<image>\nWhich way?", "left"), ("And then?", "up"), media=2)
+    encoded = encoder.encode(sample, [[2], [3]])
+    assert (encoded.media == 0).sum() == 2 and (encoded.media == 1).sum() == 3
+    assert [text for _, text in stretches(tokenizer, encoded)] == [
+        "<|im_start|>System: Be brief.<|im_end|>\n<|im_start|>User:Which way?<|im_end|>\n<|im_start|>Assistant:",
+        " left<|im_end|>", "\n<|im_start|>User: And then?<|im_end|>\n<|im_start|>Assistant:",
+        " up<|im_end|>", "\n",
+    ]  # fmt: skip
+    prompt = encoder.encode(sample.prompt(), [[2], [3]])
+    np.testing.assert_array_equal(prompt.tokens, encoded.tokens[: len(prompt)])
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "rendered"),
+    [
+        (IMAGES_FIRST, "<video>\n<image>\nWhy?", "the prompt has <image>, <video>, and not <video>, <image>"),
+        (PARTS.replace("{{ '<' + part['type'] + '>' }}", "{{ '<image>' if part['type'] == 'image' }}"),
+         "<video>\n<image>\nWhy?", "the prompt has <image>, and not <video>, <image>"),
+    ],
+)  # fmt: skip
+def test_a_template_that_moves_or_drops_media_is_rejected(template, text, rendered):
+    encoder = ConversationEncoder(with_template(template), "")
+    sample = sample_of((text, "So."), media=2)
+    with pytest.raises(SampleError, match=rendered):
+        encoder.encode(sample, [[2], [3]])

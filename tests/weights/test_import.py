@@ -464,7 +464,7 @@ FIELDS = {
     "vocab_size": (300, "embed_tokens.weight is (307, 56), not (300, 56)"),
     "quantization_config": (
         {"quant_method": "fp8"},
-        r"quantization_config \(fp8\): quantized weights are not",
+        "quantization_config (fp8): quantized weights are not",
     ),
 }
 
