@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import families
 import jax.numpy as jnp
 import numpy as np
+import transformers
 from families import Reference
 from flax import nnx
 from reference_models import config_for, load_model
@@ -125,6 +126,7 @@ def differing_answers(reference: Reference, run: Run, samples: Samples) -> list[
 
 
 def main() -> None:
+    transformers.logging.set_verbosity_error()
     print("| family | logits | greedy answers | k = 3 on top | `--add_mixer` |")
     print("| --- | --- | --- | --- | --- |")
     chosen = sys.argv[1:] or list(families.FAMILIES)

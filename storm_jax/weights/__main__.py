@@ -46,7 +46,9 @@ PROJECTOR = flags.DEFINE_string(
     "projector", "", "import: exported projector; randomly initialised by default."
 )
 MODEL = flags.DEFINE_string(
-    "model", "", "import: a whole video model, instead of its parts: NVILA or VILA."
+    "model",
+    "",
+    "import: a whole video model, instead of its parts: NVILA, VILA, LLaVA-OneVision, LLaVA-Video or SmolVLM.",
 )
 ADD_MIXER = flags.DEFINE_enum(
     "add_mixer",

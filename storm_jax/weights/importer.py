@@ -97,8 +97,9 @@ class Sources:
         for family in _FAMILIES:
             if family.recognise(fields):
                 return family.read(root, fields)
+        code = "; code in its folder is never run" if "auto_map" in fields else ""
         raise WeightsError(
-            f"{root} is no model of a known family (config.json: model_type={fields.get('model_type')!r}): known are "
+            f"{root} is no model of a known family (config.json: model_type={fields.get('model_type')!r}{code}): known are "
             f"NVILA and VILA (llm_cfg, vision_tower_cfg, mm_projector_cfg), LLaVA-OneVision and LLaVA-Video "
             f"(llava_onevision, llava_qwen), SmolVLM (smolvlm, idefics3). Parts are imported with --vision and "
             f"--decoder"
@@ -293,9 +294,12 @@ def _has_own_head(folder: pathlib.Path, decoder: DecoderConfig) -> bool:
 
 
 def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, config: RunConfig) -> None:
-    """Saves the decoder's tokenizer unchanged, except that a chat template that cannot be trained on
-    several turns is replaced by ChatML if the tokenizer has its markers."""
+    """Saves the decoder's tokenizer unchanged, except for the chat template: that of a processor comes first, and
+    one that cannot be trained on several turns is replaced by ChatML if the tokenizer has its markers."""
     tokenizer = read_tokenizer(source)
+    tokenizer.chat_template = (
+        read_json(source / "chat_template.json").get("chat_template") or tokenizer.chat_template
+    )
     if len(tokenizer) > config.model.decoder.vocab_size:
         raise WeightsError(
             f"{source}: the tokenizer has {len(tokenizer)} entries, but config.json has "

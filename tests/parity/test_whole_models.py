@@ -147,6 +147,11 @@ REFUSED = {
         r"pool_sizes=\[\[0, 1, 1\]\] is not supported",
     ),
     "another family": (make_vila, lambda f: (f / "config.json").write_text("{}"), "is no model of a known family"),
+    "code": (
+        make_vila,
+        lambda f: (f / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoModel": "x.X"}}'),
+        "model_type='x'; code in its folder is never run",
+    ),
     "a list": (make_vila, lambda f: (f / "config.json").write_text("[]"), "is no model of a known family"),
     "a wrong size": (
         make_vila,
