@@ -116,11 +116,12 @@ class LayoutConfig:
     """What surrounds visual tokens in the prompt; nothing in the paper.
 
     Attributes:
-      before_video, after_video: text around a video. The first may contain {frames}, their number in words, and
-        {duration}, H:MM:SS.
+      before_video, after_video: text around a video. It may contain {frames}, their number in words, {count}, in
+        digits, {times}, "0.00s,1.00s", {seconds}, the length of the video, and {duration}, the same as H:MM:SS.
       group_time: text before each pooled group of a video. It may contain {time}, MM:SS of its first frame.
       before_group, after_group: text around the tokens of each pooled group, and of each image.
       joined: whether these texts are tokenised together with the text around them, or each on its own.
+      trim: whether line breaks and spaces of the prompt next to a medium are removed.
       image_newline: whether a learned vector, the newline, follows the tokens of each image.
       video_newline: where it stands in a video: "none", or after each "row" of the grid, "group" or "clip".
     """
@@ -131,6 +132,7 @@ class LayoutConfig:
     before_group: str = ""
     after_group: str = ""
     joined: bool = False
+    trim: bool = False
     image_newline: bool = False
     video_newline: str = "none"
 
@@ -145,14 +147,16 @@ class LayoutConfig:
             found.append(
                 f"video_newline={self.video_newline!r} must be one of {', '.join(positions)}"
             )
+        video = ("frames", "count", "times", "seconds", "duration")
         for name, values in (
-            ("before_video", {"frames": "", "duration": ""}),
-            ("group_time", {"time": ""}),
+            ("before_video", video),
+            ("after_video", video),
+            ("group_time", ("time",)),
         ):
             try:
-                getattr(self, name).format(**values)
+                getattr(self, name).format(**dict.fromkeys(values, ""))
             except (KeyError, IndexError, ValueError, AttributeError) as error:
-                allowed = " and ".join(f"{{{value}}}" for value in values)
+                allowed = ", ".join(f"{{{value}}}" for value in values)
                 found.append(
                     f"{name}={getattr(self, name)!r} may contain only {allowed}, and braces as {{{{ and }}}}: "
                     f"{error!r}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -184,6 +185,12 @@ class Vila(Reference):
         save(self.tower, folder / "vision_tower")
         save(self.decoder, folder / "llm", "qwen2")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llm")
+        with_media = transformers.AutoTokenizer.from_pretrained(folder / "llm")
+        with_media.add_tokens(
+            [f"<vila/{i}>" for i in range(24)], special_tokens=True
+        )  # beyond the embedding
+        with_media.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<vila/video>"]})
+        with_media.save_pretrained(folder / "llm")
         (folder / "mm_projector").mkdir()
         tensors = {f"layers.{name}": value for name, value in self.projector.state_dict().items()}
         save_file(tensors, folder / "mm_projector/model.safetensors")
@@ -197,14 +204,17 @@ class Vila(Reference):
         fields = {
             "model_type": "llava_llama", "llm_cfg": {}, "vision_tower_cfg": {}, "mm_projector_cfg": {},
             "mm_vision_select_layer": None, "num_video_frames": 8, "fps": 0.0,
-            "mm_vision_select_feature": "cls_patch", "image_aspect_ratio": "resize",
+            "mm_vision_select_feature": "cls_patch", "image_aspect_ratio": "resize", "mm_use_im_patch_token": True,
             "image_encoder": '{"_target_": "llava.model.encoders.BasicImageEncoder"}',
             "video_encoder": json.dumps(encoder),
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(fields))
 
     def inputs(self, text: str, clips: Sequence[np.ndarray], k: int) -> torch.Tensor:
-        pieces = PLACEHOLDER.split(text)
+        pieces = PLACEHOLDER.split(
+            re.sub(r"\s*(<image>|<video>)\s*", r"\1", text[text.index("user\n") + 5 :])
+        )
+        pieces[0] = text[: text.index("user\n") + 5] + pieces[0]
         parts = [self._words(pieces[0])]
         for piece, frames in zip(pieces[1:], clips, strict=True):
             for group in self._groups(frames, k):
@@ -214,7 +224,7 @@ class Vila(Reference):
 
     def _words(self, text: str) -> torch.Tensor:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return self.decoder.get_input_embeddings()(torch.tensor(ids))
+        return self.decoder.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
 
     def _groups(self, frames: np.ndarray, k: int) -> torch.Tensor:
         """Embeddings [G, N, D] of the pooled groups of uint8 [T, H, W, 3]."""
@@ -261,7 +271,16 @@ def _tokenizer_with(tokens: list[str]) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-class LlavaOneVision(WithImageToken):
+class _Llava(WithImageToken):
+    """Both layouts answer in ChatML with Qwen2's system text."""
+
+    def rendered(self, sample: Sample, *, opened: bool) -> str:
+        system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        text = super().rendered(sample, opened=opened)
+        return system + text[text.index("<|im_start|>user") :]
+
+
+class LlavaOneVision(_Llava):
     """transformers' class. An image is one of several, which are not split into tiles."""
 
     def __init__(self, folder: pathlib.Path):
@@ -317,17 +336,25 @@ class LlavaOneVision(WithImageToken):
         return self._generate(self.model, **self.own(text, clips))
 
 
-class LlavaOriginal(WithImageToken):
+class LlavaOriginal(_Llava):
     """The layout and the arithmetic of the original code.
 
     Args:
       pool: "average", "max" or "bilinear".
       position: mm_newline_position.
+      merge: mm_patch_merge_type.
+      has_times: add_time_instruction.
     """
 
     def __init__(
-        self, folder: pathlib.Path, pool: str, position: str, merge: str = "spatial_unpad"
+        self,
+        folder: pathlib.Path,
+        pool: str,
+        position: str,
+        merge: str = "spatial_unpad",
+        has_times: bool = False,
     ):
+        self.has_times = has_times
         self.folder, self.method, self.position, self.merge = folder, pool, position, merge
         self.tokenizer = _tokenizer_with(["<image>", "<video>"])
         tower = make_tower()  # the last layer is not stored
@@ -353,22 +380,28 @@ class LlavaOriginal(WithImageToken):
         )
         self.tokenizer.save_pretrained(folder)
         fields = self.decoder.config.to_diff_dict() | {
-            "model_type": "llava_qwen", "mm_vision_tower": str(folder / "tower"), "mm_projector_type": "mlp2x_gelu",
+            "model_type": "llava" if has_times else "llava_qwen", "architectures": ["LlavaQwenForCausalLM"],
+            "add_time_instruction": has_times, "mm_vision_tower": str(folder / "tower"), "mm_projector_type": "mlp2x_gelu",
             "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_spatial_pool_mode": pool,
             "mm_spatial_pool_stride": 2, "mm_newline_position": position, "mm_patch_merge_type": merge,
             "add_faster_video": False, "image_aspect_ratio": "anyres_max_9", "mm_resampler_type": None,
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(fields))
 
-    def rendered(self, sample: Sample, *, opened: bool) -> str:
-        system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        text = super().rendered(sample, opened=opened)
-        return system + text[text.index("<|im_start|>user") :]
-
     def expanded(self, text: str, clips: Sequence[np.ndarray], k: int) -> str:
         for clip in clips:
             name = "<image>" if len(clip) == 1 else "<video>"
-            text = text.replace(name, "<|here|>" * len(self.features(clip, k)), 1)
+            tokens = "<|here|>" * len(self.features(clip, k))
+            if (
+                self.has_times and len(clip) > 1
+            ):  # the sentence of LLaVA's own demo, at a frame a second
+                times = ",".join(f"{i:.2f}s" for i in range(len(clip)))
+                tokens += (
+                    f"\nThe video lasts for {len(clip) - 0.96:.2f} seconds, and {len(clip)} frames are uniformly sampled "
+                    f"from it. These frames are located at {times}.Please answer the following questions related to "
+                    f"this video."
+                )
+            text = text.replace(name, tokens, 1)
         return text.replace("<|here|>", "<image>")
 
     def features(self, frames: np.ndarray, k: int) -> torch.Tensor:
@@ -401,6 +434,16 @@ class LlavaOriginal(WithImageToken):
         return x.flatten(2).transpose(1, 2)
 
 
+# As in the files of SmolVLM2: videos are dropped.
+_IMAGES_ONLY = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
+    "{% if m['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
 class SmolVLM(WithImageToken):
     """transformers' class, and the text of its processor."""
 
@@ -414,7 +457,6 @@ class SmolVLM(WithImageToken):
         self.tokenizer = _tokenizer_with(tokens)
         from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
-        self.tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         rope = {"rope_type": "default", "rope_theta": 1e4}
         config = transformers.SmolVLMConfig(
             vision_config=_TOWER,
@@ -424,7 +466,11 @@ class SmolVLM(WithImageToken):
         )
         self.model = self.decoder = randomised(transformers.SmolVLMForConditionalGeneration(config))
         save(self.model, folder)
+        self.tokenizer.chat_template = _IMAGES_ONLY
         self.tokenizer.save_pretrained(folder)
+        self.tokenizer.chat_template = (
+            DEFAULT_CHAT_TEMPLATE  # what the processor renders for videos
+        )
         sampling = {
             "video_sampling": {"max_frames": 8, "fps": 1, "video_size": {"longest_edge": SIZE}}
         }
@@ -453,8 +499,9 @@ class SmolVLM(WithImageToken):
                 )
                 continue
             metadata = VideoMetadata(
-                total_num_frames=len(clip), fps=1.0, frames_indices=list(range(len(clip)))
-            )
+                total_num_frames=len(clip), fps=1.0, frames_indices=list(range(len(clip))),
+                duration=len(clip) - 0.96,
+            )  # fmt: skip
             shape = {"pixel_values": torch.zeros(1, len(clip)), "video_metadata": [metadata]}
             words = processor.replace_video_token(shape, 0)
             if k > 1:
@@ -491,6 +538,6 @@ FAMILIES: dict[str, Callable[[pathlib.Path], Reference]] = {
     "VILA (linear)": lambda f: Vila(f, "linear", (3, 2)),
     "LLaVA-OneVision": LlavaOneVision,
     "LLaVA-OneVision (original)": lambda f: LlavaOriginal(f, "bilinear", "one_token"),
-    "LLaVA-Video (original)": lambda f: LlavaOriginal(f, "average", "grid"),
+    "LLaVA-Video (original)": lambda f: LlavaOriginal(f, "average", "grid", has_times=True),
     "SmolVLM2": SmolVLM,
 }

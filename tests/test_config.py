@@ -70,7 +70,10 @@ def test_arguments_of_a_projector_read_back_as_they_were():
             {"model__layout__group_time": "{frames}"},
             "group_time='{frames}' may contain only {time}",
         ),
-        ({"model__layout__before_video": "{0"}, "before_video='{0' may contain only {frames} and"),
+        (
+            {"model__layout__before_video": "{0"},
+            "before_video='{0' may contain only {frames}, {count}",
+        ),
         ({"model__mixer_args": {"a": 1}}, "apply to a custom mixer"),
         ({"model__mamba__direction": "back"}, "direction='back'"),
         ({"model__mixer": "s4"}, "mixer='s4'"),

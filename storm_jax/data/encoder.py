@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,11 +13,12 @@ from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import count_frames
 from storm_jax.text.conversation import ConversationEncoder, Encoded, Pieces, Text
-from storm_jax.text.sample import Caption, Sample
+from storm_jax.text.sample import PLACEHOLDER, Caption, Sample
 from storm_jax.text.words import clock, duration, in_words
 
 # Seconds. Longer than any video, so that a timestamp never has more digits than planned.
 _LONGEST = 99_999.9
+_AROUND_MEDIA = re.compile(rf"\s*({PLACEHOLDER.pattern})\s*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,15 @@ class SampleEncoder:
             ]
             for parts in self._pieces(sample, times)
         ]
-        return self.text.encode(sample, pieces)
+        return self._encode(sample, pieces)
 
     def encode(self, sample: Sample, times: Sequence[np.ndarray]) -> Encoded:
         """Encodes a sample whose n-th medium has frames at `times[n]` seconds."""
-        return self.text.encode(sample, self._pieces(sample, times))
+        return self._encode(sample, self._pieces(sample, times))
+
+    def _encode(self, sample: Sample, pieces: Sequence[Pieces]) -> Encoded:
+        is_trimmed = self.layout.trim and bool(sample.media)
+        return self.text.encode(_trimmed(sample) if is_trimmed else sample, pieces)
 
     def _pieces(self, sample: Sample, times: Sequence[np.ndarray]) -> list[Pieces]:
         captions = sample.captions if len(sample.media) == 1 else ()
@@ -87,10 +93,9 @@ class SampleEncoder:
             return [Text(text, joined=layout.joined, timed=True)] if text else []
 
         pieces: list[Text | int] = []
+        about = _about(times) if is_video else {}
         if is_video:
-            pieces += timed(
-                layout.before_video, frames=in_words(len(times)), duration=duration(times[-1])
-            )
+            pieces += timed(layout.before_video, **about)
         if style == "sentence":
             listed = ", ".join(f"{time:.1f}" for time in times)
             line = (
@@ -110,4 +115,28 @@ class SampleEncoder:
             pieces += [*fixed(layout.before_group), tokens, *fixed(layout.after_group)]
         rest = [caption, *left] if caption else []
         pieces += [Text(f"\n{caption.text}\n") for caption in rest]
-        return pieces + (fixed(layout.after_video) if is_video else [])
+        return pieces + (timed(layout.after_video, **about) if is_video else [])
+
+
+def _about(times: np.ndarray) -> dict[str, str]:
+    """What a layout may say about a video with frames at `times` [T] seconds."""
+    # Where a video ends is not known here: its last frame is taken to be shown as long as one at 25 Hz.
+    end = float(times[-1]) + 0.04
+    return {
+        "frames": in_words(len(times)),
+        "count": str(len(times)),
+        "times": ",".join(f"{time:.2f}s" for time in times),
+        "seconds": f"{end:.2f}",
+        "duration": duration(end),
+    }
+
+
+def _trimmed(sample: Sample) -> Sample:
+    """`sample` without line breaks and spaces next to the placeholders of its media."""
+    turns = tuple(
+        dataclasses.replace(turn, text=_AROUND_MEDIA.sub(r"\1", turn.text))
+        if turn.role == "user"
+        else turn
+        for turn in sample.turns
+    )
+    return dataclasses.replace(sample, turns=turns)

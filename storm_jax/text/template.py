@@ -40,6 +40,11 @@ def render(
     return _apply(tokenizer, messages, opened)
 
 
+def places_videos(tokenizer: transformers.PreTrainedTokenizerBase) -> bool:
+    """Whether the template keeps videos; those of models of images drop them from lists of parts."""
+    return "<video>" in render(tokenizer, [{"role": "user", "content": "<video>"}], opened=True)
+
+
 def _apply(
     tokenizer: transformers.PreTrainedTokenizerBase, messages: list[dict[str, Any]], opened: bool
 ) -> str:

@@ -1,4 +1,4 @@
-"""Times and numbers as prompts write them."""
+"""Times and numbers as the prompts of models write them."""
 
 from __future__ import annotations
 

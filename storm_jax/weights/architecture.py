@@ -26,7 +26,7 @@ from storm_jax.old_runs import current_model
 from storm_jax.weights import WeightsError
 
 # SmolVLM gives patches positions by their fraction of the image, which is raster order for a full square.
-VISION_TYPES = ("siglip_vision_model", "smolvlm_vision", "idefics3_vision")
+VISION_TYPES = ("siglip_vision_model", "smolvlm_vision", "smolvlm", "idefics3_vision", "idefics3")
 # What the family alone decides: biases of q, k and v; normalisation of q and k.
 DECODER_TYPES: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},
@@ -170,6 +170,14 @@ def projector_json(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def is_original_llava(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a LLaVA with a Qwen2 in the original layout; some say "llava"."""
+    return fields.get("model_type") == "llava_qwen" or (
+        fields.get("model_type") == "llava"
+        and fields.get("architectures") == ["LlavaQwenForCausalLM"]
+    )
+
+
 def _read(folder: pathlib.Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
@@ -181,9 +189,7 @@ def _read(folder: pathlib.Path) -> Any:
         raise WeightsError(f"{folder} has no config.json")
     try:
         fields = json.loads(path.read_text())
-        if (
-            fields.get("model_type") == "llava_qwen"
-        ):  # the original LLaVA: the fields of a Qwen2, and more
+        if is_original_llava(fields):  # the fields of a Qwen2, and more
             return transformers.Qwen2Config(**fields | {"model_type": "qwen2"})
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # configuration classes raise anything

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -12,10 +13,10 @@ from storm_jax.weights import WeightsError
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
-def local_folder(spec: str) -> pathlib.Path:
+def local_folder(spec: str, files: Sequence[str] = _FILES) -> pathlib.Path:
     """Returns the folder of "path/to/folder", of a hub id "owner/name", or of "owner/name/subfolder".
 
-    Models of the hub are downloaded if they are not in the cache.
+    Files of the hub that match `files` are downloaded if they are not in the cache.
 
     Raises:
       WeightsError: if there is no such folder, and the model cannot be downloaded.
@@ -29,7 +30,7 @@ def local_folder(spec: str) -> pathlib.Path:
         raise WeightsError(
             f"{spec} is neither a local folder nor a hub id such as Qwen/Qwen2-7B-Instruct"
         )
-    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FILES]
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in files]
     try:
         root = huggingface_hub.snapshot_download(f"{owner}/{name}", allow_patterns=patterns)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ValueError, OSError) as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from storm_jax.config import LayoutConfig, StemConfig, VisionConfig
 from storm_jax.weights import WeightsError
-from storm_jax.weights.architecture import read_vision
+from storm_jax.weights.architecture import is_original_llava, read_vision
 from storm_jax.weights.hub import local_folder
 from storm_jax.weights.tensors import list_tensors
 from storm_jax.weights.whole import WholeModel, is_positive, unsupported
@@ -31,18 +31,20 @@ _ORIGINAL_SUPPORTS: Mapping[str, tuple[Any, ...]] = {
     "mm_vision_select_feature": ("patch",),
     "mm_vision_select_layer": (-2,),
     "mm_use_im_start_end": (False, None),
-    "mm_use_im_patch_token": (False, None),
     "mm_spatial_pool_stride": (2, None),
     "add_faster_video": (False, None),
 }
 _POSITIONS = {"one_token": "clip", "frame": "group", "grid": "row", "no_token": "none"}
 _POOLS = ("bilinear", "average", "max")
-# Frames of a video in the model's own evaluation.
-_FRAMES = 32
+# After a video, if add_time_instruction is set.
+_TIMES = (
+    "\nThe video lasts for {seconds} seconds, and {count} frames are uniformly sampled from it. These frames are "
+    "located at {times}.Please answer the following questions related to this video."
+)
 
 
 def recognise(fields: Mapping[str, Any]) -> bool:
-    return fields.get("model_type") in ("llava_onevision", "llava_qwen")
+    return fields.get("model_type") == "llava_onevision" or is_original_llava(fields)
 
 
 def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
@@ -51,8 +53,7 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
     Raises:
       WeightsError: naming each unsupported field.
     """
-    is_original = fields["model_type"] == "llava_qwen"
-    describe = _original if is_original else _transformers
+    describe = _original if is_original_llava(fields) else _transformers
     problems: list[str] = []
     vision, pool, layout = describe(folder, fields, problems)
     if problems or vision is None:
@@ -63,8 +64,8 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
         stem=StemConfig(kind="mlp2x_gelu", downsample=1, video_pool=pool),
         layout=layout,
         choices={
-            "data.system": "You are a helpful assistant." if is_original else "",
-            "compression.num_frames": _FRAMES,
+            "data.system": "You are a helpful assistant.",
+            "compression.num_frames": 64 if layout.after_video else 32,
             "compression.temporal_pool": 1,
             "compression.spatial_pool": 1,
             "compression.temporal_sample": 1,
@@ -88,7 +89,7 @@ def _original(
     folder: pathlib.Path, fields: Mapping[str, Any], problems: list[str]
 ) -> tuple[VisionConfig | None, str, LayoutConfig]:
     problems += unsupported(fields, _ORIGINAL_SUPPORTS)
-    pool = fields.get("mm_spatial_pool_mode", "average")
+    pool = fields.get("mm_spatial_pool_mode", "bilinear")
     if pool not in _POOLS:
         problems.append(f"mm_spatial_pool_mode={pool!r} is not supported, only {', '.join(_POOLS)}")
     merge = str(fields.get("mm_patch_merge_type", "flat"))
@@ -107,7 +108,12 @@ def _original(
     newline = "none" if merge == "flat" else _POSITIONS[position]
     if newline == "clip" and not is_unpadded:
         newline = "none"
-    layout = LayoutConfig(image_newline=is_unpadded, video_newline=newline)
+    layout = LayoutConfig(
+        after_video=_TIMES if fields.get("add_time_instruction") else "",
+        joined=True,
+        image_newline=is_unpadded,
+        video_newline=newline,
+    )
     return _original_tower(folder, fields), pool, layout
 
 
@@ -115,7 +121,7 @@ def _original_tower(folder: pathlib.Path, fields: Mapping[str, Any]) -> VisionCo
     """The tower that config.json names; its last layer is not used, and usually not stored."""
     named = str(fields.get("mm_vision_tower") or "")
     try:
-        tower = read_vision(local_folder(named))
+        tower = read_vision(local_folder(named, ["config.json"]))
     except WeightsError as error:
         raise WeightsError(
             f"{folder}/config.json: the sizes of the tower are those of mm_vision_tower={named!r}, which cannot "

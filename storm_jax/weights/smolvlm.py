@@ -24,6 +24,14 @@ _LAYOUT = LayoutConfig(
     after_video="\n\n",
     joined=True,
 )
+# The template of the files knows only images. With videos, the model's users render this one.
+_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<' + part['type'] + '>' }}{% endfor %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}{{ 'Assistant:' if add_generation_prompt }}"
+)
 
 
 def recognise(fields: Mapping[str, Any]) -> bool:
@@ -55,7 +63,11 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
         stem=StemConfig(kind="linear", downsample=factor, bias=False),
         layout=_LAYOUT,
         choices={"data.system": "", **_no_pooling(), **_sampling(folder)},
-        notes=["images are not split into tiles; each is resized to a square"],
+        template=_TEMPLATE,
+        notes=[
+            "images are not split into tiles; images and frames are resized to a square in one bicubic step, where "
+            "the published processor first resizes the longest edge, with a Lanczos filter"
+        ],
     )
 
 

@@ -31,7 +31,6 @@ _SUPPORTS: Mapping[str, tuple[Any, ...]] = {
     "ps3": (False, None),
     "mm_vision_select_feature": ("cls_patch", None),
     "mm_use_im_start_end": (False, None),
-    "mm_use_im_patch_token": (False, None),
 }
 
 
@@ -53,7 +52,14 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
     image, video = (_encoder(fields, f"{name}_encoder", problems) for name in ("image", "video"))
     if image.get("end_tokens", "\n") != video.get("end_tokens", "\n"):
         problems.append("image_encoder and video_encoder have different end_tokens")
-    choices = _pooling(video, problems)
+    choices = {"data.system": "", **_pooling(video, problems)}
+    family = read_json(folder / _FOLDERS["decoder"] / "config.json").get("model_type")
+    if (
+        family == "llama"
+    ):  # its newline has a BOS before it, and the template is chosen by the folder's name
+        problems.append(
+            "llm/config.json: model_type='llama' is not supported: the folder does not have its prompt"
+        )
     frames = fields.get("num_video_frames")
     if is_positive(frames):
         choices["compression.num_frames"] = frames
@@ -69,7 +75,7 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
         folders={component: folder / name for component, name in _FOLDERS.items()},
         vision=read_vision(folder / _FOLDERS["vision"], feature_layer=layer),
         stem=_STEMS[kind],
-        layout=LayoutConfig(after_group=image.get("end_tokens", "\n") or ""),
+        layout=LayoutConfig(after_group=image.get("end_tokens", "\n") or "", trim=True),
         choices=choices,
         notes=_notes(fields),
     )

@@ -23,6 +23,7 @@ class WholeModel:
       folders: {component: folder of its tensors}.
       choices: fields of the run that are not in the weights and that the user may set otherwise, such as
         {"compression.temporal_pool": 8}.
+      template: chat template, if the tokenizer's own drops videos.
       notes: what differs from the model as it was published.
     """
 
@@ -31,6 +32,7 @@ class WholeModel:
     stem: StemConfig
     layout: LayoutConfig
     choices: Mapping[str, Any]
+    template: str = ""
     notes: Sequence[str] = ()
 
 

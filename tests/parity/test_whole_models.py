@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from families import (
     FAMILIES,
     QUESTIONS,
@@ -78,7 +79,10 @@ def test_fields_come_from_the_folder_and_pooling_may_be_chosen(tmp_path):
     vila = Vila(tmp_path / "vila", "mlp_downsample_3x3_fix", (4, 1))
     config = import_family(vila, tmp_path / "run").config
     assert (config.model.stem.kind, config.model.stem.downsample) == ("mlp_downsample_3x3_fix", 3)
-    assert (config.model.mixer, config.model.layout) == ("none", LayoutConfig(after_group="\n"))
+    assert (config.model.mixer, config.model.layout) == (
+        "none",
+        LayoutConfig(after_group="\n", trim=True),
+    )
     assert (config.compression.temporal_pool, config.compression.spatial_pool) == (4, 1)
     assert import_family(vila, tmp_path / "2", pool=3).config.compression.temporal_pool == 3
 
@@ -206,3 +210,21 @@ def test_one_command_imports_it_and_another_asks_it(media, tmp_path):
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
     assert Run(tmp_path / "run").config.data.train == ()
+
+
+def test_tokens_without_an_embedding_are_left_out(tmp_path):
+    vila = make_vila(tmp_path / "vila")
+    stored = transformers.AutoTokenizer.from_pretrained(tmp_path / "vila/llm")
+    tokenizer = import_family(vila, tmp_path / "run").tokenizer()
+    size = vila.decoder.config.vocab_size
+    assert len(stored) > size >= len(tokenizer)
+    kept = {token: i for token, i in stored.get_vocab().items() if i < size}
+    assert tokenizer.get_vocab() == kept
+    assert max(tokenizer.encode("<vila/video> <vila/3>")) < size
+
+
+def test_a_llama_based_vila_is_refused(tmp_path):
+    vila = make_vila(tmp_path / "vila")
+    edit_json(vila.folder / "llm/config.json", lambda c: c.update(model_type="llama"))
+    with pytest.raises(WeightsError, match="model_type='llama' is not supported: the folder does"):
+        import_family(vila, tmp_path / "run")
