@@ -121,7 +121,7 @@ class LayoutConfig:
       group_time: text before each pooled group of a video. It may contain {time}, MM:SS of its first frame.
       before_group, after_group: text around the tokens of each pooled group, and of each image.
       joined: whether these texts are tokenised together with the text around them, or each on its own.
-      trim: whether line breaks and spaces of the prompt next to a medium are removed.
+      trim: whether line breaks and spaces after a medium in the prompt are removed.
       image_newline: whether a learned vector, the newline, follows the tokens of each image.
       video_newline: where it stands in a video: "none", or after each "row" of the grid, "group" or "clip".
     """

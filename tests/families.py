@@ -211,10 +211,7 @@ class Vila(Reference):
         (folder / "config.json").write_text(json.dumps(fields))
 
     def inputs(self, text: str, clips: Sequence[np.ndarray], k: int) -> torch.Tensor:
-        pieces = PLACEHOLDER.split(
-            re.sub(r"\s*(<image>|<video>)\s*", r"\1", text[text.index("user\n") + 5 :])
-        )
-        pieces[0] = text[: text.index("user\n") + 5] + pieces[0]
+        pieces = PLACEHOLDER.split(re.sub(r"(<image>|<video>)\s+", r"\1", text))
         parts = [self._words(pieces[0])]
         for piece, frames in zip(pieces[1:], clips, strict=True):
             for group in self._groups(frames, k):

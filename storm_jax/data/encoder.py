@@ -18,7 +18,7 @@ from storm_jax.text.words import clock, duration, in_words
 
 # Seconds. Longer than any video, so that a timestamp never has more digits than planned.
 _LONGEST = 99_999.9
-_AROUND_MEDIA = re.compile(rf"\s*({PLACEHOLDER.pattern})\s*")
+_MEDIUM_AND_SPACE = re.compile(rf"({PLACEHOLDER.pattern})\s+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +132,9 @@ def _about(times: np.ndarray) -> dict[str, str]:
 
 
 def _trimmed(sample: Sample) -> Sample:
-    """`sample` without line breaks and spaces next to the placeholders of its media."""
+    """`sample` without line breaks and spaces after the placeholders of its media."""
     turns = tuple(
-        dataclasses.replace(turn, text=_AROUND_MEDIA.sub(r"\1", turn.text))
+        dataclasses.replace(turn, text=_MEDIUM_AND_SPACE.sub(r"\1", turn.text))
         if turn.role == "user"
         else turn
         for turn in sample.turns
