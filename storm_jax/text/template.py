@@ -35,7 +35,7 @@ def render(
     Media are <image> and <video> in a user's text. The date is always `DATE`, so that samples do not change from
     day to day.
     """
-    if _wants_parts(tokenizer, str(tokenizer.chat_template)):
+    if wants_parts(tokenizer, str(tokenizer.chat_template)):
         return _apply(tokenizer, [_in_parts(message) for message in messages], opened)
     return _apply(tokenizer, messages, opened)
 
@@ -55,7 +55,7 @@ def _apply(
 
 
 @functools.lru_cache(maxsize=8)
-def _wants_parts(tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> bool:
+def wants_parts(tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> bool:
     """Whether messages are lists of parts, as in the templates of multimodal models, which place the media."""
     message = {"role": "user", "content": "<image> question"}
     try:

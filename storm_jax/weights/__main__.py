@@ -1,4 +1,4 @@
-"""Imports and exports pretrained weights.
+"""Imports, exports and uploads pretrained weights.
 
 Import public weights as a run, to train from with --config.init_from=RUN:
 
@@ -9,9 +9,11 @@ or a whole video model, with Mamba layers that change nothing before they are tr
 
     python -m storm_jax.weights import --model=DIR_OR_HUB_ID --add_mixer=mamba1 --out=RUN
 
-Export a run as folders that transformers loads:
+Export a run as folders that transformers loads, or as one folder that PyTorch runs, and upload that:
 
     python -m storm_jax.weights export --workdir=RUN --out=DIR
+    python -m storm_jax.weights export --workdir=RUN --format=hf --out=DIR
+    python -m storm_jax.weights push --folder=DIR --repo=OWNER/NAME
 
 A DIR is a folder written by transformers' save_pretrained: config.json, safetensors, tokenizer files.
 Sizes come from its config.json; everything else, such as projector and image size, from --config.
@@ -30,8 +32,9 @@ from storm_jax import command_line
 from storm_jax.config import RunConfig, from_dict
 from storm_jax.run import Run, RunError
 from storm_jax.weights import WeightsError
-from storm_jax.weights.exporter import export_run
+from storm_jax.weights.exporter import FORMATS, export_run
 from storm_jax.weights.importer import Sources, import_run
+from storm_jax.weights.push import push
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "import: configuration file with its stage, configs/NAME.py:stage=align."
@@ -48,7 +51,7 @@ PROJECTOR = flags.DEFINE_string(
 MODEL = flags.DEFINE_string(
     "model",
     "",
-    "import: a whole video model, instead of its parts: NVILA, VILA, LLaVA-OneVision, LLaVA-Video or SmolVLM.",
+    "import: a whole video model, instead of its parts: NVILA, VILA, LLaVA-OneVision, LLaVA-Video, SmolVLM, or one that export wrote.",
 )
 ADD_MIXER = flags.DEFINE_enum(
     "add_mixer",
@@ -56,7 +59,7 @@ ADD_MIXER = flags.DEFINE_enum(
     ["", "mamba1", "mamba2"],
     "import: with --model, Mamba layers behind its projector, which start as the identity.",
 )
-OUT = flags.DEFINE_string("out", None, "Output folder; must not exist.", required=True)
+OUT = flags.DEFINE_string("out", "", "import, export: output folder; must not exist.")
 WORKDIR = flags.DEFINE_string("workdir", "", "export: run folder.")
 STEP = flags.DEFINE_integer("step", None, "export: checkpoint step; defaults to the latest.")
 DTYPE = flags.DEFINE_enum(
@@ -65,20 +68,32 @@ DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "export: dtype of all tensors; defaults to the run's model.dtype.",
 )
-_REQUIRED = {"import": ("config", "vision", "decoder"), "export": ("workdir",)}
+FORMAT = flags.DEFINE_enum(
+    "format", "folders", FORMATS, "export: three folders, or one that PyTorch runs."
+)
+FOLDER = flags.DEFINE_string("folder", "", "push: folder that export --format=hf wrote.")
+REPO = flags.DEFINE_string("repo", "", "push: repository on the Hugging Face Hub, owner/name.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "push: only list what would be uploaded.")
+_REQUIRED = {
+    "import": ("config", "vision", "decoder", "out"),
+    "export": ("workdir", "out"),
+    "push": ("folder", "repo"),
+}
 
 
 def main(argv: Sequence[str]) -> None:
     command = argv[1] if len(argv) == 2 else None
     if command not in _REQUIRED:
-        raise app.UsageError("the command must be `import` or `export` (see --help)")
-    required = () if command == "import" and MODEL.value else _REQUIRED[command]
+        raise app.UsageError("the command must be `import`, `export` or `push` (see --help)")
+    required = ("out",) if command == "import" and MODEL.value else _REQUIRED[command]
     missing = [name for name in required if not flags.FLAGS[name].value]
     if missing:
         raise app.UsageError(f"{command} needs " + ", ".join(f"--{name}" for name in missing))
     transformers.logging.set_verbosity_error()
     out = pathlib.Path(OUT.value)
-    if command == "import":
+    if command == "push":
+        push(pathlib.Path(FOLDER.value), REPO.value, dry_run=DRY_RUN.value)
+    elif command == "import":
         if MODEL.value and (VISION.value or DECODER.value or PROJECTOR.value):
             raise app.UsageError(
                 "--model is a whole model: leave out --vision, --decoder, --projector"
@@ -91,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         import_run(config, sources, out, explicit, ADD_MIXER.value)
     else:
         run = Run(pathlib.Path(WORKDIR.value).expanduser())
-        export_run(run, out, step=STEP.value, dtype=DTYPE.value or "")
+        export_run(run, out, step=STEP.value, dtype=DTYPE.value or "", form=FORMAT.value)
 
 
 if __name__ == "__main__":

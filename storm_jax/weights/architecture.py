@@ -24,6 +24,7 @@ from storm_jax.config import (
 )
 from storm_jax.old_runs import current_model
 from storm_jax.weights import WeightsError
+from storm_jax.weights.hf.configuration_storm import StormConfig
 
 # SmolVLM gives patches positions by their fraction of the image, which is raster order for a full square.
 VISION_TYPES = ("siglip_vision_model", "smolvlm_vision", "smolvlm", "idefics3_vision", "idefics3")
@@ -191,6 +192,8 @@ def _read(folder: pathlib.Path) -> Any:
         fields = json.loads(path.read_text())
         if is_original_llava(fields):  # the fields of a Qwen2, and more
             return transformers.Qwen2Config(**fields | {"model_type": "qwen2"})
+        if fields.get("model_type") == StormConfig.model_type:
+            return StormConfig(**fields)
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # configuration classes raise anything
         raise WeightsError(f"{path} cannot be read: {error}") from error

@@ -45,10 +45,11 @@ from storm_jax.text.bpe import CHATML
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.template import places_videos
 from storm_jax.text.tokenizer import check_template, read_tokenizer, save_tokenizer, stop_ids
-from storm_jax.weights import WeightsError, llava, smolvlm, vila
+from storm_jax.weights import WeightsError, llava, smolvlm, storm, vila
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
 from storm_jax.weights.hub import local_folder
 from storm_jax.weights.mapping import (
+    VOCABULARY,
     Index,
     Table,
     TensorRule,
@@ -61,7 +62,7 @@ from storm_jax.weights.positions import resample
 from storm_jax.weights.tensors import DTYPES, Match, Tensor, list_tensors, match, summary
 from storm_jax.weights.whole import WholeModel, read_json
 
-_FAMILIES = (vila, llava, smolvlm)
+_FAMILIES = (storm, vila, llava, smolvlm)
 _POSITION = "vision/position"
 _ALIGNMENT = 64  # bytes; the CPU backend uses such arrays without a copy
 
@@ -104,8 +105,8 @@ class Sources:
         raise WeightsError(
             f"{root} is no model of a known family (config.json: model_type={fields.get('model_type')!r}{code}): known are "
             f"NVILA and VILA (llm_cfg, vision_tower_cfg, mm_projector_cfg), LLaVA-OneVision and LLaVA-Video "
-            f"(llava_onevision, llava_qwen), SmolVLM (smolvlm, idefics3). Parts are imported with --vision and "
-            f"--decoder"
+            f"(llava_onevision, llava_qwen), SmolVLM (smolvlm, idefics3), and our own exports (storm). Parts are "
+            f"imported with --vision and --decoder"
         )
 
 
@@ -152,7 +153,9 @@ def import_run(
     folders = whole.folders if whole else sources.folders()
     decoder, notes = _read_decoder(folders["decoder"])
     if whole:
-        config = config or _configuration_of(whole.vision, decoder)
+        if whole.vocab_size:
+            decoder = dataclasses.replace(decoder, vocab_size=whole.vocab_size)
+        config = config or _configuration_of(whole, decoder)
         vision = whole.vision
         model = _whole_model(config, whole, decoder, explicit, add_mixer)
         named = str(sources.model)
@@ -175,9 +178,12 @@ def import_run(
     _print_resampling(vision, config.model.vision)
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as staged:
-        tokenizer = pathlib.Path(staged)
-        _write_tokenizer(folders["decoder"], tokenizer, config, whole.template if whole else "")
-        plan = _make_plan(config, mesh, folders, vision.side, whole is not None)
+        tokenizer, source = pathlib.Path(staged) / "tokenizer", folders["decoder"]
+        if whole and whole.write_tokenizer:
+            source = pathlib.Path(staged) / "stored"
+            whole.write_tokenizer(source)
+        _write_tokenizer(source, tokenizer, config, whole.template if whole else "")
+        plan = _make_plan(config, mesh, folders, vision.side, whole)
         _check_space(out.parent, sum(plan.nbytes(path) for path in plan.pieces))
         params = _read(plan)
         not_imported = {
@@ -209,12 +215,13 @@ def _read_decoder(folder: pathlib.Path) -> tuple[DecoderConfig, list[str]]:
     return decoder, notes
 
 
-def _configuration_of(vision: VisionConfig, decoder: DecoderConfig) -> RunConfig:
+def _configuration_of(whole: WholeModel, decoder: DecoderConfig) -> RunConfig:
     """The configuration of a whole model that is asked and evaluated as it is; it lists no training data."""
+    frames = max(256, whole.choices.get("compression.num_frames", 0))
     return RunConfig(
-        model=ModelConfig(vision=vision, decoder=decoder),
+        model=ModelConfig(vision=whole.vision, decoder=decoder),
         compression=CompressionConfig(num_frames=64),
-        data=DataConfig(rows=(RowConfig(tokens=16_384, frames=256),)),
+        data=DataConfig(rows=(RowConfig(tokens=16_384, frames=frames),)),
         optim=OptimConfig(
             learning_rate=LearningRateConfig(vision=1e-5, projector=1e-5, decoder=1e-5)
         ),
@@ -245,6 +252,10 @@ def _whole_model(
     add_mixer: str,
 ) -> ModelConfig:
     """The model that the folder of a whole model describes, with a mixer behind its stem if there is one to add."""
+    if add_mixer and whole.mixer != "none":
+        raise WeightsError(
+            f"--add_mixer={add_mixer}: the model has a mixer, {whole.mixer}; leave it out"
+        )
     vision = whole.vision
     if "model.vision.image_size" in explicit:
         vision = dataclasses.replace(vision, image_size=config.model.vision.image_size)
@@ -254,8 +265,9 @@ def _whole_model(
         decoder=dataclasses.replace(decoder, lora=config.model.decoder.lora),
         stem=whole.stem,
         layout=whole.layout,
-        mixer=add_mixer or "none",
+        mixer=add_mixer or whole.mixer,
         mixer_args={},
+        mamba=whole.mamba or config.model.mamba,
     )
 
 
@@ -369,13 +381,13 @@ def _make_plan(
     mesh: Mesh,
     folders: Mapping[str, pathlib.Path],
     side: int,
-    is_whole: bool,
+    whole: WholeModel | None,
 ) -> _Plan:
     """Finds a tensor for every rule, and checks its shape and dtype.
 
     Args:
       side: patches along one edge of the tower's image, before any resampling.
-      is_whole: a whole model has no tensors of a mixer.
+      whole: the whole model that is read, if it is one; a mixer that is added to it has no tensors.
 
     Raises:
       WeightsError: listing every missing, unknown or mismatched tensor.
@@ -383,7 +395,7 @@ def _make_plan(
     _, abstract = abstract_model(config.model)
     shapes = flat_params(abstract)
     model, expected = config.model, shapes
-    if is_whole:
+    if whole and whole.mixer == "none":
         model = dataclasses.replace(model, mixer="none")
         expected = {k: v for k, v in shapes.items() if not k.startswith("projector/mixer/")}
     pieces: dict[str, list[tuple[TensorRule, Tensor]]] = {}
@@ -397,6 +409,8 @@ def _make_plan(
     matches = {part: match(table, listed[folders[part]]) for part, table in used.items()}
     for component, table in used.items():
         found, missing = matches[component]
+        if whole and whole.vocab_size:
+            found = _without_placeholders(table, found, whole.vocab_size)
         wrong = [f"{name} is missing" for name in missing]
         wrong += [f"{name} is unknown" for name in _unclaimed(component, folders, matches)]
         wrong += _mismatches(table, found, shapes, side)
@@ -425,6 +439,13 @@ def _unclaimed(
     claimed = {tensor.name for found in others for tensor in found.tensors.values()}
     claimed |= {name for found in others for name in found.ignored}
     return [name for name in matches[component][0].unknown if name not in claimed]
+
+
+def _without_placeholders(table: Table, found: Match, rows: int) -> Match:
+    """`found` with only the first rows of the vocabulary's tensors."""
+    names = {rule.tensor for rule in table.rules if rule.path in VOCABULARY}
+    tensors = {k: v.first(rows) if k in names else v for k, v in found.tensors.items()}
+    return dataclasses.replace(found, tensors=tensors)
 
 
 def _mismatches(table: Table, found: Match, shapes: Mapping[str, Any], side: int) -> list[str]:

@@ -25,6 +25,8 @@ from storm_jax.models.lora import is_adapter
 
 Index = tuple[int | slice, ...]
 _ALL = slice(None)
+# Parameters whose tensors have a row per token.
+VOCABULARY = ("decoder/embedding", "decoder/lm_head")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,7 +266,14 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
         if f"projector/{path}" in shapes  # those of this stem and layout
     ]
     old = {"stem.linear1.": "linear.", "": ""}
-    layouts = ({"": ""}, old, _OLD_MLP, _VILA[config.stem.kind], *_WHOLE)
+    layouts = (
+        {"": ""},
+        old,
+        _OLD_MLP,
+        _VILA[config.stem.kind],
+        *_WHOLE,
+        one_folder(config)["projector"],
+    )
     if config.mixer not in ("mamba1", "mamba2"):
         paths = [path for path in shapes if path.startswith("projector/mixer/")]
         rules += [_unchanged(path, len(shapes[path].shape)) for path in paths]
@@ -292,6 +301,21 @@ def projector_table(config: ModelConfig, shapes: Mapping[str, Any]) -> Table:
         for tensor, path, pattern in layer
     ]
     return Table(tuple(rules), layouts=layouts)
+
+
+def one_folder(config: ModelConfig) -> dict[str, dict[str, str]]:
+    """The prefixes of each component in our one folder for PyTorch, {prefix in the rules: prefix in the file}."""
+    directions = {"forward": 0, "backward": 1}  # a torch module has no child named "forward"
+    layers = {
+        f"layers.{i}.mixer.{name}.": f"model.projector.layers.{i}.mixer.directions.{number}."
+        for i in range(config.mamba.depth)
+        for name, number in directions.items()
+    }
+    return {
+        "vision": {"": "model.vision_tower."},
+        "projector": {**layers, "": "model.projector."},
+        "decoder": {"model.": "model.language_model.", "lm_head.": "lm_head."},
+    }
 
 
 def tables(config: ModelConfig, shapes: Mapping[str, Any]) -> dict[str, Table]:

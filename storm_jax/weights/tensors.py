@@ -25,12 +25,24 @@ SHARD_BYTES = 2 * 10**9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """A tensor in a file, without its values. `dtype` is safetensors' name, such as "BF16"."""
+    """A tensor in a file, without its values.
+
+    Attributes:
+      dtype: safetensors' name, such as "BF16".
+      rows: read only so many; None = all.
+    """
 
     file: pathlib.Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    rows: int | None = None
+
+    def first(self, rows: int) -> Tensor:
+        """The first rows, or the whole tensor if it has no more."""
+        if len(self.shape) == 0 or self.shape[0] <= rows:
+            return self
+        return dataclasses.replace(self, shape=(rows, *self.shape[1:]), rows=rows)
 
     def read(self) -> np.ndarray:
         """Returns the values.
@@ -39,7 +51,9 @@ class Tensor:
           WeightsError: if they are not all finite.
         """
         with safetensors.safe_open(self.file, "np") as file:  # closing it frees its pages
-            values = file.get_tensor(self.name)
+            values = (
+                file.get_slice(self.name)[: self.rows] if self.rows else file.get_tensor(self.name)
+            )
         if not _is_finite(values):
             raise WeightsError(f"{self.file}: {self.name} has values that are not finite")
         return values
@@ -139,12 +153,12 @@ def match(table: Table, tensors: Mapping[str, Tensor]) -> tuple[Match, list[str]
     """
     names = {rule.tensor for rule in table.rules}
     layout = max(
-        table.layouts, key=lambda layout: sum(_file_name(n, layout) in tensors for n in names)
+        table.layouts, key=lambda layout: sum(file_name(n, layout) in tensors for n in names)
     )
     found = {
-        name: tensors[in_file] for name in names if (in_file := _file_name(name, layout)) in tensors
+        name: tensors[in_file] for name in names if (in_file := file_name(name, layout)) in tensors
     }
-    missing = [_file_name(rule.tensor, layout) for rule in table.rules if rule.tensor not in found]
+    missing = [file_name(rule.tensor, layout) for rule in table.rules if rule.tensor not in found]
     used = {tensor.name for tensor in found.values()}
     ignored, unknown, outside = [], [], []
     for in_file in tensors.keys() - used:
@@ -159,14 +173,14 @@ def match(table: Table, tensors: Mapping[str, Tensor]) -> tuple[Match, list[str]
     return Match(found, *groups), missing
 
 
-def _file_name(name: str, layout: Mapping[str, str]) -> str:
+def file_name(name: str, layout: Mapping[str, str]) -> str:
     """The name in the file of a tensor of the table."""
     prefix = next((prefix for prefix in layout if name.startswith(prefix)), None)
     return name if prefix is None else layout[prefix] + name.removeprefix(prefix)
 
 
 def _table_name(name: str, layout: Mapping[str, str]) -> str | None:
-    """The inverse of `_file_name`; None if the name has none of the layout's prefixes."""
+    """The inverse of `file_name`; None if the name has none of the layout's prefixes."""
     for prefix, file_prefix in layout.items():
         if name.startswith(file_prefix):
             return prefix + name.removeprefix(file_prefix)

@@ -9,18 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from storm_jax.config import LayoutConfig, StemConfig, VisionConfig
+from storm_jax.config import LayoutConfig, MambaConfig, StemConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeModel:
-    """Everything but the decoder, whose fields are read as those of any decoder. There is no mixer.
+    """Everything but the decoder, whose fields are read as those of any decoder.
 
     Attributes:
       folders: {component: folder of its tensors}.
+      mixer: that of the model; only our own have one.
+      mamba: None keeps that of the configuration.
+      vocab_size: rows of the embedding table that are used; None = all.
+      write_tokenizer: writes the tokenizer into a new folder, if it is not the decoder's as it is.
       choices: fields of the run that are not in the weights and that the user may set otherwise, such as
         {"compression.temporal_pool": 8}.
       template: chat template, if the tokenizer's own drops videos.
@@ -34,6 +38,10 @@ class WholeModel:
     choices: Mapping[str, Any]
     template: str = ""
     notes: Sequence[str] = ()
+    mixer: str = "none"
+    mamba: MambaConfig | None = None
+    vocab_size: int | None = None
+    write_tokenizer: Callable[[pathlib.Path], None] | None = None
 
 
 def unsupported(fields: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> list[str]:
