@@ -32,15 +32,21 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 
 
 WRONG_CALLS = [
-    (["--out=o"], "the command must be `import` or `export`"),
-    (["import", "export", "--out=o"], "the command must be `import` or `export`"),
+    (["--out=o"], "the command must be `import`, `export` or `push`"),
+    (["import", "export", "--out=o"], "the command must be `import`, `export` or `push`"),
     (["import", "--vision=v", "--out=o"], "import needs --config, --decoder"),
     (["export", "--out=o"], "export needs --workdir"),
     (
         ["export", "--workdir=nowhere", "--out=o"],
         r"storm_jax.weights: .*nowhere.* does not exist: .* is not a run",
     ),
-    (["export", "--workdir=w"], "flag --out"),
+    (["export", "--workdir=w"], "export needs --out"),
+    (["export", "--workdir=w", "--out=o", "--format=zip"], "folders|hf"),
+    (["push", "--folder=f"], "push needs --repo"),
+    (
+        ["push", "--folder=nowhere", "--repo=a/b"],
+        "nowhere is not a folder that `export --format=hf`",
+    ),
 ]
 
 

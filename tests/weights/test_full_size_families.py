@@ -147,14 +147,14 @@ def test_every_tensor_has_its_place_and_shape(name, tmp_path, monkeypatch):
         monkeypatch.setattr(f"storm_jax.weights.{module}.list_tensors", listed)
     whole = Sources(model=str(tmp_path)).whole()
     decoder, _ = importer.read_decoder(whole.folders["decoder"])
-    config = importer._configuration_of(whole.vision, decoder)
+    config = importer._configuration_of(whole, decoder)
     model = importer._whole_model(config, whole, decoder, (), "")
     plan = importer._make_plan(
         dataclasses.replace(config, model=model),
         make_mesh(run_config().mesh),
         whole.folders,
         whole.vision.side,
-        True,
+        whole,
     )
     shapes = flat_params(abstract_model(model)[1])
     assert plan.pieces.keys() == shapes.keys()
