@@ -49,7 +49,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "data__frames__time_text": "per_group",
         },
     ),
-    "llava": ("qwen2", {**LLAVA, "compression__temporal_pool": 1}),
+    "llava": (
+        "qwen2",
+        {
+            **LLAVA,
+            "compression__temporal_pool": 1,
+            "model__layout__after_video": "\n{count} frames at {times} of {seconds} s, {duration}.",
+            "model__layout__trim": True,
+        },
+    ),
     "smolvlm": (
         "llama3",
         {

@@ -32,7 +32,15 @@ from storm_jax.weights.hf.configuration_storm import StormConfig
 PLACEHOLDERS = ("<image>", "<video>")
 POOLS = ("temporal_pool", "spatial_pool", "temporal_sample")
 NEWLINES = ("image_newline", "video_newline")
-TEXTS = ("before_video", "after_video", "group_time", "before_group", "after_group", "joined")
+TEXTS = (
+    "before_video",
+    "after_video",
+    "group_time",
+    "before_group",
+    "after_group",
+    "joined",
+    "trim",
+)
 _AUTO = {
     "AutoConfig": "configuration_storm.StormConfig",
     "AutoModel": "modeling_storm.StormModel",

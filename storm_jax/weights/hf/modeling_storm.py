@@ -283,13 +283,8 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(
-        self,
-        input_ids=None,
-        pixel_values=None,
-        pixel_values_videos=None,
-        logits_to_keep=0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
+        self, input_ids=None, pixel_values=None, pixel_values_videos=None, logits_to_keep=0, **kwargs
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """Logits [B, L, V], or those of the last `logits_to_keep` tokens. Other arguments are the decoder's."""
         outputs = self.model(input_ids, pixel_values, pixel_values_videos, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,6 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import make_batched_videos
 
 from .configuration_storm import TokenPlan
-
-try:
-    import av
-except ImportError:
-    av = None  # type: ignore[assignment]
 
 _APART = "\0"  # around text that is tokenised on its own
 _ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")  # fmt: skip
@@ -53,8 +49,8 @@ class StormVideoProcessor(BaseVideoProcessor):
         size, limit, rate = self.size["height"], num_frames or self.num_frames, fps or self.fps
         sample = self.do_sample_frames if do_sample_frames is None else do_sample_frames
         videos = make_batched_videos(videos)
-        metadata = _flatten(video_metadata or [{}] * len(videos))
         clips, times = [], []
+        metadata = _flatten(video_metadata or [{}] * len(videos))
         for video, about in zip(videos, metadata, strict=True):
             if isinstance(video, str):
                 frames, seconds = _read(video, size, limit, rate)
@@ -94,7 +90,8 @@ class StormProcessor(ProcessorMixin):
         if videos is not None:
             data.update(self.video_processor(videos, **kwargs))
             videos_text = [self._expand(times) for times in data.pop("video_times")]
-        texts = [text] if isinstance(text, str) else list(text)
+        space = r"\s+" if self.settings["layout"]["trim"] else ""
+        texts = [re.sub(f"(<image>|<video>){space}", r"\1", each) for each in _flatten(text)]
         for token, found in ((self.image_token, images_text), (self.video_token, videos_text)):
             if (count := sum(each.count(token) for each in texts)) != len(found):
                 raise ValueError(f"the text has {count} {token}, but {len(found)} are given")
@@ -142,19 +139,21 @@ class StormProcessor(ProcessorMixin):
         before, after = text("before_group"), text("after_group")
         if times is None:
             return before + self.image_token * sum(plan.tokens(1)) + after
-        count, last = len(times), times[-1]
-        duration = datetime.timedelta(seconds=int(last))
-        found = text("before_video", frames=_in_words(count), duration=duration)
+        count, last, all_times = len(times), times[-1], ",".join(f"{time:.2f}s" for time in times)
+        about: Any = {"frames": _in_words(count), "count": count, "times": all_times}
+        about["seconds"] = f"{last + 0.04:.2f}"  # the last frame is shown as long as one at 25 Hz
+        about["duration"] = datetime.timedelta(seconds=int(last + 0.04))
+        found = text("before_video", **about)
         if style == "sentence":
-            listed = ", ".join(f"{time:.1f}" for time in times)
-            line = f"The video lasts {last:.1f} s. Its {count} frames are at {listed} s.\n"
+            at = ", ".join(f"{time:.1f}" for time in times)
+            line = f"The video lasts {last:.1f} s. Its {count} frames are at {at} s.\n"
             found += f"{_APART}{line}{_APART}"
         for group, tokens in zip(plan.groups(count), plan.tokens(count), strict=True):
             time = times[group.start]
             found += text("group_time", time=f"{int(time) // 60:02}:{int(time) % 60:02}")
             found += f"{_APART}{time:.1f} s: {_APART}" if style == "per_group" else ""
             found += before + self.video_token * tokens + after
-        return found + text("after_video")
+        return found + text("after_video", **about)
 
 
 def _choose(seconds: np.ndarray, limit: int, fps: float | None) -> np.ndarray:
@@ -168,8 +167,10 @@ def _choose(seconds: np.ndarray, limit: int, fps: float | None) -> np.ndarray:
 
 def _read(path: str, size: int, limit: int, fps: float | None) -> tuple[list, np.ndarray]:
     """Decodes the chosen frames of a video file; returns their times in seconds too."""
-    if av is None:
-        raise ImportError("reading a video file needs PyAV (pip install av); or pass its frames")
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading videos needs PyAV (pip install av); or pass frames") from error
     with av.open(path) as file:
         stream: Any = file.streams.best("video")
         packets = [packet for packet in file.demux(stream) if packet.size and not packet.is_discard]
