@@ -62,4 +62,4 @@ def test_the_short_road(shapes_folder, tmp_path):
     )
     assert (before.mixer, after.mixer) == ("none", "mamba1")
     assert (before.layout, before.stem) == (after.layout, after.stem)
-    assert (tmp_path / "shared/nvila-storm/projector/model.safetensors").exists()
+    assert (tmp_path / "shared/nvila-storm/model.safetensors").exists()
