@@ -16,7 +16,6 @@ import sys
 import tempfile
 import zipfile
 
-import torch
 import transformers
 from tokenizers import pre_tokenizers
 
@@ -131,7 +130,7 @@ def texts_of_run(storm: storm_jax.Predictor, tokens: int) -> list[str]:
 def texts_of_transformers(folder: pathlib.Path, system: str, tokens: int) -> list[str]:
     """Greedy texts of transformers alone, one prompt at a time, with the run's system text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32")
     texts = []
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]
