@@ -348,7 +348,8 @@ def _with_embeddings_only(
     """
     tokenizer = read_tokenizer(source)
     extra = {token for token, i in tokenizer.get_added_vocab().items() if i >= vocab_size}
-    if extra:
+    entries = len(tokenizer)
+    if extra and entries - len(extra) <= vocab_size:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             for path in pathlib.Path(folder).glob("*.json"):
@@ -357,7 +358,7 @@ def _with_embeddings_only(
         print(f"note: tokens without an embedding are left out: {', '.join(sorted(extra))}")
     if len(tokenizer) > vocab_size:
         raise WeightsError(
-            f"{source}: the tokenizer has {len(tokenizer)} entries, but config.json has vocab_size={vocab_size}"
+            f"{source}: the tokenizer has {entries} entries, but config.json has vocab_size={vocab_size}"
         )
     return tokenizer
 
