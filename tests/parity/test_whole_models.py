@@ -52,9 +52,10 @@ def test_packed_logits_equal_torch_and_an_added_mixer_changes_nothing(family, me
     samples = [sample_of(question, media) for question in QUESTIONS]
     found = our_logits(import_family(reference, tmp_path / "run"), samples)
     assert logits_error(found, their_logits(reference, samples)) <= MAX_ERROR
-    pooled = our_logits(import_family(reference, tmp_path / "pooled", pool=3), samples)
-    assert logits_error(pooled, their_logits(reference, samples, 3)) <= MAX_ERROR
-    for mixer in ("mamba1", "mamba2") if family == "SmolVLM2" else ():
+    if family != "LLaVA-Video (original)":
+        pooled = our_logits(import_family(reference, tmp_path / "pooled", pool=3), samples)
+        assert logits_error(pooled, their_logits(reference, samples, 3)) <= MAX_ERROR
+    for mixer in ("mamba1",) if family == "SmolVLM2" else ():
         added = import_family(reference, tmp_path / mixer, add_mixer=mixer)
         assert any("projector/mixer/" in name for name in added.checkpoints.shapes(0))
         # Here programs are hardly optimised and differ in fusion; the table of docs/weights.md compares bits.
@@ -71,7 +72,9 @@ def test_packed_logits_equal_torch_and_an_added_mixer_changes_nothing(family, me
 def test_greedy_answers_equal_torch(family, media, tmp_path):
     reference = FAMILIES[family](tmp_path / "model")
     run = import_family(reference, tmp_path / "run")
-    samples = [sample_of(question, media) for question in QUESTIONS]
+    # Each kind of question is a program to compile; the slow families ask all.
+    questions = ["a ragged video"] if family == "SmolVLM2" else QUESTIONS
+    samples = [sample_of(question, media) for question in questions]
     assert differing_answers(reference, run, samples) == []
 
 
@@ -97,9 +100,9 @@ def test_frames_and_their_rate_come_from_the_video_processor(tmp_path):
     ("position", "merge", "expected"),
     [
         ("one_token", "spatial_unpad", (True, "clip")),
-        ("one_token", "spatial", (False, "none")),
+        pytest.param("one_token", "spatial", (False, "none"), marks=pytest.mark.slow),
         ("frame", "spatial_unpad", (True, "group")),
-        ("no_token", "spatial_unpad", (True, "none")),
+        pytest.param("no_token", "spatial_unpad", (True, "none"), marks=pytest.mark.slow),
         ("grid", "flat", (False, "none")),
     ],
 )
@@ -196,6 +199,7 @@ def test_what_is_not_supported_is_named_and_nothing_is_written(case, tmp_path):
     assert not (tmp_path / "out/run").exists()
 
 
+@pytest.mark.slow
 def test_one_command_imports_it_and_another_asks_it(media, tmp_path):
     folder = Vila(tmp_path / "vila", "mlp_downsample_2x2_fix").folder
     commands = [
