@@ -15,16 +15,11 @@ from ml_collections import ConfigDict
 from configs import tiny
 from configs.recipe import select_stage
 from storm_jax.config import (
-    CompressionConfig,
-    DataConfig,
     DecoderConfig,
     LearningRateConfig,
     LoraConfig,
-    ModelConfig,
-    OptimConfig,
     RowConfig,
     RunConfig,
-    SourceConfig,
     TrainConfig,
 )
 
@@ -63,26 +58,21 @@ def sft() -> RunConfig:
 
 
 def _run(*, steps: int, learning_rate: LearningRateConfig, lora: LoraConfig) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(
-            vision=tiny.MODEL.vision,
-            mamba=tiny.MODEL.mamba,
-            decoder=dataclasses.replace(DECODER, lora=lora),
-            dtype="float32",
-        ),
-        compression=CompressionConfig(num_frames=16, temporal_pool=4),
-        data=DataConfig(
-            train=(SourceConfig(name="shapes", path="data/shapes/train.json"),),
-            # Validation of all 700 samples would take as long as 30 steps.
-            val=(SourceConfig(name="shapes", path="data/shapes/val.json", cap=100),),
+    """The run of `configs/tiny.py` with another decoder."""
+    base = tiny.sft()
+    # Validation of all 700 samples would take as long as 30 steps.
+    val = tuple(dataclasses.replace(source, cap=100) for source in base.data.val)
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, decoder=dataclasses.replace(DECODER, lora=lora)),
+        data=dataclasses.replace(
+            base.data,
+            val=val,
             # Without a system text, the chat template adds its own: 14 tokens more, of 34 in a sample.
             system="Answer.",
             rows=(RowConfig(tokens=384, frames=80),),
-            num_workers=2,
         ),
-        optim=OptimConfig(
-            learning_rate=learning_rate, warmup_fraction=0.05, weight_decay=0.01, b2=0.99
-        ),
+        optim=dataclasses.replace(base.optim, learning_rate=learning_rate),
         train=TrainConfig(steps=steps, batch_size=1, remat=False, eval_every=150, save_every=150),
     )
 

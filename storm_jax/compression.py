@@ -24,7 +24,7 @@ from storm_jax.config import CompressionConfig, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Tokens along one side of a frame before spatial pooling, and where the newline stands.
+    """Tokens along one side of a frame before spatial pooling, and where the newline goes.
 
     Attributes:
       image, video: sides of the grid of an image, and of a video's frame.
@@ -55,7 +55,7 @@ class ClipPlan:
       frame_group: int32 [T], the emitted group of each frame; -1 if its group is sampled out.
       num_groups: number of emitted groups.
       side: tokens along one side of a group; that of an image is not pooled.
-      newline: where the newline stands: "none", or after each "row", "group" or "clip".
+      newline: where the newline goes: "none", or after each "row", "group" or "clip".
       pooled: whether the tokens are in the spatially pooled part of the visual table.
     """
 
@@ -141,5 +141,5 @@ def visual_index(
 
 
 def _has_images_apart(grid: Grid, spatial_pool: int) -> bool:
-    """Whether images have tokens of their own in the visual table."""
+    """Whether the visual table has separate tokens for images."""
     return spatial_pool > 1 or grid.image != grid.video

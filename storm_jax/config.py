@@ -123,7 +123,7 @@ class LayoutConfig:
       joined: whether these texts are tokenised together with the text around them, or each on its own.
       trim: whether line breaks and spaces after a medium in the prompt are removed.
       image_newline: whether a learned vector, the newline, follows the tokens of each image.
-      video_newline: where it stands in a video: "none", or after each "row" of the grid, "group" or "clip".
+      video_newline: where it goes in a video: "none", or after each "row" of the grid, "group" or "clip".
     """
 
     before_video: str = ""

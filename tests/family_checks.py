@@ -14,23 +14,16 @@ from collections.abc import Sequence
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import families
-import jax.numpy as jnp
 import numpy as np
 import transformers
 from families import Reference
-from flax import nnx
-from reference_models import config_for, load_model
-from rows_by_hand import build_rows
+from reference_models import config_for, encoder_of, packed_logits
 
 import storm_jax
-from storm_jax.compression import Grid
 from storm_jax.config import RunConfig
-from storm_jax.data.encoder import SampleEncoder
-from storm_jax.data.rows import RowSample, RowShape
+from storm_jax.data.rows import RowSample
 from storm_jax.inference.generate import Sampling
-from storm_jax.models.storm import VisualShape
 from storm_jax.run import Run
-from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.sample import Sample
 from storm_jax.weights.importer import Sources, import_run
 
@@ -63,29 +56,12 @@ def import_family(
 
 def our_logits(run: Run, samples: Samples) -> list[np.ndarray]:
     """Logits of samples packed into one row."""
-    config = run.config
-    grid = Grid.of(config.model)
-    encoder = SampleEncoder(
-        text=ConversationEncoder(run.tokenizer(), config.data.system), grid=grid,
-        compression=config.compression, frames=config.data.frames, layout=config.model.layout,
-    )  # fmt: skip
+    encoder = encoder_of(run)
     encoded = [encoder.encode(s, [np.arange(len(c)) * 1.0 for c in clips]) for s, clips in samples]
     for (sample, clips), found in zip(samples, encoded, strict=True):
         assert len(encoder.plan(sample, [len(clip) for clip in clips])) >= len(found)
-    shape = RowShape(
-        tokens=1600,
-        frames=32,
-        image_size=families.SIZE,
-        grid=grid,
-        compression=config.compression,
-    )
     rows = [RowSample(e, clips) for e, (_, clips) in zip(encoded, samples, strict=True)]
-    batch = {k: jnp.asarray(v) for k, v in build_rows([rows], 0, shape).items()}
-    model = load_model(run.path)
-    visual = VisualShape(shape.num_groups, config.compression.spatial_pool)
-    logits = nnx.jit(lambda model, batch: model(batch, visual) @ model.decoder.head())(model, batch)
-    ends = np.cumsum([len(e) for e in encoded])
-    return np.split(np.asarray(logits[0][: ends[-1]]), ends[:-1])
+    return packed_logits(run, rows)
 
 
 def logits_error(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,19 @@ import torch
 import transformers
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from rows_by_hand import build_rows
 
 from configs import tiny
+from storm_jax.compression import Grid
 from storm_jax.config import RunConfig, from_dict
-from storm_jax.models.storm import Storm
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.rows import RowSample, RowShape
+from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model, flat_params, with_sharding
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
 from storm_jax.text.bpe import train_tokenizer
+from storm_jax.text.conversation import ConversationEncoder
 
 torch.set_num_threads(1)  # on busy cores, several threads wait for each other
 
@@ -161,6 +166,29 @@ def load_model(path: pathlib.Path, devices: int = 1) -> Storm:
     target = with_sharding(flat_params(abstract), param_shardings(abstract, mesh))
     params = run.checkpoints.restore(target, run.checkpoints.resolve(None))
     return nnx.merge(graphdef, unflatten_dict(params, sep="/"))
+
+
+def encoder_of(run: Run) -> SampleEncoder:
+    """The encoder of a run's samples."""
+    config = run.config
+    return SampleEncoder(
+        text=ConversationEncoder(run.tokenizer(), config.data.system), grid=Grid.of(config.model),
+        compression=config.compression, frames=config.data.frames, layout=config.model.layout,
+    )  # fmt: skip
+
+
+def packed_logits(run: Run, rows: Sequence[RowSample]) -> list[np.ndarray]:
+    """Logits [S, V] of each sample, all packed into one row."""
+    config, lengths = run.config, [len(row.encoded) for row in rows]
+    shape = RowShape(
+        tokens=-(-sum(lengths) // 256) * 256, frames=40, image_size=config.model.vision.image_size,
+        grid=Grid.of(config.model), compression=config.compression,
+    )  # fmt: skip
+    batch = {k: jnp.asarray(v) for k, v in build_rows([rows], 0, shape).items()}
+    visual = VisualShape(shape.num_groups, config.compression.spatial_pool)
+    logits = nnx.jit(lambda model, batch: model(batch, visual) @ model.decoder.head())
+    found = np.asarray(logits(load_model(run.path), batch)[0, : sum(lengths)])
+    return np.split(found, np.cumsum(lengths)[:-1])
 
 
 def logits_of(model: Storm, tokens: Any) -> jax.Array:

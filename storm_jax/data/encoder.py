@@ -85,17 +85,13 @@ class SampleEncoder:
         layout, is_video = self.layout, medium.kind == "video"
         style = self.frames.time_text if is_video else "none"
 
-        def fixed(text: str) -> list[Text]:
-            return [Text(text, joined=layout.joined)] if text else []
-
-        def timed(template: str, **values: str) -> list[Text]:
-            text = template.format(**values)
-            return [Text(text, joined=layout.joined, timed=True)] if text else []
+        def piece(text: str, timed: bool = False) -> list[Text]:
+            return [Text(text, joined=layout.joined, timed=timed)] if text else []
 
         pieces: list[Text | int] = []
         about = _about(times) if is_video else {}
         if is_video:
-            pieces += timed(layout.before_video, **about)
+            pieces += piece(layout.before_video.format(**about), timed=True)
         if style == "sentence":
             listed = ", ".join(f"{time:.1f}" for time in times)
             line = (
@@ -109,13 +105,15 @@ class SampleEncoder:
                 pieces.append(Text(f"\n{caption.text}\n"))
                 caption = next(left, None)
             if is_video:
-                pieces += timed(layout.group_time, time=clock(time))
+                pieces += piece(layout.group_time.format(time=clock(time)), timed=True)
             if style == "per_group":
                 pieces.append(Text(f"{time:.1f} s: ", timed=True))
-            pieces += [*fixed(layout.before_group), tokens, *fixed(layout.after_group)]
+            pieces += [*piece(layout.before_group), tokens, *piece(layout.after_group)]
         rest = [caption, *left] if caption else []
         pieces += [Text(f"\n{caption.text}\n") for caption in rest]
-        return pieces + (timed(layout.after_video, **about) if is_video else [])
+        if is_video:
+            pieces += piece(layout.after_video.format(**about), timed=True)
+        return pieces
 
 
 def _about(times: np.ndarray) -> dict[str, str]:

@@ -61,16 +61,13 @@ def halve_grid(x: jax.Array, method: str) -> jax.Array:
     x = x.reshape(-1, side, side, width)
     if method == "bilinear":
         weights = jnp.asarray(_bilinear(side), jnp.float32)
-        # 27 x 27 to 14 x 14 in float32, as a bfloat16 sum of four weights would round them.
         y = jnp.einsum("ip,jq,bpqd->bijd", weights, weights, x.astype(jnp.float32))
-    else:
-        half = side // 2
-        cells = x[:, : 2 * half, : 2 * half].reshape(-1, half, 2, half, 2, width)
-        if method == "max":
-            y = cells.max(axis=(2, 4))
-        else:
-            y = cells.astype(jnp.float32).mean(axis=(2, 4))
-    return y.reshape(*lead, -1, width).astype(x.dtype)
+        return y.reshape(*lead, -1, width).astype(x.dtype)
+    half = side // 2
+    x = x[:, : 2 * half, : 2 * half]
+    if method == "average":
+        return spatial_pool(x.reshape(*lead, -1, width), 2)
+    return x.reshape(-1, half, 2, half, 2, width).max(axis=(2, 4)).reshape(*lead, -1, width)
 
 
 def _bilinear(side: int) -> np.ndarray:

@@ -5,8 +5,10 @@
     tensors        folders of safetensors: read lazily, written in shards
     output         output folders that are complete or absent
     importer       a tower, a decoder and optionally a projector -> a run at step 0
+    whole          what a family says of a whole video model; the families are vila, llava, smolvlm and storm
+    tokenizer      the tokenizer of an imported run
     exporter       a run -> three folders, or one that PyTorch runs
-    one_folder     what stands next to the weights in that folder; its code is in hf
+    one_folder     the files next to the weights in that folder; its code is in hf
     card           its README.md
     push           uploads it
 

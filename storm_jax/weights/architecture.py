@@ -25,6 +25,7 @@ from storm_jax.config import (
 from storm_jax.old_runs import current_model
 from storm_jax.weights import WeightsError
 from storm_jax.weights.hf.configuration_storm import StormConfig
+from storm_jax.weights.whole import unsupported
 
 # SmolVLM gives patches positions by their fraction of the image, which is raster order for a full square.
 VISION_TYPES = ("siglip_vision_model", "smolvlm_vision", "smolvlm", "idefics3_vision", "idefics3")
@@ -221,13 +222,8 @@ def _check_supported(
             f"{folder}/config.json: model_type={config.model_type!r} is not supported, only "
             f"{', '.join(model_types)}"
         )
-    values = {name: getattr(config, name, allowed[0]) for name, allowed in supported.items()}
-    wrong = [
-        f"{name}={value!r} is not supported, only {supported[name][0]!r}"
-        for name, value in values.items()
-        if value not in supported[name]
-    ]
-    if wrong:
+    values = {name: getattr(config, name) for name in supported if hasattr(config, name)}
+    if wrong := unsupported(values, supported):
         raise WeightsError(f"{folder}/config.json:", wrong)
 
 

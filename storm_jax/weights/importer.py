@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import operator
 import pathlib
 import shutil
@@ -19,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import transformers
 from jax.sharding import Mesh, NamedSharding
 
 from storm_jax.config import (
@@ -41,10 +39,6 @@ from storm_jax.config import (
 from storm_jax.params import abstract_model, flat_params, random_params
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
-from storm_jax.text.bpe import CHATML
-from storm_jax.text.conversation import ConversationEncoder
-from storm_jax.text.template import places_videos
-from storm_jax.text.tokenizer import check_template, read_tokenizer, save_tokenizer, stop_ids
 from storm_jax.weights import WeightsError, llava, smolvlm, storm, vila
 from storm_jax.weights.architecture import read_decoder, read_projector, read_vision
 from storm_jax.weights.hub import local_folder
@@ -60,6 +54,7 @@ from storm_jax.weights.mapping import (
 from storm_jax.weights.output import atomic_folder, check_output
 from storm_jax.weights.positions import resample
 from storm_jax.weights.tensors import DTYPES, Match, Tensor, list_tensors, match, summary
+from storm_jax.weights.tokenizer import write_tokenizer
 from storm_jax.weights.whole import WholeModel, read_json
 
 _FAMILIES = (storm, vila, llava, smolvlm)
@@ -182,7 +177,7 @@ def import_run(
         if whole and whole.write_tokenizer:
             source = pathlib.Path(staged) / "stored"
             whole.write_tokenizer(source)
-        _write_tokenizer(source, tokenizer, config, whole.template if whole else "")
+        write_tokenizer(source, tokenizer, config, whole.template if whole else "")
         plan = _make_plan(config, mesh, folders, vision.side, whole)
         _check_space(out.parent, sum(plan.nbytes(path) for path in plan.pieces))
         params = _read(plan)
@@ -306,75 +301,6 @@ def _has_own_head(folder: pathlib.Path, decoder: DecoderConfig) -> bool:
     if head is None or embedding is None:
         return False
     return not np.array_equal(head.read(), embedding.read())
-
-
-def _write_tokenizer(
-    source: pathlib.Path, folder: pathlib.Path, config: RunConfig, template: str
-) -> None:
-    """Saves the decoder's tokenizer, unchanged except for tokens without an embedding and for the chat template.
-
-    The template of a processor comes first. `template` replaces one that drops videos, and ChatML, if the tokenizer
-    has its markers, one that cannot be trained on several turns.
-    """
-    tokenizer = _with_embeddings_only(source, config.model.decoder.vocab_size)
-    tokenizer.chat_template = (
-        read_json(source / "chat_template.json").get("chat_template") or tokenizer.chat_template
-    )
-    if template and tokenizer.chat_template and not places_videos(tokenizer):
-        tokenizer.chat_template = template
-        print("note: the chat template drops videos: the one of the model's processor is used")
-    try:
-        check_template(tokenizer)
-    except Exception as error:  # a template's own code raises anything
-        if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_added_vocab().keys():
-            raise WeightsError(f"{source}: the chat template cannot be used: {error}") from error
-        tokenizer.chat_template = CHATML
-        print(
-            "note: the chat template is replaced by ChatML: the tokenizer's own cannot be trained on "
-            "several turns"
-        )
-    stop_ids(source, tokenizer)
-    ConversationEncoder(tokenizer, config.data.system)
-    save_tokenizer(tokenizer, source, folder)
-
-
-def _with_embeddings_only(
-    source: pathlib.Path, vocab_size: int
-) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer without added tokens that have no embedding: NVILA names its media by such tokens.
-
-    Raises:
-      WeightsError: if tokens that were not added have none.
-    """
-    tokenizer = read_tokenizer(source)
-    extra = {token for token, i in tokenizer.get_added_vocab().items() if i >= vocab_size}
-    entries = len(tokenizer)
-    if extra and entries - len(extra) <= vocab_size:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            for path in pathlib.Path(folder).glob("*.json"):
-                path.write_text(json.dumps(_without(json.loads(path.read_text()), extra)))
-            tokenizer = read_tokenizer(folder)
-        print(f"note: tokens without an embedding are left out: {', '.join(sorted(extra))}")
-    if len(tokenizer) > vocab_size:
-        raise WeightsError(
-            f"{source}: the tokenizer has {entries} entries, but config.json has vocab_size={vocab_size}"
-        )
-    return tokenizer
-
-
-def _without(value: Any, tokens: Collection[str]) -> Any:
-    """A JSON value without the entries that name, or are, one of `tokens`."""
-
-    def names(item: Any, key: str = "") -> bool:
-        content = item.get("content") if isinstance(item, dict) else item
-        return key in tokens or (isinstance(content, str) and content in tokens)
-
-    if isinstance(value, dict):
-        return {k: _without(v, tokens) for k, v in value.items() if not names(v, k)}
-    if isinstance(value, list):
-        return [_without(item, tokens) for item in value if not names(item)]
-    return value
 
 
 def _make_plan(

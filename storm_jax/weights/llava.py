@@ -1,7 +1,7 @@
 """LLaVA-OneVision and LLaVA-Video, in transformers' layout and in the original one: SigLIP, two linear maps, Qwen2.
 
-The 27 x 27 tokens of a video's frame are resized to 14 x 14, and a learned vector, the newline, stands after an image
-and at the end of a video, or after each of its frames or rows. Images are not split into tiles: each is seen as one of
+The 27 x 27 tokens of a video's frame are resized to 14 x 14, and a learned vector, the newline, follows an image
+and a video, or each of its frames or rows. Images are not split into tiles: each is seen as one of
 several images, which LLaVA does not split either.
 """
 
@@ -18,7 +18,7 @@ from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import is_original_llava, read_vision
 from storm_jax.weights.hub import local_folder
 from storm_jax.weights.tensors import list_tensors
-from storm_jax.weights.whole import WholeModel, is_positive, unsupported
+from storm_jax.weights.whole import WholeModel, in_one_folder, is_positive, pooling, unsupported
 
 _TRANSFORMERS_SUPPORTS: Mapping[str, tuple[Any, ...]] = {
     "vision_feature_select_strategy": ("full",),
@@ -59,16 +59,14 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
     if problems or vision is None:
         raise WeightsError(f"{folder}/config.json:", problems)
     return WholeModel(
-        folders=dict.fromkeys(("vision", "projector", "decoder"), folder),
+        folders=in_one_folder(folder),
         vision=vision,
         stem=StemConfig(kind="mlp2x_gelu", downsample=1, video_pool=pool),
         layout=layout,
         choices={
             "data.system": "You are a helpful assistant.",
             "compression.num_frames": 64 if layout.after_video else 32,
-            "compression.temporal_pool": 1,
-            "compression.spatial_pool": 1,
-            "compression.temporal_sample": 1,
+            **pooling(),
         },
         notes=["images are not split into tiles; each is resized to a square"],
     )

@@ -10,6 +10,7 @@ generation_config.json  README.md
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -20,7 +21,7 @@ import transformers
 from tokenizers import AddedToken
 
 from storm_jax.compression import Grid
-from storm_jax.config import RunConfig, to_dict
+from storm_jax.config import LayoutConfig, RunConfig, to_dict
 from storm_jax.run import Run
 from storm_jax.text.template import DATE, wants_parts
 from storm_jax.text.tokenizer import read_tokenizer, save_tokenizer
@@ -32,15 +33,8 @@ from storm_jax.weights.hf.configuration_storm import StormConfig
 PLACEHOLDERS = ("<image>", "<video>")
 POOLS = ("temporal_pool", "spatial_pool", "temporal_sample")
 NEWLINES = ("image_newline", "video_newline")
-TEXTS = (
-    "before_video",
-    "after_video",
-    "group_time",
-    "before_group",
-    "after_group",
-    "joined",
-    "trim",
-)
+# The rest of the layout, which the processor needs.
+TEXTS = tuple(f.name for f in dataclasses.fields(LayoutConfig) if f.name not in NEWLINES)
 _AUTO = {
     "AutoConfig": "configuration_storm.StormConfig",
     "AutoModel": "modeling_storm.StormModel",

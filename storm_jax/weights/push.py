@@ -8,6 +8,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from storm_jax.weights import WeightsError
+from storm_jax.weights.storm import recognise
 from storm_jax.weights.whole import read_json
 
 
@@ -21,7 +22,7 @@ def push(folder: pathlib.Path, repo: str, *, dry_run: bool = False) -> None:
       WeightsError: if the folder is no such export, or the upload fails. Its text has no token.
     """
     folder = folder.expanduser()
-    if read_json(folder / "config.json").get("model_type") != "storm":
+    if not recognise(read_json(folder / "config.json")):
         raise WeightsError(
             f"--folder={folder} is not a folder that `export --format=hf` wrote: its config.json must have "
             f"model_type='storm'"

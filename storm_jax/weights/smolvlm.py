@@ -1,6 +1,6 @@
 """SmolVLM, SmolVLM2 and Idefics3 in transformers' layout: SigLIP, pixel shuffle, one linear map, Llama.
 
-An image stands between two special tokens, and a frame of a video follows its time. Images are not split: the whole
+Special tokens surround an image, and a frame of a video follows its time. Images are not split: the whole
 image, resized to a square, is what the model calls the global image.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from storm_jax.config import LayoutConfig, StemConfig
 from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_vision
-from storm_jax.weights.whole import WholeModel, is_positive, read_json
+from storm_jax.weights.whole import WholeModel, in_one_folder, is_positive, pooling, read_json
 
 _AROUND, _WHOLE_IMAGE = "<fake_token_around_image>", "<global-img>"
 _LAYOUT = LayoutConfig(
@@ -58,23 +58,17 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
     if problems:
         raise WeightsError(f"{folder}/config.json:", problems)
     return WholeModel(
-        folders=dict.fromkeys(("vision", "projector", "decoder"), folder),
+        folders=in_one_folder(folder),
         vision=vision,
         stem=StemConfig(kind="linear", downsample=factor, bias=False),
         layout=_LAYOUT,
-        choices={"data.system": "", **_no_pooling(), **_sampling(folder)},
+        choices={"data.system": "", **pooling(), **_sampling(folder)},
         template=_TEMPLATE,
         notes=[
             "images are not split into tiles; images and frames are resized to a square in one bicubic step, where "
             "the published processor first resizes the longest edge, with a Lanczos filter"
         ],
     )
-
-
-def _no_pooling() -> dict[str, int]:
-    return {
-        f"compression.{name}": 1 for name in ("temporal_pool", "spatial_pool", "temporal_sample")
-    }
 
 
 def _sampling(folder: pathlib.Path) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_vision
 from storm_jax.weights.hf.configuration_storm import StormConfig
 from storm_jax.weights.one_folder import HEAD_END, NEWLINES, POOLS, TEXTS
-from storm_jax.weights.whole import WholeModel, is_positive, read_json
+from storm_jax.weights.tokenizer import remove_tokens
+from storm_jax.weights.whole import WholeModel, in_one_folder, is_positive, read_json
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
         raise WeightsError(f"{folder}:", problems)
     tower, depth = read_vision(folder), fields["vision_depth"]
     return WholeModel(
-        folders=dict.fromkeys(("vision", "projector", "decoder"), folder),
+        folders=in_one_folder(folder),
         vision=dataclasses.replace(
             tower,
             depth=depth,
@@ -116,9 +117,7 @@ def _template(folder: pathlib.Path) -> tuple[str, str]:
 def _write_tokenizer(folder: pathlib.Path, added: list[str], out: pathlib.Path) -> None:
     """Writes the tokenizer as it was before the export added placeholders and a head to its template."""
     out.mkdir()
-    for name in ("tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(folder / name, out)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in added]
-    (out / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    remove_tokens(out, added)
     (out / "chat_template.jinja").write_text(_template(folder)[1])

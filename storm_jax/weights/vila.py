@@ -14,7 +14,7 @@ from typing import Any
 from storm_jax.config import LayoutConfig, StemConfig
 from storm_jax.weights import WeightsError
 from storm_jax.weights.architecture import read_vision
-from storm_jax.weights.whole import WholeModel, is_positive, read_json, unsupported
+from storm_jax.weights.whole import WholeModel, is_positive, pooling, read_json, unsupported
 
 _FOLDERS = {"vision": "vision_tower", "decoder": "llm", "projector": "mm_projector"}
 _STEMS = {
@@ -54,9 +54,8 @@ def read(folder: pathlib.Path, fields: Mapping[str, Any]) -> WholeModel:
         problems.append("image_encoder and video_encoder have different end_tokens")
     choices = {"data.system": "", **_pooling(video, problems)}
     family = read_json(folder / _FOLDERS["decoder"] / "config.json").get("model_type")
-    if (
-        family == "llama"
-    ):  # its newline has a BOS before it, and the template is chosen by the folder's name
+    # Its newline has a BOS before it, and its template is chosen by the folder's name.
+    if family == "llama":
         problems.append(
             "llm/config.json: model_type='llama' is not supported: the folder does not have its prompt"
         )
@@ -126,8 +125,4 @@ def _pooling(video: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         problems.append(
             f"video_encoder: pool_sizes={sizes!r} is not supported, only one with equal sides"
         )
-    return {
-        "compression.temporal_pool": time,
-        "compression.spatial_pool": height,
-        "compression.temporal_sample": 1,
-    }
+    return pooling(time, height)

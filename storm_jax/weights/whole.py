@@ -44,6 +44,20 @@ class WholeModel:
     write_tokenizer: Callable[[pathlib.Path], None] | None = None
 
 
+def in_one_folder(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The `folders` of a model whose components share files."""
+    return dict.fromkeys(("vision", "projector", "decoder"), folder)
+
+
+def pooling(temporal: int = 1, spatial: int = 1) -> dict[str, int]:
+    """The `choices` of a model's own pooling; without arguments, it has none."""
+    return {
+        "compression.temporal_pool": temporal,
+        "compression.spatial_pool": spatial,
+        "compression.temporal_sample": 1,
+    }
+
+
 def unsupported(fields: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> list[str]:
     """Problems with fields whose value is not listed; the first one is the default."""
     values = {name: fields.get(name, allowed[0]) for name, allowed in supported.items()}

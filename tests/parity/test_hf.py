@@ -6,27 +6,21 @@ import pathlib
 import re
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 from exported_runs import CASES, SLOW, random_run
-from flax import nnx
 from PIL import Image
-from reference_models import load_model
-from rows_by_hand import build_rows
+from reference_models import encoder_of, packed_logits
 
-from storm_jax.compression import Grid, plan_clip
+from storm_jax.compression import plan_clip
 from storm_jax.config import RunConfig
-from storm_jax.data.encoder import SampleEncoder
-from storm_jax.data.rows import RowSample, RowShape
+from storm_jax.data.rows import RowSample
 from storm_jax.media.frames import Clip
 from storm_jax.media.media import Media
 from storm_jax.media.read import count_frames, read_media
-from storm_jax.models.storm import VisualShape
-from storm_jax.run import Run
-from storm_jax.text.conversation import ConversationEncoder, Encoded
+from storm_jax.text.conversation import Encoded
 from storm_jax.text.sample import Sample, Turn
 from storm_jax.weights.exporter import export_run
 
@@ -87,28 +81,6 @@ def clips_of(config: RunConfig, sample: Sample) -> list[Clip]:
     size, limit = config.model.vision.image_size, config.compression.num_frames
     counts = [count_frames(medium, limit, config.data.frames) for medium in sample.media]
     return [read_media(m, n, size, 0.0) for m, n in zip(sample.media, counts, strict=True)]
-
-
-def encoder_of(run: Run) -> SampleEncoder:
-    config = run.config
-    return SampleEncoder(
-        text=ConversationEncoder(run.tokenizer(), config.data.system), grid=Grid.of(config.model),
-        compression=config.compression, frames=config.data.frames, layout=config.model.layout,
-    )  # fmt: skip
-
-
-def our_logits(run: Run, rows: list[RowSample]) -> list[np.ndarray]:
-    """Logits of samples packed into one row."""
-    config, total = run.config, sum(len(row.encoded) for row in rows)
-    shape = RowShape(
-        tokens=-(-total // 256) * 256, frames=40, image_size=config.model.vision.image_size,
-        grid=Grid.of(config.model), compression=config.compression,
-    )  # fmt: skip
-    batch = {k: jnp.asarray(v) for k, v in build_rows([rows], 0, shape).items()}
-    visual = VisualShape(shape.num_groups, config.compression.spatial_pool)
-    logits = nnx.jit(lambda model, batch: model(batch, visual) @ model.decoder.head())
-    found = np.asarray(logits(load_model(run.path), batch)[0, :total])
-    return np.split(found, np.cumsum([len(row.encoded) for row in rows])[:-1])
 
 
 def conversation_of(sample: Sample, stripped: bool) -> list[dict[str, Any]]:
@@ -202,7 +174,7 @@ def test_ids_pixels_logits_and_greedy_tokens_are_ours(case, media, tmp_path):
         rows.append(RowSample(extended(encoded, new.tolist()), [clip.frames for clip in clips]))
         prompts.append(len(ids))
     for found, theirs, start, question in zip(
-        our_logits(run, rows), expected, prompts, QUESTIONS, strict=True
+        packed_logits(run, rows), expected, prompts, QUESTIONS, strict=True
     ):
         found = found[:-1]  # what follows the last token is not asked
         assert np.abs(found - theirs).max() < MAX_ERROR < np.abs(found).max(), question

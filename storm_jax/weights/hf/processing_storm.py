@@ -68,7 +68,7 @@ class StormVideoProcessor(BaseVideoProcessor):
 
 class StormProcessor(ProcessorMixin):
     """Replaces <image> and <video> in a rendered prompt by placeholders, with the layout's text around them.
-    `settings` are the fields of `TokenPlan` (`plan`), the texts (`layout`), and where times stand (`time_text`)."""
+    `settings` are the fields of `TokenPlan` (`plan`), the texts (`layout`), and where times go (`time_text`)."""
 
     def __init__(self, image_processor, tokenizer, video_processor, settings, chat_template=None):
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
