@@ -74,9 +74,11 @@ def _with_embeddings_only(
 
 
 def remove_tokens(folder: pathlib.Path, tokens: Collection[str]) -> None:
-    """Removes added tokens from the files of a tokenizer."""
+    """Removes added tokens from the files of a tokenizer; other files stay as they are."""
     for path in folder.glob("*.json"):
-        path.write_text(json.dumps(_without(json.loads(path.read_text()), tokens)))
+        content = json.loads(path.read_text())
+        if (kept := _without(content, tokens)) != content:
+            path.write_text(json.dumps(kept))
 
 
 def _without(value: Any, tokens: Collection[str]) -> Any:
