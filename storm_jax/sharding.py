@@ -1,7 +1,8 @@
 """The device mesh, and the rules that map logical axes to mesh axes.
 
 Modules annotate each `nnx.Param` with `logical_axes`, which name its trailing dimensions; stacked layers
-have additional leading ones. `RULES` lists the mesh axes that shard each logical axis.
+have additional leading ones. `RULES` lists the mesh axes that shard each logical axis, except those that shard
+an earlier dimension.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from storm_jax.config import ConfigError, MeshConfig
 
+AXES = ("data", "fsdp", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
     "sequence": ("context",),
+    "frames": AXES,  # the tower needs no tensor parallelism
     # parameters
     "embed": ("fsdp",),
+    "tower": ("fsdp", "tensor"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "inner": ("tensor",),
     "vocab": ("tensor", "fsdp"),  # tables are sharded on one dimension: XLA rematerialises two
 }
-
-AXES = ("data", "fsdp", "context", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -63,9 +65,7 @@ def param_specs(params: nnx.State, mesh: Mesh) -> dict[str, PartitionSpec]:
         name = "/".join(map(str, path))
         shape, axes = variable.shape, variable.get_metadata().get("logical_axes") or ()
         names = _shard_vocab_or_width([None] * (len(shape) - len(axes)) + list(axes), shape, mesh)
-        specs[name] = PartitionSpec(
-            *(_mesh_axes(axis, size, mesh) for axis, size in zip(names, shape, strict=True))
-        )
+        specs[name] = _spec(names, shape, mesh)
         if mesh.size > 1 and not any(specs[name]) and math.prod(shape) > 2**24:
             logging.warning("parameter %s %s is replicated on every device", name, shape)
     return specs
@@ -102,19 +102,58 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh))
 
 
+def axis_size(axis: str) -> int:
+    """Returns the number of devices that a logical axis is sharded over under the context mesh; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return 1
+    return math.prod(mesh.shape[name] for name in RULES[axis])
+
+
+def num_shards(shape: Sequence[int], *axes: str | None) -> tuple[int, ...]:
+    """Returns the number of shards along each dimension of an array with these logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return (1,) * len(axes)
+    return tuple(
+        math.prod(mesh.shape[name] for name in names) for names in _mesh_axes(axes, shape, mesh)
+    )
+
+
+def mesh_axes_in_context(shape: Sequence[int], *axes: str | None) -> list[tuple[str, ...]]:
+    """Returns the axes of the context mesh that shard each dimension of an array with these logical axes."""
+    return _mesh_axes(axes, shape, jax.sharding.get_abstract_mesh())
+
+
+def platform() -> str:
+    """Returns the platform that programs are lowered for, "cpu", "gpu" or "tpu".
+
+    It is that of the context mesh, whose devices need not be here, or else the default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def spec_in_context(shape: Sequence[int], *axes: str | None) -> PartitionSpec:
     """Returns the PartitionSpec of an array with these logical axes under the context mesh."""
     return _spec(axes, shape, jax.sharding.get_abstract_mesh())
 
 
 def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    return PartitionSpec(*(_mesh_axes(a, n, mesh) for a, n in zip(axes, shape, strict=False)))
+    return PartitionSpec(*(names or None for names in _mesh_axes(axes, shape, mesh)))
 
 
-def _mesh_axes(axis: str | None, size: int, mesh: Any) -> tuple[str, ...] | None:
-    if axis is None:
-        return None
-    chosen = tuple(name for name in RULES[axis] if mesh.shape[name] > 1)
-    while chosen and size % math.prod(mesh.shape[name] for name in chosen):
-        chosen = chosen[:-1]
-    return chosen or None
+def _mesh_axes(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Any
+) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension: those of its rule that divide it and that no earlier one uses."""
+    found: list[tuple[str, ...]] = []
+    for axis, size in zip(axes, shape, strict=False):
+        used = {name for names in found for name in names}
+        rule = RULES[axis] if axis else ()
+        chosen = [name for name in rule if mesh.shape[name] > 1 and name not in used]
+        while size % math.prod(mesh.shape[name] for name in chosen):
+            chosen.pop()
+        found.append(tuple(chosen))
+    return found

@@ -21,7 +21,7 @@ from storm_jax.config import MambaConfig
 from storm_jax.models.layers import Einsum, PairedLinear
 from storm_jax.models.mamba1 import Mamba1Direction
 from storm_jax.models.mamba2 import Mamba2Direction
-from storm_jax.sharding import constrain
+from storm_jax.sharding import axis_size, constrain
 
 State = Any  # a Mamba1State or Mamba2State
 
@@ -89,14 +89,31 @@ class MambaMixer(nnx.Module):
         """
         if state is not None and self.backward is not None:
             raise ValueError("a bidirectional mixer cannot process a sequence in blocks")
-        u = constrain(u, "batch", None, None)  # the scan needs the whole sequence
+        length = u.shape[1]
+        if state is None:
+            u, segment_ids = _pad_to_shards(u, segment_ids)
+        u = constrain(u, "batch", "sequence", None)
         x, z = self.in_proj(u)  # 2 x [B, L, E]
         y, state = self.forward(u, x, segment_ids, state)
         if self.backward is not None:
             y += self.backward(u, x, segment_ids)[0]
         y *= jax.nn.silu(z)
-        return self.out_proj(y if self.norm is None else self.norm(y)), state
+        out = self.out_proj(y if self.norm is None else self.norm(y))
+        return out[:, :length], state
 
     def initial_state(self, batch: int) -> State:
         """The state before the first block."""
         return self.forward.initial_state(batch)
+
+
+def _pad_to_shards(
+    u: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Appends a segment of zeros, so that the length is a multiple of the mesh's "context" axis."""
+    missing = -u.shape[1] % axis_size("sequence")
+    if not missing:
+        return u, segment_ids
+    if segment_ids is None:
+        segment_ids = jnp.zeros(u.shape[:2], jnp.int32)
+    ids = jnp.pad(segment_ids, ((0, 0), (0, missing)), constant_values=-1)
+    return jnp.pad(u, ((0, 0), (0, missing), (0, 0))), ids

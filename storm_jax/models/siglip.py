@@ -2,11 +2,14 @@
 
     pixels -> patch embedding + position embedding -> depth x (x + Attn(LN(x)); x + MLP(LN(x))) [-> LN]
 
+Frames are independent, so they are spread over all devices, which gather the parameters of one layer at a time.
 Only the layers up to the feature layer run, and the final norm only with `final_norm`. What does not run is
 stored in `unused`, so that the whole tower can be exported again, and is never trained.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,9 @@ from flax import nnx
 from storm_jax.config import VisionConfig
 from storm_jax.models.layers import Einsum, run_layers, stack_layers
 from storm_jax.ops.attention import attention
+from storm_jax.sharding import constrain, num_shards
+
+FRAME_CHUNK = 16
 
 
 class SigLIP(nnx.Module):
@@ -26,14 +32,14 @@ class SigLIP(nnx.Module):
         self.patch = Einsum(
             "bpc,cd->bpd",
             (3 * config.patch_size**2, width),
-            (None, "embed"),
+            (None, "tower"),
             bias=True,
             rngs=rngs,
             dtype=dtype,
         )
         init = nnx.initializers.normal(width**-0.5)
         self.position = nnx.Param(
-            init(rngs.params(), (patches, width), jnp.float32), logical_axes=(None, "embed")
+            init(rngs.params(), (patches, width), jnp.float32), logical_axes=(None, "tower")
         )
         num_layers = config.depth + 1 + config.feature_layer
 
@@ -46,6 +52,30 @@ class SigLIP(nnx.Module):
         self.unused = nnx.Dict() if config.final_norm else nnx.Dict(norm=norm)
         if num_layers < config.depth:
             self.unused["layers"] = stack_layers(make, config.depth - num_layers, rngs)
+
+    def encode_clips(self, frames: jax.Array) -> jax.Array:
+        """Encodes uint8 [B, F, H, W, 3] as [B, F, P, D], in chunks of FRAME_CHUNK frames per device.
+
+        With `remat`, the backward pass stores the frames and recomputes a chunk at a time.
+        """
+        batch, num_frames, *size = frames.shape
+        rows, parts = num_shards((batch, num_frames), "batch", "frames")
+        local = (batch // rows, num_frames // parts)  # rows and frames of a device
+        count = -(-math.prod(local) // FRAME_CHUNK)
+        x = frames.reshape(rows, local[0], parts, local[1], *size)
+        x = x.swapaxes(1, 2).reshape(rows, parts, math.prod(local), *size)
+        x = jnp.pad(x, [(0, 0)] * 2 + [(0, -x.shape[2] % count)] + [(0, 0)] * 3)
+        x = jnp.moveaxis(x.reshape(rows, parts, count, -1, *size), 2, 0)
+        x = constrain(x, None, "batch", "frames", None, None, None, None)
+
+        def encode(x: jax.Array) -> jax.Array:  # [rows, parts, C, H, W, 3]
+            return self(x.reshape(-1, *size)).reshape(*x.shape[:3], -1, self.config.width)
+
+        x = jax.lax.map(jax.checkpoint(encode) if self.remat else encode, x)
+        x = jnp.moveaxis(x, 0, 2).reshape(rows, parts, -1, *x.shape[4:])[:, :, : math.prod(local)]
+        x = x.reshape(rows, parts, *local, *x.shape[3:]).swapaxes(1, 2)
+        x = x.reshape(batch, num_frames, *x.shape[4:])
+        return constrain(x, "batch", "frames", None, None)
 
     def __call__(self, frames: jax.Array) -> jax.Array:
         """Encodes uint8 [B, H, W, 3] as [B, P, D], patches in raster order.
@@ -80,7 +110,7 @@ class EncoderLayer(nnx.Module):
             return Einsum(
                 "bpd,dhk->bphk",
                 (width, heads, head_dim),
-                ("embed", "heads", None),
+                ("tower", None, None),
                 bias=True,
                 rngs=rngs,
                 dtype=dtype,
@@ -91,7 +121,7 @@ class EncoderLayer(nnx.Module):
         self.out = Einsum(
             "bphk,hkd->bpd",
             (heads, head_dim, width),
-            ("heads", None, "embed"),
+            (None, None, "tower"),
             bias=True,
             rngs=rngs,
             dtype=dtype,
@@ -99,7 +129,7 @@ class EncoderLayer(nnx.Module):
         self.up = Einsum(
             "bpd,dm->bpm",
             (width, config.mlp_dim),
-            ("embed", "mlp"),
+            ("tower", None),
             bias=True,
             rngs=rngs,
             dtype=dtype,
@@ -107,7 +137,7 @@ class EncoderLayer(nnx.Module):
         self.down = Einsum(
             "bpm,md->bpd",
             (config.mlp_dim, width),
-            ("mlp", "embed"),
+            (None, "tower"),
             bias=True,
             rngs=rngs,
             dtype=dtype,

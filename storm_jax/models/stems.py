@@ -50,9 +50,7 @@ class Stem(nnx.Module):
         self.linear3 = linear(width, width) if is_deep else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, frames = x.shape[:2]
-        x = pixel_shuffle(x.reshape(batch * frames, *x.shape[2:]), self.downsample)
-        x = x.reshape(batch, frames, *x.shape[1:])  # [B, F, N, r * r * Dv]
+        x = pixel_shuffle(x, self.downsample)  # [B, F, N, r * r * Dv]
         if self.norm1 is not None:
             x = self.norm1(x)
         x = self.linear1(x)  # [B, F, N, D], or [B, F, N, r * Dv]

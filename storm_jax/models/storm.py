@@ -63,11 +63,9 @@ class Storm(nnx.Module):
         Returns:
           [B, V, D]: G * N' pooled tokens, G * N tokens of images if those differ, and the newline if there is one.
         """
-        batch, num_frames = frames.shape[:2]
+        batch = frames.shape[0]
         with jax.named_scope("vision"):
-            x = self.vision(frames.reshape(batch * num_frames, *frames.shape[2:]))
-            x = x.reshape(batch, num_frames, *x.shape[1:])  # [B, F, P, Dv]
-            x = constrain(x, "batch", "sequence", None, None)
+            x = self.vision.encode_clips(frames)  # [B, F, P, Dv]
         with jax.named_scope("projector"):
             videos, images = self.projector(x, frame_clip)  # [B, F, Nv, D], [B, F, N, D]
         with jax.named_scope("pool"):
@@ -82,7 +80,7 @@ class Storm(nnx.Module):
             if self.projector.newline is not None:
                 newline = self.projector.newline[...].astype(videos.dtype)
                 tables.append(jnp.broadcast_to(newline, (batch, 1, width)))
-        return jnp.concatenate(tables, axis=1)
+        return constrain(jnp.concatenate(tables, axis=1), "batch", None, None)
 
     def merge(self, tokens: jax.Array, visual: jax.Array, visual_index: jax.Array) -> jax.Array:
         """Embeds the text and inserts the visual tokens.

@@ -26,6 +26,7 @@ from storm_jax.config import MambaConfig, ModelConfig
 from storm_jax.models.layers import run_layers, stack_layers
 from storm_jax.models.mamba import MambaMixer, State
 from storm_jax.models.stems import Stem
+from storm_jax.sharding import constrain
 
 
 class Mixer(Protocol):
@@ -54,7 +55,8 @@ class TemporalProjector(nnx.Module):
     def __call__(self, x: jax.Array, frame_clip: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the tokens of videos [B, F, Nv, D] and of images [B, F, N, D]; they are the same array if the
         grids are the same."""
-        tokens = self.stem(x)  # [B, F, N, D]
+        tokens = constrain(self.stem(x), "batch", "frames", None, None)  # [B, F, N, D]
+        tokens = constrain(tokens, "batch", "sequence", None, None)
         videos = self._mix(self.stem.pool(tokens), frame_clip)  # [B, F, Nv, D]
         if self.stem.video_pool == "none":
             return videos, videos

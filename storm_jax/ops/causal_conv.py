@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from storm_jax.ops import sequence_shards
 
 
 def causal_conv(
@@ -32,6 +37,53 @@ def causal_conv(
     length, context = x.shape[1], kernel.shape[0] - 1
     if cache is None:
         cache = jnp.zeros_like(x, shape=(x.shape[0], context, x.shape[2]))
+    if reverse:
+        next_cache = jnp.concatenate([x[:, :context], cache], axis=1)[:, :context]
+    else:
+        ends = jnp.concatenate([cache, x[:, max(0, length - context) :]], axis=1)
+        next_cache = ends[:, ends.shape[1] - context :]
+    if not sequence_shards.is_sharded(length) or sequence_shards.local_length(length) < context:
+        return _conv(x, kernel, bias, segment_ids, cache, reverse), next_cache
+    if segment_ids is None:
+        segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
+    steps = sequence_shards.steps_spec(x.shape, "inner")
+    channels = P(None, steps[2])
+    conv = jax.shard_map(
+        functools.partial(_conv_shard, reverse=reverse),
+        in_specs=(steps, channels, P(steps[2]), P(*steps[:2]), P(steps[0], None, steps[2])),
+        out_specs=steps,
+    )
+    return conv(x, kernel, bias, segment_ids, cache), next_cache
+
+
+def _conv_shard(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    segment_ids: jax.Array,
+    cache: jax.Array,
+    *,
+    reverse: bool,
+) -> jax.Array:
+    """The convolution of a shard; `cache` precedes the whole sequence."""
+    context = kernel.shape[0] - 1
+    before = sequence_shards.halo(x, context, reverse)
+    ids_before = sequence_shards.halo(segment_ids, context, reverse)
+    first_id = segment_ids[:, -1:] if reverse else segment_ids[:, :1]
+    before = jnp.where((ids_before == first_id)[..., None], before, 0)
+    cache = jnp.where(sequence_shards.is_first(reverse), cache, before)
+    return _conv(x, kernel, bias, segment_ids, cache, reverse)
+
+
+def _conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    segment_ids: jax.Array | None,
+    cache: jax.Array,
+    reverse: bool,
+) -> jax.Array:
+    length, context = x.shape[1], kernel.shape[0] - 1
     padded = jnp.concatenate([x, cache] if reverse else [cache, x], axis=1)
     if segment_ids is not None:
         padding = ((0, 0), (0, context) if reverse else (context, 0))
@@ -48,5 +100,4 @@ def causal_conv(
             same_segment = shift(segment_ids, j) == shift(segment_ids, 0)
             previous = jnp.where(same_segment[..., None], previous, 0)
         y += kernel[-1 - j][None, None] * previous
-    next_cache = padded[:, :context] if reverse else padded[:, length:]
-    return y.astype(x.dtype), next_cache
+    return y.astype(x.dtype)

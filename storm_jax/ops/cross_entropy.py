@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from storm_jax.ops.chunks import to_chunks
+from storm_jax.sharding import mesh_axes_in_context
 
 TOKEN_CHUNK = 1024
 
@@ -15,7 +22,8 @@ def cross_entropy(
 
     Sums rather than means, so that shards, accumulation steps and hosts combine exactly. Logits are
     computed in chunks of TOKEN_CHUNK tokens and recomputed in the backward pass. Targets are not
-    one-hot encoded.
+    one-hot encoded. On a mesh, each device cuts its own tokens into chunks and has a part of the vocabulary; the
+    gradient of the head is reduced once, not once per chunk.
 
     Args:
       hidden: [B, S, D].
@@ -27,23 +35,54 @@ def cross_entropy(
       Three fp32 scalars: the summed loss in nats, the summed weight, and the summed weight of the
       tokens whose target has the highest logit.
     """
+    arrays = (hidden, head, targets, weights)
+    if jax.sharding.get_abstract_mesh().empty:
+        loss, correct = _sums(*arrays, vocab=())
+    else:
+        shape = (*hidden.shape[:2], head.shape[1])
+        rows, steps, columns = mesh_axes_in_context(shape, "batch", "sequence", "vocab")
+        tokens = P(rows, steps)
+
+        def shard_sums(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _over((*rows, *steps), jax.lax.psum, _sums(*arrays, vocab=columns))
+
+        in_specs = (P(rows, steps, None), P(None, columns), tokens, tokens)
+        loss, correct = jax.shard_map(shard_sums, in_specs=in_specs, out_specs=P())(*arrays)
+    return loss, weights.sum(), correct
+
+
+def _sums(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    vocab: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and accuracy of the tokens of a device; `vocab` are the mesh axes that shard V."""
+    first = jax.lax.axis_index(vocab) * head.shape[1] if vocab else 0  # of this device's tokens
 
     def chunk_sums(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, weights = args
         logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
-        target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        loss = jax.nn.logsumexp(logits, axis=-1) - target_logit
-        correct = target_logit >= logits.max(axis=-1)
-        return jnp.sum(loss * weights), jnp.sum(correct * weights)
+        largest = jax.lax.stop_gradient(logits).max(axis=-1)  # [B, S]
+        largest = _over(vocab, jax.lax.pmax, largest)
+        total = jnp.exp(logits - largest[..., None]).sum(axis=-1)
+        total = _over(vocab, jax.lax.psum, total)
+        column = targets - first
+        is_here = (column >= 0) & (column < logits.shape[-1])
+        column = jnp.where(is_here, column, 0)[..., None]
+        target = jnp.take_along_axis(logits, column, axis=-1)[..., 0]
+        target = _over(vocab, jax.lax.psum, jnp.where(is_here, target, 0))
+        loss = jnp.log(total) + largest - target
+        return jnp.sum(loss * weights), jnp.sum((target >= largest) * weights)
 
-    length = hidden.shape[1]
-    size = min(TOKEN_CHUNK, length)
+    size = min(TOKEN_CHUNK, hidden.shape[1])
+    chunks = jax.tree.map(lambda x: to_chunks(x, size), (hidden, targets, weights))
+    loss, correct = jax.lax.map(jax.checkpoint(chunk_sums), chunks)
+    return loss.sum(), correct.sum()
 
-    def chunks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -length % size)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    loss, correct = jax.lax.map(
-        jax.checkpoint(chunk_sums), (chunks(hidden), chunks(targets), chunks(weights))
-    )
-    return loss.sum(), weights.sum(), correct.sum()
+def _over(axes: tuple[str, ...], collective: Callable, x: Any) -> Any:
+    """A collective over mesh axes; over none, it would be an error."""
+    return collective(x, axes) if axes else x

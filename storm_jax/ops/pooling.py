@@ -16,15 +16,14 @@ def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
     row-major over the block, as in VILA.
 
     Args:
-      x: [B, P, D]; the P tokens are a square grid in raster order.
+      x: [..., P, D]; the P tokens are a square grid in raster order.
 
     Returns:
-      [B, ceil(side / factor)^2, factor^2 * D].
+      [..., ceil(side / factor)^2, factor^2 * D].
     """
-    batch, width = x.shape[0], x.shape[-1]
-    x = _grid(x, factor)  # [B, h, r, w, r, D]
-    x = x.transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, x.shape[1] * x.shape[2], factor * factor * width)
+    *lead, _, width = x.shape
+    x = _grid(x, factor).swapaxes(-4, -3)  # [..., h, w, r, r, D]
+    return x.reshape(*lead, x.shape[-5] * x.shape[-4], factor * factor * width)
 
 
 def temporal_pool(x: jax.Array, frame_group: jax.Array, num_groups: int) -> jax.Array:
@@ -58,16 +57,17 @@ def halve_grid(x: jax.Array, method: str) -> jax.Array:
     """
     *lead, tokens, width = x.shape
     side = _side(tokens)
-    x = x.reshape(-1, side, side, width)
+    x = x.reshape(*lead, side, side, width)
     if method == "bilinear":
         weights = jnp.asarray(_bilinear(side), jnp.float32)
-        y = jnp.einsum("ip,jq,bpqd->bijd", weights, weights, x.astype(jnp.float32))
+        y = jnp.einsum("ip,jq,...pqd->...ijd", weights, weights, x.astype(jnp.float32))
         return y.reshape(*lead, -1, width).astype(x.dtype)
     half = side // 2
-    x = x[:, : 2 * half, : 2 * half]
+    x = x[..., : 2 * half, : 2 * half, :]
     if method == "average":
         return spatial_pool(x.reshape(*lead, -1, width), 2)
-    return x.reshape(-1, half, 2, half, 2, width).max(axis=(2, 4)).reshape(*lead, -1, width)
+    x = x.reshape(*lead, half, 2, half, 2, width).max(axis=(-4, -2))
+    return x.reshape(*lead, -1, width)
 
 
 def _bilinear(side: int) -> np.ndarray:
@@ -140,21 +140,21 @@ def spatial_pool(x: jax.Array, factor: int) -> jax.Array:
     if factor == 1:
         return x
     *lead, tokens, width = x.shape
-    cells = _grid(x.reshape(-1, tokens, width).astype(jnp.float32), factor)
-    count = _grid(jnp.ones((1, tokens, 1), jnp.float32), factor).sum(axis=(2, 4))
-    mean = cells.sum(axis=(2, 4)) / count
+    cells = _grid(x.astype(jnp.float32), factor)
+    ones = jnp.ones((1,) * len(lead) + (tokens, 1), jnp.float32)
+    mean = cells.sum(axis=(-4, -2)) / _grid(ones, factor).sum(axis=(-4, -2))
     return mean.reshape(*lead, -1, width).astype(x.dtype)
 
 
 def _grid(x: jax.Array, factor: int) -> jax.Array:
-    """Reshapes [B, side * side, D] to [B, cells, factor, cells, factor, D], zero-padded."""
-    batch, tokens, width = x.shape
+    """Reshapes [..., side * side, D] to [..., cells, factor, cells, factor, D], zero-padded."""
+    *lead, tokens, width = x.shape
     side = _side(tokens)
-    x = x.reshape(batch, side, side, width)
     pad = -side % factor
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, pad), (0, 0)))
+    x = x.reshape(*lead, side, side, width)
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, pad), (0, pad), (0, 0)])
     cells = (side + pad) // factor
-    return x.reshape(batch, cells, factor, cells, factor, width)
+    return x.reshape(*lead, cells, factor, cells, factor, width)
 
 
 def _side(tokens: int) -> int:

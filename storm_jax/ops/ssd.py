@@ -35,11 +35,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from storm_jax.ops import sequence_shards
 from storm_jax.ops.selective_scan.inputs import step_size
 from storm_jax.ops.spans import Span, loop_over_spans, segment_starts, unify_varying_axes
+from storm_jax.sharding import platform
 
-# (steps per chunk, chunks per span) by backend.
+# (steps per chunk, chunks per span) by platform.
 SIZES = {"cpu": (64, 8)}
 DEFAULT_SIZES = (256, 32)
 # exp(LOG_ZERO) is zero in fp32. Log decays are clipped to it: smaller ones would not change any decay,
@@ -74,7 +77,7 @@ def ssd(
       reverse: scan from the last step to the first.
       h0: [B, H, P, N], the initial state; None means zeros.
       segment_ids: int [B, L]; the state is reset to zero where the id changes.
-      chunk: steps per chunk; None selects the default of the backend.
+      chunk: steps per chunk; None selects the default of the platform.
 
     Returns:
       y [B, L, H, P] in the dtype of `x`, and the final state [B, H, P, N] in fp32.
@@ -87,15 +90,18 @@ def ssd(
         raise ValueError(
             f"x has {heads} heads, which is not a multiple of the {B.shape[2]} groups of B"
         )
-    default_chunk, chunks_per_span = SIZES.get(jax.default_backend(), DEFAULT_SIZES)
+    default_chunk, chunks_per_span = SIZES.get(platform(), DEFAULT_SIZES)
     chunk = default_chunk if chunk is None else chunk
-    options = Options(chunk=chunk, span=min(chunk * chunks_per_span, length), reverse=reverse)
-    reset = None if segment_ids is None else segment_starts(segment_ids, reverse)
+    local_length = sequence_shards.local_length(length)
+    options = Options(chunk=chunk, span=min(chunk * chunks_per_span, local_length), reverse=reverse)
     if h0 is None:
         h0 = jnp.zeros((batch, heads, width, B.shape[3]), jnp.float32)
     params = jax.tree.map(lambda v: v.astype(jnp.float32), Params(A, D, dt_bias))
-    arrays = (Steps(x=x, dt=dt, B=B, C=C), params, reset, h0.astype(jnp.float32))
-    return _scan(options, *unify_varying_axes(arrays))
+    steps, h0 = Steps(x=x, dt=dt, B=B, C=C), h0.astype(jnp.float32)
+    if sequence_shards.is_sharded(length):
+        return _scan_over_mesh(options, steps, params, segment_ids, h0)
+    reset = None if segment_ids is None else segment_starts(segment_ids, reverse)
+    return _scan(options, *unify_varying_axes((steps, params, reset, h0)))
 
 
 class Options(NamedTuple):
@@ -121,6 +127,62 @@ class Params(NamedTuple):
     A: jax.Array  # [H]
     D: jax.Array  # [H]
     dt_bias: jax.Array | None  # [H]
+
+
+def _scan_over_mesh(
+    options: Options,
+    steps: Steps,
+    params: Params,
+    segment_ids: jax.Array | None,
+    h0: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`_scan` of a sequence that is sharded over the mesh: each device has its rows, steps and heads."""
+    x = sequence_shards.steps_spec(steps.x.shape, "inner", None)
+    groups = sequence_shards.steps_spec(steps.B.shape, "inner", None)
+    if steps.B.shape[2] > 1 and groups[2] != x[2]:  # heads would read groups of another device
+        x, groups = (P(*spec[:2], None, None) for spec in (x, groups))
+    h, heads = P(x[0], x[2], None, None), P(x[2])
+    if segment_ids is None:
+        segment_ids = jnp.zeros(steps.x.shape[:2], jnp.int32)
+    step_specs: dict[str, Any] = {"x": x, "dt": P(*x[:3]), "B": groups, "C": groups}
+    in_specs = (Steps(**step_specs), jax.tree.map(lambda _: heads, params), P(*x[:2]), h)
+    scan = jax.shard_map(
+        functools.partial(_scan_shard, options), in_specs=in_specs, out_specs=(x, h)
+    )
+    return scan(steps, params, segment_ids, h0)
+
+
+def _scan_shard(
+    options: Options, steps: Steps, params: Params, segment_ids: jax.Array, h0: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_scan` of a shard; h0 and the final state are those of the whole sequence."""
+    reverse = options.reverse
+    steps, params, segment_ids, h0 = unify_varying_axes((steps, params, segment_ids, h0))
+    starts = sequence_shards.shard_starts(segment_ids, reverse)
+    is_reached = sequence_shards.reached(starts, reverse)
+    h0 = jnp.where(sequence_shards.is_first(reverse), h0, 0)
+    y, h = _scan(options, steps, params, starts, h0)
+
+    def sizes(steps: tuple) -> jax.Array:
+        return step_size(steps[0], params.dt_bias)  # [B, L, H]
+
+    def decay(size: jax.Array) -> jax.Array:
+        return jnp.exp(size * params.A.reshape((1,) * (size.ndim - 1) + params.A.shape))
+
+    total = sizes((steps.dt,)).sum(axis=1)  # [B, H]
+    over_shard = jnp.where(is_reached.all(axis=1)[:, None], decay(total), 0)[..., None, None]
+    incoming = sequence_shards.incoming_state(over_shard, h, reverse)  # [B, H, P, N]
+
+    def contribution(steps: tuple, sums: jax.Array) -> jax.Array:
+        C = steps[1]  # [B, Q, G, N]
+        states = incoming.reshape(C.shape[0], C.shape[2], -1, *incoming.shape[2:])
+        y = _dot("bqgn,bgrpn->bqgrp", C, states, dtype=C.dtype)
+        return decay(sums)[..., None] * y.reshape(*sums.shape, -1)
+
+    y = sequence_shards.add_contribution(
+        y, (steps.dt, steps.C), is_reached, sizes, contribution, reverse
+    )
+    return y, sequence_shards.last_state(over_shard, incoming, h, reverse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

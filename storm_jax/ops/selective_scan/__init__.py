@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from storm_jax.ops import sequence_shards
 from storm_jax.ops.guard import agrees
 from storm_jax.ops.selective_scan import xla
-from storm_jax.ops.selective_scan.inputs import Inputs
+from storm_jax.ops.selective_scan.inputs import Inputs, step_size
 from storm_jax.ops.spans import segment_starts, unify_varying_axes
-from storm_jax.sharding import spec_in_context
+from storm_jax.sharding import platform, spec_in_context
 
 CHUNK = {"sequential": 64, "chunked": 256}  # steps; "associative" solves the whole length at once
 # The module of each kernel, imported on first use: a newer JAX may no longer have what it imports.
@@ -64,8 +65,8 @@ def selective_scan(
       reverse: scan from the last step to the first.
       h0: [B, E, N], the initial state; None means zeros.
       segment_ids: int [B, L]; the state is reset to zero where the id changes.
-      implementation: one of `IMPLEMENTATIONS`; None selects the fastest one for the default backend.
-        On CPU, the GPU and TPU kernels are interpreted, which is slow.
+      implementation: one of `IMPLEMENTATIONS`; None selects the fastest one for the platform that
+        the program is lowered for. On CPU, the GPU and TPU kernels are interpreted, which is slow.
 
     Returns:
       y [B, L, E] in the dtype of `x`, and the final state [B, E, N] in fp32.
@@ -74,7 +75,7 @@ def selective_scan(
       ValueError: unknown `implementation`, length 0, or mismatched shapes.
     """
     if implementation is None:
-        implementation = fastest(jax.default_backend(), A.shape[1])
+        implementation = fastest(platform(), A.shape[1])
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: use one of {IMPLEMENTATIONS} or None")
     batch, length, width = x.shape
@@ -83,9 +84,8 @@ def selective_scan(
         {"dt": dt, "A": A, "B": B, "C": C, "D": D}
         | {"dt_bias": dt_bias, "h0": h0, "segment_ids": segment_ids},
     )
-    reset = jnp.zeros((batch, length), jnp.bool_)
-    if segment_ids is not None:
-        reset = segment_starts(segment_ids, reverse)
+    if segment_ids is None:
+        segment_ids = jnp.zeros((batch, length), jnp.int32)
     if h0 is None:
         h0 = jnp.zeros((batch, width, A.shape[1]), jnp.float32)
     inputs = Inputs(
@@ -99,12 +99,15 @@ def selective_scan(
     )
     h0 = h0.astype(jnp.float32).swapaxes(1, 2)
 
-    def scan(*arrays: Any) -> tuple[jax.Array, jax.Array]:
-        return _scan(*unify_varying_axes(arrays), reverse, implementation)
-
-    if implementation in KERNELS:
-        scan = _shard_over_mesh(scan, inputs, h0)
-    y, h = scan(inputs, reset, h0)
+    is_sharded = sequence_shards.is_sharded(length)
+    scan: Callable[..., Any] = functools.partial(
+        _scan_shard if is_sharded else _scan_sequence,
+        reverse=reverse,
+        implementation=implementation,
+    )
+    if implementation in KERNELS or is_sharded:
+        scan = _shard_over_mesh(scan, inputs, h0, check_vma=implementation not in KERNELS)
+    y, h = scan(inputs, segment_ids, h0)
     return y, h.swapaxes(1, 2)
 
 
@@ -204,26 +207,71 @@ def _lowers(name: str, platform: str) -> bool:
     return True
 
 
-def _shard_over_mesh(scan: Callable[..., Any], inputs: Inputs, h0: jax.Array) -> Callable[..., Any]:
-    """Wraps `scan` to run on the rows and channels of each device: XLA cannot partition a kernel."""
+def _shard_over_mesh(
+    scan: Callable[..., Any], inputs: Inputs, h0: jax.Array, check_vma: bool
+) -> Callable[..., Any]:
+    """Wraps `scan` to run on the rows, steps and channels of each device.
+
+    Interpreted kernels lose track of varying axes, so these cannot be checked.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return scan
-    x, h = (spec_in_context(v.shape, "batch", None, "inner") for v in (inputs.x, h0))
-    rows, channels = P(x[0]), P(x[2])
+    x = sequence_shards.steps_spec(inputs.x.shape, "inner")
+    h = spec_in_context(h0.shape, "batch", None, "inner")
+    steps, channels = P(*x[:2]), P(x[2])
     specs: dict[str, Any] = {
         "x": x,
         "dt": x,
         "A": P(None, x[2]),
-        "B": rows,
-        "C": rows,
+        "B": steps,
+        "C": steps,
         "D": channels,
         "dt_bias": None if inputs.dt_bias is None else channels,
     }
-    # Interpreted kernels lose track of varying axes, so the check is off.
     return jax.shard_map(
-        scan, in_specs=(Inputs(**specs), rows, h), out_specs=(x, h), check_vma=False
+        scan, in_specs=(Inputs(**specs), steps, h), out_specs=(x, h), check_vma=check_vma
     )
+
+
+def _scan_sequence(
+    inputs: Inputs, segment_ids: jax.Array, h0: jax.Array, *, reverse: bool, implementation: str
+) -> tuple[jax.Array, jax.Array]:
+    """Returns y [B, L, E] and the final state [B, N, E]."""
+    arrays = (inputs, segment_starts(segment_ids, reverse), h0)
+    return _scan(*unify_varying_axes(arrays), reverse, implementation)
+
+
+def _scan_shard(
+    inputs: Inputs, segment_ids: jax.Array, h0: jax.Array, *, reverse: bool, implementation: str
+) -> tuple[jax.Array, jax.Array]:
+    """The same for a shard of the sequence; h0 and the final state are those of the whole sequence."""
+    inputs, segment_ids, h0 = unify_varying_axes((inputs, segment_ids, h0))
+    starts = sequence_shards.shard_starts(segment_ids, reverse)
+    is_reached = sequence_shards.reached(starts, reverse)
+    h0 = jnp.where(sequence_shards.is_first(reverse), h0, 0)
+    y, h = _scan(inputs, starts, h0, reverse, implementation)
+
+    def sizes(steps: tuple) -> jax.Array:
+        return step_size(steps[0], inputs.dt_bias)  # [B, L, E]
+
+    def decay(size: jax.Array) -> jax.Array:
+        return jnp.exp(
+            size[..., None, :] * inputs.A.reshape((1,) * (size.ndim - 1) + inputs.A.shape)
+        )
+
+    total = sizes((inputs.dt,)).sum(axis=1)  # [B, E]
+    over_shard = jnp.where(is_reached.all(axis=1)[:, None, None], decay(total), 0)  # [B, N, E]
+    incoming = sequence_shards.incoming_state(over_shard, h, reverse)
+
+    def contribution(steps: tuple, sums: jax.Array) -> jax.Array:
+        C = steps[1].astype(jnp.float32)[..., None]  # [B, Q, N, 1]
+        return (C * decay(sums) * incoming[:, None]).sum(axis=2)
+
+    y = sequence_shards.add_contribution(
+        y, (inputs.dt, inputs.C), is_reached, sizes, contribution, reverse
+    )
+    return y, sequence_shards.last_state(over_shard, incoming, h, reverse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
