@@ -7,7 +7,6 @@ an earlier dimension.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from storm_jax.config import ConfigError, MeshConfig
@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "inner": ("tensor",),
+    "wide_inner": ("tensor", "fsdp"),  # of a kernel whose other dimension is narrow
     "vocab": ("tensor", "fsdp"),  # tables are sharded on one dimension: XLA rematerialises two
 }
 
@@ -51,14 +52,35 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices but "
             f"{len(devices)} are available: set config.mesh so that the product of its axes matches"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices by position in the mesh, so that axes run along fast links.
+
+    Slices of a TPU pod and nodes of a GPU cluster are connected by a slower network. It is left to the axis that
+    exchanges least: `data`, or `fsdp` if the slices do not divide `data`.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    for axis in (0, 1):
+        if shape[axis] % slices == 0:
+            outer = [slices if i == axis else 1 for i in range(len(shape))]
+            inner = [size // n for size, n in zip(shape, outer, strict=True)]
+            return mesh_utils.create_hybrid_device_mesh(
+                inner, outer, devices, allow_split_physical_axes=True
+            )
+    raise ConfigError(
+        f"mesh {dict(zip(AXES, shape, strict=True))} on {slices} slices: make mesh.data or mesh.fsdp a multiple "
+        f"of {slices}, so that only one of them crosses the network between slices"
+    )
 
 
 def param_specs(params: nnx.State, mesh: Mesh) -> dict[str, PartitionSpec]:
     """Returns the PartitionSpec of every parameter by path.
 
-    A dimension that is not divisible by its mesh axes is not sharded. Large parameters that end up
-    replicated on every device are logged.
+    A dimension that is not divisible by its mesh axes is not sharded.
     """
     specs = {}
     for path, variable in nnx.to_flat_state(params):
@@ -66,8 +88,6 @@ def param_specs(params: nnx.State, mesh: Mesh) -> dict[str, PartitionSpec]:
         shape, axes = variable.shape, variable.get_metadata().get("logical_axes") or ()
         names = _shard_vocab_or_width([None] * (len(shape) - len(axes)) + list(axes), shape, mesh)
         specs[name] = _spec(names, shape, mesh)
-        if mesh.size > 1 and not any(specs[name]) and math.prod(shape) > 2**24:
-            logging.warning("parameter %s %s is replicated on every device", name, shape)
     return specs
 
 

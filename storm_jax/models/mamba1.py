@@ -58,14 +58,14 @@ class Mamba1Direction(nnx.Module):
         self.x_proj = Einsum(
             "ble,er->blr",
             (inner, dt_rank + 2 * d_state),
-            ("inner", None),
+            ("wide_inner", None),
             rngs=rngs,
             dtype=dtype,
         )
         self.dt_proj = Einsum(
             "blr,re->ble",
             (dt_rank, inner),
-            (None, "inner"),
+            (None, "wide_inner"),
             kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
             rngs=rngs,
             dtype=dtype,

@@ -23,7 +23,7 @@ from storm_jax.ops.spans import segment_starts
 from storm_jax.sharding import num_shards, spec_in_context
 
 AXIS = "context"
-_CHUNK = 256  # steps whose contribution of the incoming state is computed at a time
+CHUNK = 256  # steps whose contribution of the incoming state is computed at a time
 
 
 def local_length(length: int) -> int:
@@ -133,7 +133,7 @@ def add_contribution(
         y = (y + jnp.where(_like(is_reached, added), added, 0)).astype(y.dtype)
         return total + sizes.sum(axis=1), y
 
-    size = min(_CHUNK, length)
+    size = min(CHUNK, length)
     chunks = jax.tree.map(lambda v: to_chunks(v, size), (y, steps, is_reached))
     first = jax.tree.map(lambda v: v[0], chunks)
     total = jnp.zeros_like(step_size(first[1])[:, 0])

@@ -45,7 +45,7 @@ def make_train_step(spec: StateSpec, shape: RowShape) -> TrainStep:
     config = spec.config
     optimizer = make_optimizer(config.optim, config.train.steps)
     rate_factor = schedule(config.optim, config.train.steps)
-    loss_sums = _make_loss_sums(spec.graphdef, shape)
+    loss_sums = make_loss_sums(spec.graphdef, shape)
 
     def summed_loss(trained: dict, frozen: dict, batch: dict) -> tuple[jax.Array, Sums]:
         sums = loss_sums({**trained, **frozen}, batch)
@@ -80,11 +80,11 @@ def make_train_step(spec: StateSpec, shape: RowShape) -> TrainStep:
 
 def make_eval_step(spec: StateSpec, shape: RowShape) -> EvalStep:
     """The evaluation step for rows of one shape: sums of loss, weight and right answers."""
-    loss_sums = _make_loss_sums(spec.graphdef, shape)
+    loss_sums = make_loss_sums(spec.graphdef, shape)
     return jax.jit(lambda state, batch: loss_sums(state.params(), batch))
 
 
-def _make_loss_sums(graphdef: nnx.GraphDef, shape: RowShape) -> Callable[[dict, dict], Sums]:
+def make_loss_sums(graphdef: nnx.GraphDef, shape: RowShape) -> Callable[[dict, dict], Sums]:
     """The forward pass: sums of loss, weight, right answers and tokens over a batch."""
     visual_shape = VisualShape(shape.num_groups, shape.compression.spatial_pool)
 
