@@ -18,11 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import transformers
 
-from storm_jax.compression import Grid
 from storm_jax.config import RunConfig, SourceConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.lengths import Lengths, read_lengths
-from storm_jax.data.rows import RowShape
+from storm_jax.data.rows import RowShape, row_shapes
 from storm_jax.data.skips import DataError, Skip, check_skips
 from storm_jax.data.sources import Source, open_source
 from storm_jax.media.workers import WorkerPool
@@ -39,29 +38,18 @@ def open_mixture(
     tokenizer: transformers.PreTrainedTokenizerBase,
     pool: WorkerPool,
 ) -> Mixture:
-    """Opens the mixture of `sources` for a run's model. Temporal sampling is off: it is for test time only."""
-    data, grid = config.data, Grid.of(config.model)
-    compression = dataclasses.replace(config.compression, temporal_sample=1)
-    size = config.model.vision.image_size
+    """Opens the mixture of `sources` for a run's model."""
+    data, shapes = config.data, row_shapes(config)
     return Mixture(
         sources,
         SampleEncoder(
             text=ConversationEncoder(tokenizer, data.system),
-            grid=grid,
-            compression=compression,
+            grid=shapes[-1].grid,
+            compression=shapes[-1].compression,
             frames=data.frames,
             layout=config.model.layout,
         ),
-        [
-            RowShape(
-                tokens=row.tokens,
-                frames=row.frames,
-                image_size=size,
-                grid=grid,
-                compression=compression,
-            )
-            for row in data.rows
-        ],
+        shapes,
         seed=config.train.seed,
         index_dir=data.index_dir,
         max_skip_fraction=data.max_skip_fraction,

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from storm_jax.compression import Grid, plan_clip, pooled_side, visual_index
-from storm_jax.config import CompressionConfig
+from storm_jax.config import CompressionConfig, RunConfig
 from storm_jax.text.conversation import Encoded
 
 
@@ -44,6 +44,20 @@ class RowShape:
         """Group slots G, bounded by the frame slots and by S / N' (a group fills N' token slots or more)."""
         per_group = pooled_side(self.grid.video, self.compression.spatial_pool) ** 2
         return max(1, min(self.frames, self.tokens // per_group))
+
+
+def row_shapes(config: RunConfig) -> list[RowShape]:
+    """The shapes of a run's rows. Temporal sampling is off: it is for test time only."""
+    return [
+        RowShape(
+            tokens=row.tokens,
+            frames=row.frames,
+            image_size=config.model.vision.image_size,
+            grid=Grid.of(config.model),
+            compression=dataclasses.replace(config.compression, temporal_sample=1),
+        )
+        for row in config.data.rows
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
