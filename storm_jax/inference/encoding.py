@@ -12,14 +12,12 @@ import numpy as np
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.inference.programs import Programs
-from storm_jax.inference.scenes import Scene, SceneShape, batch_scenes
+from storm_jax.inference.scenes import Scene, batch_scenes, scenes_per_call
 from storm_jax.media.frames import Clip
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.reader import MediaReader
 from storm_jax.models.storm import VisualShape
 
-# Small scenes are encoded together, up to this many frames per device.
-_FRAMES_AT_ONCE = 64
 # Limit for frames decoded ahead.
 _BYTES_AHEAD = 2**31
 
@@ -83,7 +81,7 @@ class SceneEncoder:
         clips = self._read_ahead([scene for batch in planned for scene in batch], reader, rows)
         for number, batch in enumerate(planned):
             shape = batch[0].shape
-            per_call = self._scenes_per_call(shape, rows)
+            per_call = scenes_per_call(shape, rows, self._programs.mesh.size)
             encoded: list[EncodedScene] = []
             tables: list[jax.Array] = []
             seconds = 0.0
@@ -131,10 +129,6 @@ class SceneEncoder:
             visual_tokens=scene.visual_tokens,
             entries=tuple(entries),
         )
-
-    def _scenes_per_call(self, shape: SceneShape, rows: int) -> int:
-        """How many scenes all devices encode together."""
-        return min(rows, self._programs.mesh.size * max(1, _FRAMES_AT_ONCE // shape.frames))
 
     def _read_ahead(
         self, scenes: Sequence[Scene], reader: MediaReader, rows: int

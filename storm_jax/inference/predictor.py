@@ -25,7 +25,7 @@ from storm_jax.inference.encoding import EncodedBatch, SceneEncoder
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
 from storm_jax.inference.programs import Programs
-from storm_jax.inference.scenes import plan_scene, prompt_slots, round_up
+from storm_jax.inference.scenes import default_rows, plan_scene, prompt_slots, round_up
 from storm_jax.media.image import IMAGE_SUFFIXES
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.reader import MediaReader
@@ -36,9 +36,6 @@ from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 from storm_jax.text.tokenizer import stop_ids
 
 Path = str | pathlib.Path
-# The default batch: at most this many visual tokens per device, and at most this many rows.
-_TOKENS_PER_DEVICE = 2**17
-_MAX_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,8 +292,7 @@ class Predictor:
         """Rows of a batch, a multiple of the devices, for scenes of at most `visual_tokens`."""
         devices = self._programs.mesh.size
         if requested is None:
-            fitting = max(1, _TOKENS_PER_DEVICE // max(1, visual_tokens)) * devices
-            requested = min(_MAX_ROWS, fitting)
+            requested = default_rows(visual_tokens, devices)
         return -(-requested // devices) * devices
 
     def _single_tokens(self, texts: Sequence[str]) -> list[int]:

@@ -16,6 +16,11 @@ from storm_jax.data.encoder import SampleEncoder
 from storm_jax.media.media import Media
 
 _PROMPT_MULTIPLE = 32
+# The default batch: at most this many visual tokens per device, and at most this many rows.
+_TOKENS_PER_DEVICE = 2**17
+_MAX_ROWS = 32
+# Small scenes are encoded together, up to this many frames per device.
+_FRAMES_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,17 @@ def batch_scenes(scenes: Iterable[Scene], size: int) -> list[tuple[Scene, ...]]:
         for same_shape in by_shape.values()
         for start in range(0, len(same_shape), size)
     ]
+
+
+def default_rows(visual_tokens: int, devices: int) -> int:
+    """How many prompts of at most `visual_tokens` are answered together, before rounding up to a multiple of the
+    devices."""
+    return min(_MAX_ROWS, max(1, _TOKENS_PER_DEVICE // max(1, visual_tokens)) * devices)
+
+
+def scenes_per_call(shape: SceneShape, rows: int, devices: int) -> int:
+    """How many scenes all devices encode together."""
+    return min(rows, devices * max(1, _FRAMES_AT_ONCE // shape.frames))
 
 
 def prompt_slots(length: int) -> int:
