@@ -1,0 +1,1 @@
+"""Compiles a configuration for hardware that is not here: `python -m storm_jax.preflight --help`."""

@@ -1,0 +1,251 @@
+"""The programs of train.py and eval.py, lowered for a mesh without data or weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from storm_jax.compression import Grid, plan_clip
+from storm_jax.config import ConfigError, RunConfig
+from storm_jax.data.rows import RowShape, empty_frames, empty_rows
+from storm_jax.inference.generate import decode_step, prefill
+from storm_jax.inference.scenes import (
+    SceneShape,
+    default_rows,
+    prompt_slots,
+    round_up,
+    scenes_per_call,
+)
+from storm_jax.models.decoder import Cache
+from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.params import abstract_model, compute_dtypes, flat_params, with_sharding
+from storm_jax.preflight.flops import Work, decode_work, encode_work, prefill_work, train_work
+from storm_jax.sharding import batch_sharding, constrain, param_shardings
+from storm_jax.train.state import StateSpec
+from storm_jax.train.step import make_train_step
+
+_QUESTION_TOKENS = 256  # text of a prompt
+_NEW_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program that is ready to be compiled.
+
+    Attributes:
+      name: "train", "encode", "prefill" or "decode".
+      rows: of a call, over all devices.
+      tokens, frames: of a row.
+      arguments: trees of shapes with shardings, by kind.
+      work: FLOPs by formula.
+    """
+
+    name: str
+    rows: int
+    tokens: int = 0
+    frames: int = 0
+    traced: jax.stages.Traced
+    lowered: jax.stages.Lowered
+    arguments: Mapping[str, Any]
+    work: Work
+
+    @property
+    def title(self) -> str:
+        tokens = [f"{self.tokens:,} token" + "s" * (self.tokens > 1)] * bool(self.tokens)
+        frames = [f"{self.frames} frames"] * bool(self.frames)
+        return f"{self.name}, {self.rows} rows of {' and '.join(tokens + frames)}"
+
+    def argument_bytes(self) -> dict[str, int]:
+        """Bytes of the arguments on each device, by kind."""
+        return {
+            kind: sum(
+                math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                for leaf in jax.tree.leaves(tree)
+            )
+            for kind, tree in self.arguments.items()
+        }
+
+
+def train_program(config: RunConfig, mesh: Mesh, shape: RowShape) -> Program:
+    """The step that train.py runs on rows of one shape.
+
+    Raises:
+      ConfigError: if the batch does not divide over the mesh.
+    """
+    rows, parts = config.train.batch_size, config.train.accumulation
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows // parts % devices:
+        raise ConfigError(
+            f"train.batch_size={rows} in train.accumulation={parts} microbatches does not divide over "
+            f"mesh.data * mesh.fsdp = {devices} devices. Make batch_size / accumulation a multiple of "
+            f"{devices}"
+        )
+    spec = StateSpec.make(config, mesh)
+    state = with_sharding(spec.shapes, spec.shardings)
+    batch = _rows_on(mesh, rows, empty_rows(1, 0, shape))
+    traced, lowered = _build(make_train_step(spec, shape), mesh, state, batch)
+    return Program(
+        name="train",
+        rows=rows,
+        tokens=shape.tokens,
+        frames=shape.frames,
+        traced=traced,
+        lowered=lowered,
+        arguments={
+            "parameters": (state.trained, state.frozen),
+            "optimizer state": (state.opt_state, state.step),
+            "batch": batch,
+        },
+        work=train_work(config, shape),
+    )
+
+
+def encode_program(config: RunConfig, mesh: Mesh) -> Program:
+    """What eval.py runs to encode videos of `compression.num_frames`."""
+    sizes = _Sizes.of(config, mesh)
+    rows = _rows_on(
+        mesh,
+        sizes.scenes,
+        empty_frames(1, sizes.scene.frames, config.model.vision.image_size),
+    )
+    visual = VisualShape(sizes.scene.groups, config.compression.spatial_pool)
+
+    def encode(model: Storm, rows: dict[str, jax.Array]) -> jax.Array:
+        table = model.encode(rows["frames"], rows["frame_clip"], rows["frame_group"], visual)
+        return constrain(table, "batch", None, None)
+
+    params, traced, lowered = _with_model(config, mesh, encode, rows)
+    return Program(
+        name="encode",
+        rows=sizes.scenes,
+        frames=sizes.scene.frames,
+        traced=traced,
+        lowered=lowered,
+        arguments={"parameters": params, "batch": rows},
+        work=encode_work(config, sizes.scenes, sizes.scene.frames, visual),
+    )
+
+
+def prefill_program(config: RunConfig, mesh: Mesh) -> Program:
+    """What eval.py runs on the prompts about these videos."""
+    sizes, model = _Sizes.of(config, mesh), config.model
+    tokens = np.zeros((1, sizes.prompt), np.int32)
+    table = np.zeros((1, sizes.table, model.decoder.width), model.dtype)
+    prompts = {"tokens": tokens, "visual_index": tokens, "lengths": tokens[:, 0], "visual": table}
+    prompts = _rows_on(mesh, sizes.rows, prompts)
+
+    def fill(model: Storm, prompts: dict[str, jax.Array]) -> Any:
+        visual = constrain(prompts["visual"], "batch", None, None)
+        return prefill(model, prompts, visual, sizes.cache)
+
+    params, traced, lowered = _with_model(config, mesh, fill, prompts)
+    return Program(
+        name="prefill",
+        rows=sizes.rows,
+        tokens=sizes.prompt,
+        traced=traced,
+        lowered=lowered,
+        arguments={"parameters": params, "batch": prompts},
+        work=prefill_work(config, sizes.rows, sizes.prompt, sizes.cache),
+    )
+
+
+def decode_program(config: RunConfig, mesh: Mesh) -> Program:
+    """What eval.py runs for each new token of the answers."""
+    sizes, model, decoder = _Sizes.of(config, mesh), config.model, config.model.decoder
+    tokens = np.zeros(1, np.int32)
+    last = _rows_on(mesh, sizes.rows, {"tokens": tokens, "positions": tokens})
+    keys: Any = jax.ShapeDtypeStruct(
+        (decoder.depth, sizes.rows, sizes.cache, decoder.num_kv_heads, decoder.head_dim),
+        model.dtype,
+        sharding=NamedSharding(mesh, PartitionSpec(None, *last["tokens"].sharding.spec)),
+    )
+    cache = Cache(keys, keys)
+
+    def extend(model: Storm, last: dict[str, jax.Array], cache: Cache) -> Any:
+        return decode_step(model, last["tokens"], last["positions"], cache)
+
+    params, traced, lowered = _with_model(config, mesh, extend, last, cache, donate_argnums=2)
+    return Program(
+        name="decode",
+        rows=sizes.rows,
+        tokens=1,
+        traced=traced,
+        lowered=lowered,
+        arguments={"parameters": params, "cache": cache, "batch": last},
+        work=decode_work(config, sizes.rows, sizes.cache),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Sizes of the batches of eval.py, for videos of `compression.num_frames`.
+
+    Attributes:
+      scenes: encoded together.
+      rows: prompts answered together.
+      table, prompt, cache: entries of a visual table, tokens of a prompt, positions of the cache.
+    """
+
+    scene: SceneShape
+    scenes: int
+    rows: int
+    table: int
+    prompt: int
+    cache: int
+
+    @classmethod
+    def of(cls, config: RunConfig, mesh: Mesh) -> _Sizes:
+        compression, grid = config.compression, Grid.of(config.model)
+        plan = plan_clip(compression.num_frames, grid, compression)
+        scene = SceneShape(round_up(compression.num_frames, 3), round_up(plan.num_groups, 3))
+        rows = -(-default_rows(plan.num_tokens, mesh.size) // mesh.size) * mesh.size
+        prompt = prompt_slots(plan.num_tokens + _QUESTION_TOKENS)
+        return cls(
+            scene=scene,
+            scenes=scenes_per_call(scene, rows, mesh.size),
+            rows=rows,
+            table=scene.groups * plan.side**2,
+            prompt=prompt,
+            cache=prompt + _NEW_TOKENS,
+        )
+
+
+def _with_model(
+    config: RunConfig, mesh: Mesh, function: Callable, *inputs: Any, **options: Any
+) -> tuple[Any, jax.stages.Traced, jax.stages.Lowered]:
+    """Builds `function(model, *inputs)`; the first result is the shapes and shardings of the parameters."""
+    graphdef, abstract = abstract_model(config.model)
+    shapes = compute_dtypes(flat_params(abstract), config.model)
+    params = unflatten_dict(with_sharding(shapes, param_shardings(abstract, mesh)), sep="/")
+
+    def program(params: dict, *inputs: Any) -> Any:
+        return function(nnx.merge(graphdef, params), *inputs)
+
+    return params, *_build(jax.jit(program, **options), mesh, params, *inputs)
+
+
+def _build(function: Any, mesh: Mesh, *inputs: Any) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
+    with jax.set_mesh(mesh):
+        traced = function.trace(*inputs)
+        return traced, traced.lower()
+
+
+def _rows_on(mesh: Mesh, count: int, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Shapes and shardings of `count` rows like the one in `row`."""
+    shapes: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((count, *array.shape[1:]), array.dtype)
+        for name, array in row.items()
+    }
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh, leaf))
+        for name, leaf in shapes.items()
+    }
