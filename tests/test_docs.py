@@ -69,14 +69,15 @@ def test_commands_name_scripts_and_flags_that_exist(document):
     config = tiny.get_config("stage=sft")
     files = {f"{name}.py": f"{name}.py" for name in ("train", "eval", "predict")}
     files |= {
-        f"-m storm_jax.{name}": f"storm_jax/{name}/__main__.py" for name in ("weights", "data")
+        f"-m storm_jax.{name}": f"storm_jax/{name}/__main__.py"
+        for name in ("weights", "data", "preflight")
     }
     sources = {name: (ROOT / path).read_text() for name, path in files.items()}
     for name, source in sources.items():
         if "define_compression_flags" in source:
             sources[name] += " ".join(f'"{flag}"' for flag in command_line.COMPRESSION)
     commands = re.findall(
-        r"python (\w+\.py|-m storm_jax\.(?:weights|data)(?= ))(.*)", document.read_text()
+        r"python (\w+\.py|-m storm_jax\.(?:weights|data|preflight)(?= ))(.*)", document.read_text()
     )
     for script, arguments in commands:
         for flag in re.findall(r"--(\w[\w.]*)", arguments):

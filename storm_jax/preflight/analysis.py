@@ -36,7 +36,7 @@ class Analysis:
     """What the compiler made of a program.
 
     Attributes:
-      memory: bytes on each device, by kind; only "needed" if the compiler refused.
+      memory: bytes on each device, by kind.
       flops: XLA's count over all devices.
       collectives: by kind.
       memory_traffic: bytes that a device reads and writes.
@@ -78,15 +78,16 @@ def analyse(
 
 
 def _compile(program: Program, devices: int, flops: float) -> Analysis:
-    began = time.monotonic()
+    began, arguments = time.monotonic(), program.argument_bytes()
     try:
         compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used = _USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
+        needed = float(used[1] or used[2]) * GIB
         return Analysis(
-            memory={"needed": float(used[1] or used[2]) * GIB},
+            memory={**arguments, "temporaries": max(0.0, needed - sum(arguments.values()))},
             flops=flops,
             collectives={},
             memory_traffic=0.0,
@@ -94,7 +95,6 @@ def _compile(program: Program, devices: int, flops: float) -> Analysis:
         )
     seconds = time.monotonic() - began
     stats: Any = compiled.memory_analysis()
-    arguments = program.argument_bytes()
     hlo = Hlo(compiled.as_text() or "")
     return Analysis(
         memory={

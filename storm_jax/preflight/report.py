@@ -18,7 +18,7 @@ from storm_jax.train.optim import is_trainable, part_of
 
 _MOST_DIGITS = 5
 _MEMORY = (
-    "parameters", "optimizer state", "cache", "batch", "padding", "temporaries", "results", "code", "needed",
+    "parameters", "optimizer state", "cache", "batch", "padding", "temporaries", "results", "code",
 )  # fmt: skip
 
 
@@ -72,27 +72,26 @@ class Result:
         return self.model_flops / (count * (chip.flops or math.nan) * self.seconds)
 
     def as_json(self) -> dict[str, Any]:
-        program = self.program
-        speeds = {
-            "seconds": self.times,
-            "bound": self.bound,
-            "mfu": self.mfu,
-        }
-        return {
+        program, learned = self.program, dataclasses.asdict(self.analysis)
+        work = {part: dataclasses.asdict(passes) for part, passes in program.work.items()}
+        fields = {
             "program": program.name,
             "mesh": dict(self.mesh.shape),
             "rows": program.rows,
             "tokens": program.rows * program.tokens,
             "frames": program.rows * program.frames,
             "fits": self.fits,
+            **learned,
             "flops": {
                 "model": self.model_flops,
                 "formula": self.formula_flops,
-                "parts": {part: dataclasses.asdict(work) for part, work in program.work.items()},
+                "xla": self.analysis.flops,
+                "parts": work,
             },
-            **dataclasses.asdict(self.analysis),
-            **(speeds if self.times else {}),
         }
+        if self.times:
+            fields |= {"times": self.times, "bound": self.bound, "mfu": self.mfu}
+        return fields
 
 
 def parameter_counts(config: RunConfig) -> dict[str, dict[str, int]]:
