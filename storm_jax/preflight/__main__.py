@@ -24,7 +24,7 @@ from storm_jax.config import MeshConfig, RunConfig, from_dict
 from storm_jax.data.rows import RowShape, row_shapes
 from storm_jax.preflight import topologies
 from storm_jax.preflight.advice import advice
-from storm_jax.preflight.analysis import analyse
+from storm_jax.preflight.analysis import CompilerError, analyse
 from storm_jax.preflight.programs import (
     Program,
     decode_program,
@@ -117,4 +117,4 @@ def _analyse(
 
 
 if __name__ == "__main__":
-    command_line.run(main, (TopologyError,))
+    command_line.run(main, (TopologyError, CompilerError))

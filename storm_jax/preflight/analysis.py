@@ -31,6 +31,10 @@ _MODULES = ("analysis", "cost", "hlo", "traffic")
 _USED = re.compile(r"\((\d+\.\d+)G\) exceeds available|Used (\d+\.\d+)G of")
 
 
+class CompilerError(RuntimeError):
+    """The compiler failed, but not because the program is too large."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Analysis:
     """What the compiler made of a program.
@@ -71,28 +75,27 @@ def analyse(
     with live_line(f"counting the FLOPs of {program.title}"):
         flops = _count(build, program)
     with live_line(f"compiling {program.title}"):
-        analysis = _compile(program, mesh.size, flops)
+        analysis = _compile(program, topology, flops)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(dataclasses.asdict(analysis)))
     return program, analysis
 
 
-def _compile(program: Program, devices: int, flops: float) -> Analysis:
+def _compile(program: Program, topology: Topology, flops: float) -> Analysis:
     began, arguments = time.monotonic(), program.argument_bytes()
+    if sum(arguments.values()) > topology.chip.memory:
+        return _too_large(arguments, 0.0, flops, 0.0)
     try:
-        compiled = program.lowered.compile()
+        compiled = program.lowered.compile(dict(topology.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         used = _USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
-            raise
-        needed = float(used[1] or used[2]) * GIB
-        return Analysis(
-            memory={**arguments, "temporaries": max(0.0, needed - sum(arguments.values()))},
-            flops=flops,
-            collectives={},
-            memory_traffic=0.0,
-            seconds=time.monotonic() - began,
-        )
+            reason = str(error).split("\n")[0]
+            raise CompilerError(
+                f"{program.title}: the compiler for {topology.name} fails: {reason}"
+            ) from error
+        temporaries = float(used[1] or used[2]) * GIB - sum(arguments.values())
+        return _too_large(arguments, temporaries, flops, time.monotonic() - began)
     seconds = time.monotonic() - began
     stats: Any = compiled.memory_analysis()
     hlo = Hlo(compiled.as_text() or "")
@@ -105,10 +108,18 @@ def _compile(program: Program, devices: int, flops: float) -> Analysis:
             "code": stats.generated_code_size_in_bytes,
         },
         flops=flops,
-        collectives=collectives(hlo, devices),
+        collectives=collectives(hlo, len(topology.devices)),
         memory_traffic=memory_bytes(hlo),
         seconds=seconds,
     )
+
+
+def _too_large(
+    arguments: Mapping[str, float], temporaries: float, flops: float, seconds: float
+) -> Analysis:
+    """Of a program that was not compiled to the end."""
+    memory = {**arguments, "temporaries": max(0.0, temporaries)}
+    return Analysis(memory=memory, flops=flops, collectives={}, memory_traffic=0.0, seconds=seconds)
 
 
 def _count(build: Callable[[Mesh], Program], program: Program) -> float:

@@ -154,6 +154,8 @@ def _program_lines(results: Sequence[Result]) -> list[str]:
                 "rows": result.program.rows,
                 "tokens of a row": result.program.tokens,
                 "frames of a row": result.program.frames,
+                "tokens": result.program.rows * result.program.tokens,
+                "frames": result.program.rows * result.program.frames,
             },
         ),
         ["memory of a device, GiB"],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from storm_jax.config import MeshConfig, RunConfig
-from storm_jax.preflight.report import Result, align, cell
+from storm_jax.preflight.analysis import CompilerError
+from storm_jax.preflight.report import Result, cell
 from storm_jax.preflight.topologies import GIB, TopologyError
 
 _SIZES = (2, 4)  # of one other mesh axis next to fsdp
@@ -31,6 +33,9 @@ def sweep(
                 result = analyse(candidate)
             except TopologyError:  # the devices cannot be arranged in this mesh
                 break
+            except CompilerError as error:
+                logging.warning("%s", error)
+                continue
             if result.fits:
                 found.append((candidate, result))
                 break
@@ -42,8 +47,8 @@ def _by_mesh(config: RunConfig, devices: int) -> Iterator[list[RunConfig]]:
 
     The first that fits is the fastest: remat and accumulation only save memory.
     """
-    others = [{}, *({axis: size} for axis in ("data", "tensor", "context") for size in _SIZES)]
-    for sizes in others:
+    others = [{axis: size} for axis in ("data", "tensor", "context") for size in _SIZES]
+    for sizes in ({}, *others, {"data": devices}):
         axes = {"data": 1, "context": 1, "tensor": 1, **sizes}
         product = axes["data"] * axes["context"] * axes["tensor"]
         if devices % product == 0:
@@ -67,19 +72,14 @@ def _rank(candidate: Candidate) -> tuple[float, float]:
 
 
 def table(best: Sequence[Candidate]) -> str:
-    """The candidates as the flags that select them, with what they need."""
-    rows = [["", "GiB", "ms at peak", "bound by", "MFU"]]
+    """What each candidate needs, and the flags that select it."""
+    lines = []
     for config, result in best:
-        rows.append(
-            [
-                " ".join(flags(config)),
-                cell(result.analysis.total_memory / GIB),
-                cell(1e3 * result.seconds),
-                result.bound or "-",
-                f"{result.mfu:.1%}" if result.times else "-",
-            ]
-        )
-    return "\n".join(align(rows))
+        needs = f"{cell(result.analysis.total_memory / GIB)} GiB a device"
+        if result.times:
+            needs += f", {cell(1e3 * result.seconds)} ms a step at peak, bound by {result.bound}, MFU {result.mfu:.1%}"
+        lines += [needs, f"  {' '.join(flags(config))}"]
+    return "\n".join(lines)
 
 
 def flags(config: RunConfig) -> list[str]:

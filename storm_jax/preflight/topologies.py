@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -104,6 +105,7 @@ class Topology:
     chip: Chip
     devices: Sequence[jax.Device]
     versions: Mapping[str, str]
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_topology(name: str) -> Topology:
@@ -153,7 +155,9 @@ def _gpus(name: str, kind: str, count: int) -> Topology:
         target_config=_HOPPER.format(chip=chip),
     )
     usable = dataclasses.replace(chip, memory=fraction * chip.memory)
-    return Topology(name, usable, found.devices, versions)
+    # Triton's matrix products need autotuning, which needs the GPU.
+    options = {"xla_gpu_enable_triton_gemm": False}
+    return Topology(name, usable, found.devices, versions, options)
 
 
 def _cpus(name: str, count: int) -> Topology:

@@ -60,7 +60,7 @@ def collectives(program: Program, devices: int) -> dict[str, Collectives]:
                     continue
                 seen.add(place)
             before = found.get(kind, Collectives())
-            sent = _SENT[kind](_group_size(each, devices)) * _full_size(each)
+            sent = _SENT[kind](_group_size(each, devices)) * _full_size(each, devices)
             found[kind] = Collectives(before.count + times, before.sent + times * sent)
     return dict(sorted(found.items()))
 
@@ -81,7 +81,7 @@ def _collectives_in(
                     yield "reduce-scatter" if scatters and kind == "all-reduce" else kind, each
 
 
-def _full_size(collective: Instruction) -> float:
+def _full_size(collective: Instruction, devices: int) -> float:
     """Bytes of the gathered or unreduced arrays."""
     arrays, opcode = collective.arrays, collective.opcode
     if opcode in ("all-gather-start", "collective-permute-start", "reduce-scatter-start"):
@@ -89,7 +89,7 @@ def _full_size(collective: Instruction) -> float:
         half = len(arrays) // 2  # inputs, then results
         arrays = arrays[:half] if opcode == "reduce-scatter-start" else arrays[half:]
     size = sum(array.size for array in arrays)
-    return size * _group_size(collective, 1) if opcode == "reduce-scatter" else size
+    return size * _group_size(collective, devices) if opcode == "reduce-scatter" else size
 
 
 def _group_size(collective: Instruction, devices: int) -> int:
@@ -123,6 +123,8 @@ def _accessed(program: Program, computation: Computation, instruction: Instructi
     if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
         return 0
     result = _size(instruction.arrays)
+    if "__cublas" in instruction.attributes:
+        result = _size(instruction.arrays[:1])  # the second is a workspace
     if opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * result
     if opcode == "dynamic-update-slice":
@@ -142,11 +144,19 @@ def _accessed_by_fusion(program: Program, computation: Computation, fusion: Inst
         whole = _size(computation[name].arrays)
         total += min(whole, _read(program, body, number)) if whole else 0
     root = next(each for each in body.values() if each.is_root)
+    roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(roots) != len(fusion.arrays):  # some of the results are tuples themselves
+        return total + _size(fusion.arrays)
+    written = (_written(body, *pair) for pair in zip(roots, fusion.arrays, strict=True))
+    return total + sum(written)
+
+
+def _written(body: Computation, root: Instruction, array: Array) -> float:
+    """Bytes that a fused computation writes to one of its results."""
     while root.opcode == "bitcast":
         root = body[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        return total + _size(body[root.operands[1]].arrays)
-    return total + _size(fusion.arrays)
+    update = root.opcode == "dynamic-update-slice"
+    return _size(body[root.operands[1]].arrays if update else (array,))
 
 
 def _read(program: Program, body: Computation, number: int) -> float:
@@ -163,15 +173,15 @@ def _read_by_users(program: Program, body: Computation, value: Instruction) -> f
     total, whole = 0.0, _size(value.arrays)
     for user in body.values():
         for place in (i for i, name in enumerate(user.operands) if name == value.name):
-            if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+            sliced = place == 0 and user.opcode in ("dynamic-slice", "slice", "gather")
+            updated = place == 0 and user.opcode == "dynamic-update-slice"
+            if sliced:
                 total += _size(user.arrays)
-            elif user.opcode == "dynamic-update-slice" and place == 0:
-                total += 0  # updated in place
             elif user.opcode == "bitcast":
                 total += _read_by_users(program, body, user)
             elif user.opcode == "fusion":
                 total += _read(program, program.computations[user.called[0]], place)
-            else:
+            elif not updated and user.opcode != "tuple":
                 return whole
     return min(whole, total)
 
