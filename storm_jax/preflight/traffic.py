@@ -155,8 +155,9 @@ def _written(body: Computation, root: Instruction, array: Array) -> float:
     """Bytes that a fused computation writes to one of its results."""
     while root.opcode == "bitcast":
         root = body[root.operands[0]]
-    update = root.opcode == "dynamic-update-slice"
-    return _size(body[root.operands[1]].arrays if update else (array,))
+    if array.in_hbm and root.opcode == "dynamic-update-slice":
+        return _size(body[root.operands[1]].arrays)
+    return _size((array,))
 
 
 def _read(program: Program, body: Computation, number: int) -> float:
