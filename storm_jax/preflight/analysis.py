@@ -98,13 +98,19 @@ def _compile(program: Program, topology: Topology, flops: float) -> Analysis:
         return _too_large(arguments, temporaries, flops, time.monotonic() - began)
     seconds = time.monotonic() - began
     stats: Any = compiled.memory_analysis()
+    padding = max(0, stats.argument_size_in_bytes - sum(arguments.values()))
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temporaries = stats.temp_size_in_bytes
+    if topology.devices[0].platform == "tpu":  # they reuse the memory of donated arguments
+        others = stats.argument_size_in_bytes + results
+        temporaries = max(0, stats.peak_memory_in_bytes - others)
     hlo = Hlo(compiled.as_text() or "")
     return Analysis(
         memory={
             **arguments,
-            "padding": max(0, stats.argument_size_in_bytes - sum(arguments.values())),
-            "temporaries": stats.temp_size_in_bytes,
-            "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+            "padding": padding,
+            "temporaries": temporaries,
+            "results": results,
             "code": stats.generated_code_size_in_bytes,
         },
         flops=flops,
