@@ -57,6 +57,7 @@ ANSWER = flags.DEFINE_enum(
 SETTINGS = flags.DEFINE_enum(
     "settings", None, list(PAPER_SETTINGS), "Frames, pooling and sampling of the paper's Table 15."
 )
+command_line.define_process_flags()
 command_line.define_compression_flags("--settings, or else to training")
 SWEEP = flags.DEFINE_multi_string(
     "sweep",
@@ -75,7 +76,10 @@ BATCH_SIZE = flags.DEFINE_integer(
     lower_bound=1,
 )
 SHARE = flags.DEFINE_string(
-    "share", "0/1", "I/N: this is process I of N, which share the videos and write one report."
+    "share",
+    None,
+    "I/N: this is process I of N, which share the videos and write one report; processes that were launched "
+    "together share them by themselves.",
 )
 ALLOW_MISSING = flags.DEFINE_bool("allow_missing", False, "Exit with 0 even if videos are missing.")
 REQUIRE = flags.DEFINE_list(
@@ -107,7 +111,7 @@ def run_command() -> str:
         "max_new_tokens": MAX_NEW_TOKENS.value,
         "limit": LIMIT.value,
         "batch_size": BATCH_SIZE.value,
-        "shard": parse_shard(SHARE.value),
+        "shard": parse_shard(SHARE.value) if SHARE.value else own_share(),
     }
     if not SWEEP.value:
         report = evals.evaluate(WORKDIR.value, BENCHMARK.value, **options)
@@ -151,6 +155,12 @@ def score_command() -> str:
     return problem_of(report)
 
 
+def own_share() -> tuple[int, int]:
+    import jax  # not all commands need it
+
+    return jax.process_index(), jax.process_count()
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     if not re.fullmatch(r"\d+/[1-9]\d*", text):
         raise BenchmarkError(f"--share={text}: must be I/N, e.g. 0/4")
@@ -174,13 +184,19 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(
             f"unexpected arguments: {' '.join(argv[1:])}; commands are {' and '.join(COMMANDS)}"
         )
-    command = COMMANDS[argv[1]] if len(argv) == 2 else run_command
     try:
-        problem = command()
-    except RuntimeError as error:
-        from storm_jax.run import RunError  # imports JAX, which not all commands need
+        if len(argv) == 2:
+            problem = COMMANDS[argv[1]]()
+        else:
+            from storm_jax.distributed import processes  # imports JAX, which not all commands need
 
-        if isinstance(error, RunError):
+            with processes(**command_line.process_flags()):
+                problem = run_command()
+    except RuntimeError as error:
+        from storm_jax.distributed import ProcessError
+        from storm_jax.run import RunError
+
+        if isinstance(error, RunError | ProcessError):
             sys.exit(f"eval.py: {error}")
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -8,6 +8,7 @@ Every field of the configuration can be overridden: --config.optim.learning_rate
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from storm_jax import command_line
+from storm_jax import command_line, distributed
 from storm_jax.config import ConfigError, RunConfig, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.skips import DataError
@@ -28,6 +29,7 @@ from storm_jax.train.initialisation import inherit_model
 from storm_jax.train.loop import NonFiniteLossError, train
 from storm_jax.train.metrics import plot_curves
 from storm_jax.train.state import StateSpec
+from storm_jax.train.stop import STOPPED
 from storm_jax.train.validation import Evaluator, make_validation
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -35,6 +37,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; a run in it is resumed.", required=True)
 flags.mark_flag_as_required("config")
+command_line.define_process_flags()
 
 
 def with_inherited_model(config: RunConfig, run: Run) -> RunConfig:
@@ -55,20 +58,24 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("data.train is empty: list the sources to train on")
     run = Run(WORKDIR.value)
     _drop_tracebacks_of_a_full_disk()
-    with run.locked():
-        if config.init_from:
-            config = with_inherited_model(config, run)
-        run.prepare(config, run.tokenizer_path if run.has_begun else tokenizer_folder(config))
-        try:
-            train(run, make_mesh(config.mesh), functools.partial(make_evaluators, run))
-        except Exception as error:
-            if not is_full(error):
-                raise
-            raise RunError(
-                f"{run.path}: the disk is full. Complete checkpoints: {run.checkpoints.steps()}. Free "
-                f"space and run the same command to resume"
-            ) from error
-        print(f"training curves: {plot_curves(run.path)}")
+    with distributed.processes(**command_line.process_flags()), contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(run.locked())
+            if config.init_from:
+                config = with_inherited_model(config, run)
+            run.prepare(config, run.tokenizer_path if run.has_begun else tokenizer_folder(config))
+        else:
+            stack.enter_context(distributed.silence())
+        run.share()
+        make = functools.partial(make_evaluators, run)
+        stopped_at = train(run, make_mesh(run.config.mesh), make)
+        if distributed.is_main():
+            print(f"training curves: {plot_curves(run.path)}")
+    if stopped_at is not None:
+        if distributed.is_main():
+            message = f"stopped on request after step {stopped_at}, which is saved"
+            print(f"train.py: {message}; the same command resumes", file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 def _drop_tracebacks_of_a_full_disk() -> None:
@@ -94,4 +101,6 @@ def make_evaluators(run: Run, spec: StateSpec, pool: WorkerPool) -> dict[str, Ev
 
 
 if __name__ == "__main__":
-    command_line.run(main, (DataError, RunError, NonFiniteLossError, ImportError))
+    command_line.run(
+        main, (DataError, RunError, NonFiniteLossError, distributed.ProcessError, ImportError)
+    )

@@ -221,7 +221,7 @@ def run_ours(files: Files, source: SourceConfig, workers: int, samples: int) -> 
     with WorkerPool(workers) as pool:
         mixture = open_files(files, source, pool, SIZE, FRAMES)
         reader = MediaReader(pool, SIZE, FramesConfig())
-        stream = batches(mixture, TrainPlan(mixture, BATCH), range(1_000_000), BATCH, reader)
+        stream = batches(mixture, TrainPlan(mixture, BATCH), range(1_000_000), range(BATCH), reader)
         for _ in range(3):  # prefetched while the workers started
             next(stream)
         began, done = time.perf_counter(), 0
@@ -400,7 +400,7 @@ def measure_memory(files: Files, samples: int, workers: int) -> list[tuple[int, 
         plan = TrainPlan(mixture, BATCH)
         reader = MediaReader(pool, 64, FramesConfig())
         done = 0
-        for step, batch in enumerate(batches(mixture, plan, range(10**9), BATCH, reader)):
+        for step, batch in enumerate(batches(mixture, plan, range(10**9), range(BATCH), reader)):
             done += len(batch.outcomes)
             plan.forget(step)
             if step % 20 == 0 or done >= samples:

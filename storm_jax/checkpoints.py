@@ -41,8 +41,14 @@ def array_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **options)
 
 
-def with_digests(root: pathlib.Path) -> ocp.AsyncOptions:
-    """Orbax's options to write digests.json into each checkpoint of a folder before it is committed."""
+def with_digests(
+    root: pathlib.Path, barrier: ocp.multihost.BarrierSyncFn | None = None
+) -> ocp.AsyncOptions:
+    """Orbax's options to write digests.json into each checkpoint of a folder before it is committed.
+
+    Args:
+      barrier: at which all processes wait for each other before and after the commit.
+    """
 
     def write() -> None:
         for folder in root.glob("*.orbax-checkpoint-tmp"):
@@ -50,7 +56,7 @@ def with_digests(root: pathlib.Path) -> ocp.AsyncOptions:
             files = [path for path in folder.rglob("*") if path.is_file()]
             write_digests(folder, [f for f in files if f.name != "_CHECKPOINT_METADATA"])
 
-    return ocp.AsyncOptions(post_finalization_callback=write)
+    return ocp.AsyncOptions(post_finalization_callback=write, barrier_sync_fn=barrier)
 
 
 class Checkpoints:

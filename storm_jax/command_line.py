@@ -27,6 +27,7 @@ COMPRESSION = {
     "spatial_pool": "Edge of the token cells that are averaged",
     "temporal_sample": "Keep every n-th group of frames",
 }
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
 _CACHE_BYTES = 2**32  # the programs that were used last are kept
 
 
@@ -40,6 +41,30 @@ def compression_flags() -> dict[str, int]:
     """The values, by name, of those that are set."""
     values = {name: flags.FLAGS[name].value for name in COMPRESSION}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def define_process_flags() -> None:
+    """Defines how several processes find each other where JAX does not detect it."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; a free port.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
+
+
+def process_flags() -> dict[str, Any]:
+    """The values, by name, as `storm_jax.distributed.processes` takes them.
+
+    Raises:
+      app.UsageError: if only some are set, or do not fit together.
+    """
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in _PROCESS_FLAGS}
+    missing = [f"--{name}" for name, value in values.items() if value is None]
+    if 0 < len(missing) < len(values):
+        raise app.UsageError(f"{' and '.join(missing)} must be set too")
+    if not missing and values["process_id"] >= values["num_processes"]:
+        raise app.UsageError("--process_id must be less than --num_processes")
+    if not missing and not values["coordinator_address"].rpartition(":")[2].isdigit():
+        raise app.UsageError("--coordinator_address must be HOST:PORT")
+    return values
 
 
 def run(main: Callable[[Sequence[str]], Any], expected: tuple[type[Exception], ...] = ()) -> None:

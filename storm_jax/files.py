@@ -70,6 +70,28 @@ def read_lines(
     return found
 
 
+class Appender:
+    """Appends whole lines to a file. Lines that cannot be written now are written with later ones."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._waiting = path, b""
+
+    def write(self, lines: Iterable[str]) -> None:
+        is_retry = bool(self._waiting)
+        self._waiting += "".join(lines).encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if file.write(self._waiting) != len(self._waiting):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not is_retry:
+                logging.warning("%s: %s: its lines are written when they can be", self._path, error)
+        else:
+            self._waiting = b""
+
+
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a full disk or an exhausted quota."""
     while error is not None:

@@ -22,11 +22,13 @@ import pathlib
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 
 import transformers
 
 from storm_jax import config as config_lib
+from storm_jax import distributed
 from storm_jax.checkpoints import Checkpoints, RunError
 from storm_jax.config import ConfigError, RunConfig, SourceConfig
 from storm_jax.files import describe_change, rewriting, write_atomically, write_digests
@@ -39,6 +41,7 @@ _MAY_CHANGE = (
     "train.tensorboard", "data.num_workers", "data.max_skip_fraction", "data.index_dir",
     "data.frames.time_limit",
 )  # fmt: skip
+_VISIBLE_WITHIN = 20.0  # seconds until a network file system shows a new file
 # Data may move.
 _MAY_MOVE = re.compile(r"data\.(train|val)\[\d+\]\.(path|media_root)")
 
@@ -146,6 +149,23 @@ class Run:
         except OSError as error:
             raise RunError(f"--workdir={self.path} cannot be written: {error}") from error
         self.__dict__.pop("config", None)
+
+    def share(self) -> None:
+        """Waits until process 0 has prepared the folder, and checks that this process sees the same one.
+
+        Raises:
+          RunError: if it does not.
+        """
+        path = self.path / "config.json"
+        text = distributed.broadcast(path.read_text() if distributed.is_main() else None)
+        deadline = time.monotonic() + _VISIBLE_WITHIN
+        while not path.exists() or path.read_text() != text:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{socket.gethostname()} does not see the {path} that process 0 wrote: --workdir must "
+                    f"be on a file system that all processes share"
+                )
+            time.sleep(0.2)
 
     def _check_same(self, config: RunConfig) -> None:
         # Runs of earlier versions may have relative paths.

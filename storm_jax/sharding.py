@@ -8,11 +8,10 @@ an earlier dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -109,9 +108,35 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, spec) for name, spec in param_specs(params, mesh).items()}
 
 
-def batch_sharding(mesh: Mesh, array: np.ndarray | jax.Array) -> NamedSharding:
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """Shards rows over data and fsdp, and the second dimension (tokens or frames) over context."""
-    return NamedSharding(mesh, _spec(("batch", "sequence")[: array.ndim], array.shape, mesh))
+    return NamedSharding(mesh, _spec(("batch", "sequence")[: len(shape)], shape, mesh))
+
+
+class LocalRows(NamedTuple):
+    """Rows of a batch of `total` rows: those that this process's devices hold, and those that it counts.
+
+    A row is held by several processes if its tokens or the model are split between them; the first counts it.
+    """
+
+    total: int
+    held: list[int]
+    counted: frozenset[int]
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> LocalRows:
+    """The rows of a batch that this process reads, ascending."""
+    sharding = NamedSharding(mesh, _spec(("batch",), (batch_size,), mesh))
+    processes: dict[int, set[int]] = {row: set() for row in range(batch_size)}
+    placed: Mapping[Any, Any] = sharding.devices_indices_map((batch_size,))
+    for device, (rows,) in placed.items():
+        for row in range(batch_size)[rows]:
+            processes[row].add(device.process_index)
+    here = jax.process_index()
+    held = [row for row, members in processes.items() if here in members]
+    return LocalRows(
+        batch_size, held, frozenset(row for row in held if min(processes[row]) == here)
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

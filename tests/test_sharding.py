@@ -117,7 +117,7 @@ def test_rules_put_heads_on_tensor_and_rows_on_data():
     )
     assert specs["decoder/norm/scale"] == PartitionSpec(None)
     assert any(name.startswith(NEVER_TRAINED) for name in specs)
-    rows = batch_sharding(mesh, np.zeros((8, 16), np.int32))
+    rows = batch_sharding(mesh, (8, 16))
     assert rows.spec == PartitionSpec(("data", "fsdp"), None)
 
 
@@ -163,7 +163,7 @@ def test_an_indivisible_vocabulary_on_a_mesh_equals_one_device(tied, capfd, rng)
     shardings = param_shardings(params, mesh)
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-        rows = jax.device_put(tokens, batch_sharding(mesh, tokens))
+        rows = jax.device_put(tokens, batch_sharding(mesh, tokens.shape))
         found = step(jax.device_put(flat, shardings), rows)
     for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, one, rtol=1e-4, atol=1e-4)
@@ -172,7 +172,7 @@ def test_an_indivisible_vocabulary_on_a_mesh_equals_one_device(tied, capfd, rng)
 
 def test_an_indivisible_dimension_is_not_sharded():
     mesh = make_mesh(MeshConfig(data=8))
-    assert batch_sharding(mesh, np.zeros((6, 4))).spec == PartitionSpec(None, None)
+    assert batch_sharding(mesh, (6, 4)).spec == PartitionSpec(None, None)
 
 
 def test_a_mesh_that_does_not_match_the_devices_is_rejected():

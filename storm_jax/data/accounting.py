@@ -61,18 +61,35 @@ class Totals:
         self.frames += outcome.frames
         self.damaged += outcome.damaged
 
+    def merge(self, values: Mapping[str, Any]) -> None:
+        """Adds the fields of other totals."""
+        for field, value in values.items():
+            if field == "skipped":
+                self.skipped.update(value)
+            else:
+                setattr(self, field, getattr(self, field) + value)
+
 
 class Accounting:
-    """Totals by source. They are saved in checkpoints, so a resumed run continues its counts."""
+    """Totals by source. They are saved in checkpoints, so a resumed run continues its counts.
 
-    def __init__(self, sources: Sequence[str], state: Mapping[str, Any] | None = None):
+    Args:
+      states: results of `state()`, which are summed.
+    """
+
+    def __init__(self, sources: Sequence[str], states: Iterable[Mapping[str, Any]] = ()):
         self.totals = {name: Totals() for name in sources}
-        for name, values in (state or {}).items():
-            self.totals[name] = Totals(**{**values, "skipped": Counter(values["skipped"])})
+        self.merge(states)
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:
             self.totals[outcome.source].add(outcome)
+
+    def merge(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Adds results of `state()`."""
+        for state in states:
+            for name, values in state.items():
+                self.totals.setdefault(name, Totals()).merge(values)
 
     def state(self) -> dict[str, Any]:
         """Returns the totals as plain JSON."""

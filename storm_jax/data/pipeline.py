@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -32,7 +32,7 @@ class Batch:
     Attributes:
       arrays: see `storm_jax.data.rows`.
       shape: index of the rows' shape in `data.rows`.
-      outcomes: one per sample, in order.
+      outcomes: one per sample of the rows that this process counts, in order.
     """
 
     arrays: dict[str, np.ndarray]
@@ -47,33 +47,25 @@ class Batch:
     def skips(self) -> list[Skip]:
         return [outcome.skip for outcome in self.outcomes if outcome.skip is not None]
 
-    def waste(self) -> dict[str, float]:
-        """Returns the fractions of token and frame slots that are padding."""
-        return {
-            "token_waste": float((self.arrays["segment_ids"] == 0).mean()),
-            "frame_waste": float((self.arrays["frame_clip"] == 0).mean()),
-        }
-
 
 def batches(
     mixture: Mixture,
     plan: Plan,
     steps: range,
-    batch_size: int,
+    rows: Sequence[int],
     reader: MediaReader,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    counted: Container[int] | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches of `steps`: this process's rows, prefetched in threads.
 
-    The rows of a step do not depend on the number of workers.
+    The rows of a step do not depend on the number of processes and workers.
 
     Args:
-      batch_size: global batch size in rows, summed over all processes.
+      rows: numbers of the rows of each step that this process reads.
+      counted: those whose outcomes it reports; all by default.
     """
-    local = batch_size // process_count
-    first, threads = process_index * local, reader.num_threads
+    local, threads = len(rows), reader.num_threads
     executor = ThreadPoolExecutor(max(1, threads))
 
     def load_batch(step: int) -> Batch:
@@ -82,9 +74,10 @@ def batches(
         arrays = empty_rows(local, mixture.encoder.text.tokenizer.pad_token_id, shape)
 
         def load_row(number: int) -> list[Outcome]:
-            refs = planned.rows[first + number] if first + number < len(planned.rows) else []
+            refs = planned.rows[rows[number]] if rows[number] < len(planned.rows) else []
             row = {name: array[number] for name, array in arrays.items()}
-            return _load_row(mixture, refs, reader, row, shape)
+            outcomes = _load_row(mixture, refs, reader, row, shape)
+            return outcomes if counted is None or rows[number] in counted else []
 
         outcomes = (executor.map if threads else map)(load_row, range(local))
         return Batch(arrays, planned.shape, list(itertools.chain(*outcomes)))

@@ -38,7 +38,8 @@ class Programs:
           RunError: if the checkpoint cannot be read.
         """
         config = run.config.model
-        self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+        # Processes that evaluate together answer different questions.
+        self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
         self._stop_ids = stop_ids
         self._graphdef, abstract = abstract_model(config)
         target = with_sharding(
@@ -114,7 +115,7 @@ class Programs:
 
     def _put(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return {
-            name: jax.device_put(array, batch_sharding(self.mesh, array))
+            name: jax.device_put(array, batch_sharding(self.mesh, array.shape))
             for name, array in arrays.items()
         }
 

@@ -22,7 +22,8 @@ class MediaReader:
 
     Args:
       size: height and width of the frames in pixels.
-      lasting_failures: media that timed out or crashed before: cause by name.
+      lasting_failures: media that timed out or crashed before, here or elsewhere: cause by name. Entries
+        that are added later count too.
     """
 
     def __init__(
@@ -33,8 +34,8 @@ class MediaReader:
         lasting_failures: Mapping[str, str] | None = None,
     ):
         self._pool, self._size, self._config = pool, size, config
-        before = "it failed before and is not retried (skipped.jsonl)"
-        self._failures = {name: (cause, before) for name, cause in (lasting_failures or {}).items()}
+        self._before = {} if lasting_failures is None else lasting_failures
+        self._failures: dict[str, tuple[str, str]] = {}
 
     @property
     def num_threads(self) -> int:
@@ -75,14 +76,17 @@ class MediaReader:
         """
         if medium.name in self._failures:
             raise MediaError(medium, *self._failures[medium.name])
+        if medium.name in self._before:
+            problem = "it failed before and is not retried (skipped.jsonl)"
+            raise MediaError(medium, self._before[medium.name], problem)
         limit, max_damage = self._config.time_limit, self._config.max_damage
         try:
             return self._pool.call(
                 read_media, medium, num_frames, self._size, max_damage, limit=limit, out=out
             )
         except WorkerTimeoutError:
-            problem = "timeout", f"not decoded within data.frames.time_limit={limit:g} s"
+            failure = "timeout", f"not decoded within data.frames.time_limit={limit:g} s"
         except WorkerCrashError as error:
-            problem = "crashed", str(error)
-        self._failures[medium.name] = problem
-        raise MediaError(medium, *problem)
+            failure = "crashed", str(error)
+        self._failures[medium.name] = failure
+        raise MediaError(medium, *failure)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import math
+import os
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,27 +18,41 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as managers
 
+from storm_jax import distributed
 from storm_jax.checkpoints import array_handler, with_digests
 from storm_jax.params import with_sharding
 from storm_jax.run import Run, RunError
 from storm_jax.train.state import StateSpec, TrainState
 
+_PROBE_BYTES = 2**16
+_MAX_FAILURES = 3  # saves in a row
+_PAUSES = (1.0, 10.0)  # seconds before the last checkpoint is tried again
+
 
 class Checkpointer:
     """Writes checkpoints `checkpoints/STEP/{params, opt_state, data, meta}` of a run asynchronously.
 
-    Keeps the last `train.keep_last`, and the `train.keep_best` with the lowest validation loss.
+    Keeps the last `train.keep_last`, and the `train.keep_best` with the lowest validation loss. A save that
+    fails on any process, because the folder is full, read-only or gone, fails on all of them: it is a warning,
+    and the next save tries again. The third failure in a row is an error.
     """
 
     def __init__(self, run: Run, spec: StateSpec):
         self._run, self._spec = run, spec
-        root = run.checkpoints.path
-        for leftover in root.glob("*.orbax-checkpoint-tmp"):  # of an interrupted run
-            shutil.rmtree(leftover)
-        root.mkdir(exist_ok=True)
-        train = run.config.train
+        self._root = run.checkpoints.path
+        self._failures = 0  # in a row
+        self._saving: int | None = None  # the step that is being written
+        self._problem = ""  # why this process could not write it
+        if distributed.is_main():
+            self._root.mkdir(exist_ok=True)
+            self._remove_partial()
+        distributed.barrier("checkpoint folder")
+        self._manager, self._is_open = self._open(), True
+
+    def _open(self) -> ocp.CheckpointManager:
+        train, root = self._run.config.train, self._root
         policies = [managers.LatestN(n=train.keep_last)]
-        tracks_best = train.keep_best and train.eval_every and run.config.data.val
+        tracks_best = train.keep_best and train.eval_every and self._run.config.data.val
         if tracks_best:
             policies.append(
                 managers.BestN(
@@ -43,7 +62,8 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,  # of earlier versions
                 )
             )
-        self._manager = ocp.CheckpointManager(
+        self._vote = distributed.Vote("save")
+        return ocp.CheckpointManager(
             root,
             item_handlers={
                 "params": array_handler(),
@@ -52,7 +72,12 @@ class Checkpointer:
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                async_options=with_digests(root),
+                create=False,
+                async_options=with_digests(root, self._vote.barrier),
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(jax.process_count())),
+                    barrier_sync_key_prefix=self._vote.name,
+                ),
                 preservation_policy=managers.AnyPreservationPolicy(policies),
                 best_fn=(lambda metrics: metrics["val_loss"]) if tracks_best else None,
                 best_mode="min",
@@ -68,18 +93,115 @@ class Checkpointer:
           data: the data position, plain JSON.
           metrics: of the validation at this step, if there was one.
         """
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(unflatten_dict(state.params(), sep="/")),
-                opt_state=ocp.args.PyTreeSave(state.opt_state),
-                data=ocp.args.JsonSave(data),
-                meta=ocp.args.JsonSave({"step": step, **metrics}),
-            ),
-            metrics={"val_loss": metrics.get("val_loss", math.inf)},
-        )
-        if not saved and step not in self._manager.all_steps():
-            raise RunError(f"{self._run.path}: checkpoint {step} was not saved")
+        self._finish()
+        self._saving = step
+        if any(distributed.gather(self._probe())):
+            self._finish()
+            return
+        try:
+            if not self._is_open:
+                self._manager, self._is_open = self._open(), True
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(unflatten_dict(state.params(), sep="/")),
+                    opt_state=ocp.args.PyTreeSave(state.opt_state),
+                    data=ocp.args.JsonSave(data),
+                    meta=ocp.args.JsonSave({"step": step, **metrics}),
+                ),
+                metrics={"val_loss": metrics.get("val_loss", math.inf)},
+            )
+            if not saved and step not in self._manager.all_steps():
+                raise RunError("Orbax did not save it")
+        except Exception as error:
+            self._note(error)
+
+    def save_now(
+        self, step: int, state: TrainState, data: dict[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Writes a checkpoint, tries again if it fails, and returns when it is on disk.
+
+        Raises:
+          RunError: as `save`.
+        """
+        for pause in (*_PAUSES, 0.0):
+            self.save(step, state, data, metrics)
+            if self._finish():
+                return
+            time.sleep(pause)
+
+    def poll(self) -> None:
+        """Tells the other processes if this one has failed to write; costs nothing."""
+        try:
+            if self._is_open:
+                self._manager.check_for_errors()
+        except Exception as error:
+            self._note(error)
+
+    def _probe(self) -> str:
+        """Why nothing can be written to the folder, "" if it can be."""
+        probe = self._root / f"probe.{jax.process_index()}.tmp"
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+            probe.unlink()
+        except OSError as error:
+            self._note(error)
+        return self._problem
+
+    def _note(self, error: BaseException) -> None:
+        """Remembers the first reason why this process could not write the checkpoint."""
+        if not self._problem:
+            self._problem = _cause(error)
+            self._vote.fail(self._problem)
+
+    def _finish(self) -> bool:
+        """Waits until all processes have written the last checkpoint; returns whether they could.
+
+        Raises:
+          RunError: at the third failure in a row.
+        """
+        if self._saving is None:
+            return True
+        if not self._problem:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                self._note(error)
+        step, self._saving = self._saving, None
+        problems = list(filter(None, distributed.gather(self._problem)))
+        if not problems:
+            self._failures = 0
+            return True
+        self._failures += 1
+        self._start_again()
+        problem = f"checkpoint {step} could not be saved ({problems[0]})"
+        complete = f"complete checkpoints: {self._run.checkpoints.steps()}"
+        if self._failures == _MAX_FAILURES:
+            raise RunError(
+                f"{self._run.path}: {problem}, nor could the {_MAX_FAILURES - 1} before it; {complete}. Make "
+                f"the folder writable, free space, and run the same command to resume"
+            )
+        logging.warning("%s: %s; %s. Training continues", self._run.path, problem, complete)
+        return False
+
+    def _start_again(self) -> None:
+        """Drops what is left of a failed save."""
+        with contextlib.suppress(Exception):  # it reports the failure again
+            self._manager.close()
+        self._problem = ""
+        if distributed.is_main():
+            with contextlib.suppress(OSError):  # the next save reports it
+                self._root.mkdir(exist_ok=True)
+                self._remove_partial()
+        self._is_open = False
+
+    def _remove_partial(self) -> None:
+        """Removes half-written checkpoints."""
+        for leftover in [
+            *self._root.glob("*.orbax-checkpoint-tmp"),
+            *self._root.glob("probe.*.tmp"),
+        ]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def restore_latest(self) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest state and its data position, or None if there is no checkpoint.
@@ -96,7 +218,9 @@ class Checkpointer:
                 f"{self._run.path} contains imported weights, which other runs start from. Train in "
                 f"another --workdir with --config.init_from={self._run.path}"
             )
-        self._run.checkpoints.verify(step)
+        with distributed.main_first("verified"):
+            if distributed.is_main():  # for all: the files are large
+                self._run.checkpoints.verify(step)
         target = with_sharding(self._spec.shapes, self._spec.shardings)
         params = self._run.checkpoints.restore(target.params(), step)
         names = self._run.checkpoints.stored_names(step)
@@ -121,9 +245,22 @@ class Checkpointer:
         return state, restored["data"]
 
     def close(self) -> None:
-        """Waits until everything saved is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until what is being saved is on disk, even if the training has failed."""
+        if self._is_open:
+            self._manager.close()
+
+
+def _cause(error: BaseException) -> str:
+    """The system's error behind an error, in its words; else the first line of the error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT):
+            if os.strerror(code) in str(cause):
+                return os.strerror(code)
+        cause = cause.__cause__ or cause.__context__
+    return str(error).split("\n", maxsplit=1)[0][:200] or type(error).__name__
 
 
 def _rename_keys(tree: Any, names: Mapping[str, str]) -> Any:

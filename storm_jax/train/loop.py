@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from storm_jax import distributed
 from storm_jax.config import ConfigError, RunConfig
-from storm_jax.data.accounting import Accounting
 from storm_jax.data.mixture import Mixture, open_mixture
 from storm_jax.data.pipeline import Batch, batches
 from storm_jax.data.plan import TrainPlan
@@ -25,13 +26,18 @@ from storm_jax.data.skips import DataError
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run
+from storm_jax.sharding import local_rows
+from storm_jax.train.books import Books
 from storm_jax.train.checkpoint import Checkpointer
 from storm_jax.train.initialisation import Start, find_start
 from storm_jax.train.metrics import MetricsWriter, Progress, duration
 from storm_jax.train.skip_log import SkipLog
 from storm_jax.train.state import StateSpec, TrainState
 from storm_jax.train.step import make_train_step, place
+from storm_jax.train.stop import StopRequest
 from storm_jax.train.validation import Evaluator
+
+_READ_MARGIN = 15.0  # seconds that a batch may take longer than the time limit of a file
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -42,11 +48,14 @@ def train(
     run: Run,
     mesh: Mesh,
     make_evaluators: Callable[[StateSpec, WorkerPool], Mapping[str, Evaluator]],
-) -> None:
+) -> int | None:
     """Trains a run to its last step, from its latest checkpoint if it has one.
 
     Args:
       make_evaluators: returns the evaluators to run every `train.eval_every` steps.
+
+    Returns:
+      None, or the step after which it stopped because of SIGTERM; it is saved.
 
     Raises:
       ConfigError: if the batch does not divide over the mesh.
@@ -57,7 +66,11 @@ def train(
     _check_batch(config, mesh)
     spec = StateSpec.make(config, mesh)
     with WorkerPool(config.data.num_workers) as pool:
-        mixture = open_mixture(config, config.data.train, run.tokenizer(), pool)
+        with distributed.main_first(
+            "data"
+        ):  # it measures the samples, the others read their lengths
+            mixture = open_mixture(config, config.data.train, run.tokenizer(), pool)
+        _check_same_data(mixture)
         with contextlib.closing(Checkpointer(run, spec)) as checkpointer:
             start = find_start(run, spec, checkpointer, mixture)
             _print_summary(spec, mixture, start.step)
@@ -70,7 +83,7 @@ def train(
                 evaluators=make_evaluators(spec, pool),
                 start=start,
             )
-            loop.run(start.state)
+            return loop.run(start.state)
 
 
 class _StepResult(NamedTuple):
@@ -99,48 +112,61 @@ class _Loop:
         self._run, self._spec, self._start_step = run, spec, start.step
         self._config = config.train
         self._mixture, self._checkpointer, self._evaluators = mixture, checkpointer, evaluators
-        self._skip_log = SkipLog(run.path)
-        self._skip_log.write(mixture.skips)
+        skip_log = SkipLog(run.path)
+        skip_log.write(mixture.skips)
+        self._books = Books(
+            [part.config.name for part in mixture.parts],
+            skip_log,
+            config.data.max_skip_fraction,
+            "training met",
+            start.data.get("accounting"),
+        )
+        self._rows = local_rows(spec.mesh, config.train.batch_size)
         self._plan = TrainPlan(mixture, config.train.batch_size, start.data.get("plan"))
         self._batches = batches(
             mixture,
             self._plan,
             range(start.step, config.train.steps),
-            config.train.batch_size,
+            self._rows.held,
             MediaReader(
-                pool,
-                config.model.vision.image_size,
-                config.data.frames,
-                self._skip_log.lasting_failures,
+                pool, config.model.vision.image_size, config.data.frames, skip_log.lasting_failures
             ),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        self._accounting = Accounting(
-            [part.config.name for part in mixture.parts], start.data.get("accounting")
+            counted=self._rows.counted,
         )
         self._step_functions: dict[int, Any] = {}  # jitted, by index of their row shape
         self._unlogged: _StepResult | None = None
         self._metrics = MetricsWriter(run.path, start.step, config.train.tensorboard)
         self._progress = Progress(start.step, config.train.steps, config.train.log_every)
 
-    def run(self, state: TrainState) -> None:
-        """Trains from the start step to the last one."""
-        with contextlib.closing(self._metrics), contextlib.closing(self._progress):
+    def run(self, state: TrainState) -> int | None:
+        """Trains from the start step to the last one; returns the step if it is stopped before."""
+        stop = StopRequest()
+        with (
+            stop.listening(),
+            contextlib.closing(self._metrics),
+            contextlib.closing(self._progress),
+        ):
             for step in range(self._start_step, self._config.steps + 1):
                 if step > self._start_step:
                     results = self._evaluate(step, state)
-                    self._save(step, state, results)
+                    self._checkpointer.poll()
+                    stops = step < self._config.steps and stop.is_due(step)
+                    self._save(step, state, results, is_due=stops)
+                    if stops:
+                        return step
                 if step < self._config.steps:
-                    batch = self._next_batch()
+                    batch = self._next_batch(step + 1)
                     state = self._step(step + 1, state, batch)
-        print(self._accounting.table(), flush=True)
+            self._books.exchange()
+        print(self._books.table(), flush=True)
+        return None
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """Results of all evaluators if an evaluation is due, else nothing."""
         if not self._is_due(step, self._config.eval_every):
             return {}
         self._log_last_step()
+        distributed.enter(f"evaluating step {step}")
         began = time.monotonic()
         results: dict[str, float] = {}
         try:
@@ -148,7 +174,7 @@ class _Loop:
                 for evaluate in self._evaluators.values():
                     results.update(evaluate(state))
         except DataError:  # validation data is unreadable: keep what was trained
-            self._checkpointer.save(step, state, self._data_state(step), {})
+            self._checkpointer.save_now(step, state, self._data_state(step), {})
             raise
         if results:
             self._metrics.write(step, results)
@@ -158,28 +184,37 @@ class _Loop:
         self._progress.skip_interval()
         return results
 
-    def _save(self, step: int, state: TrainState, results: Mapping[str, float]) -> None:
-        """Saves a checkpoint if one is due."""
-        if self._is_due(step, self._config.save_every):
+    def _save(
+        self, step: int, state: TrainState, results: Mapping[str, float], is_due: bool
+    ) -> None:
+        """Saves a checkpoint if one is due, now or every `save_every` steps."""
+        if is_due or self._is_due(step, self._config.save_every):
+            distributed.enter(f"saving step {step}")
             self._log_last_step()
-            self._checkpointer.save(step, state, self._data_state(step), results)
+            is_last = is_due or step == self._config.steps
+            save = self._checkpointer.save_now if is_last else self._checkpointer.save
+            save(step, state, self._data_state(step), results)
             self._progress.skip_interval()
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether a step is a multiple of `every`, or the last one; 0 = never."""
         return bool(every) and (step % every == 0 or step == self._config.steps)
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self, step: int) -> Batch:
+        is_first = step == self._start_step + 1  # decode processes start
+        limit = 0.0 if is_first else self._spec.config.data.frames.time_limit + _READ_MARGIN
+        distributed.enter(f"reading the batch of step {step}", limit)
         batch = next(self._batches)
-        self._accounting.add(batch.outcomes)
-        self._skip_log.write(batch.skips)
-        self._accounting.check(self._spec.config.data.max_skip_fraction, "training met")
+        distributed.enter(f"step {step}")
+        self._books.add(batch.outcomes)
+        if jax.process_count() == 1:  # several exchange when something is logged or saved
+            self._books.exchange()
         return batch
 
     def _step(self, step: int, state: TrainState, batch: Batch) -> TrainState:
         with jax.set_mesh(self._spec.mesh):
             step_function = self._step_function(batch.shape)
-            state, metrics = step_function(state, place(batch.arrays, self._spec.mesh))
+            state, metrics = step_function(state, place(batch.arrays, self._spec.mesh, self._rows))
         self._log_last_step()  # of the step before: the device is never waited for
         self._unlogged = _StepResult(step, batch, metrics)
         return state
@@ -205,28 +240,50 @@ class _Loop:
         self._unlogged = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-            path = self._run.path / f"nonfinite_step_{step}.npz"
+            part = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+            path = self._run.path / f"nonfinite_step_{step}{part}.npz"
             ids = np.array(batch.sample_ids)
             np.savez(path, allow_pickle=False, sample_ids=ids, **batch.arrays)
+            distributed.barrier(
+                "nonfinite"
+            )  # all processes have the same loss, and save their rows
             raise NonFiniteLossError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples "
                 f"{', '.join(batch.sample_ids)}; the batch is saved in {path}"
             )
-        values |= batch.waste()
+        shape = self._mixture.shapes[batch.shape]
+        for name in ("tokens", "frames"):
+            slots = self._rows.total * getattr(shape, name)
+            values[f"{name.removesuffix('s')}_waste"] = 1 - values[name] / slots
+        del values["frames"]
         values["compilations"] = sum(f._cache_size() for f in self._step_functions.values())
         if self._is_due(step, self._config.log_every):
-            values |= self._accounting.metrics()
+            self._books.exchange()
+            values |= self._books.metrics()
         self._metrics.write(step, values)
         self._progress.update(step, values)
 
     def _data_state(self, step: int) -> dict[str, Any]:
         """The data position after `step` steps, as saved in the checkpoint."""
         self._plan.forget(step)
+        self._books.exchange()
         return {
             "plan": self._plan.state(step),
             "sources": self._mixture.fingerprint(),
-            "accounting": self._accounting.state(),
+            "accounting": self._books.state(),
         }
+
+
+def _check_same_data(mixture: Mixture) -> None:
+    """Raises DataError if another process sees other data than process 0."""
+    found = distributed.gather([socket.gethostname(), mixture.fingerprint()])
+    (first_host, first), *others = found
+    for host, fingerprint in others:
+        if changed := [name for name in first if fingerprint[name] != first[name]]:
+            raise DataError(
+                f"data source {', '.join(changed)} on {host} is not the one on {first_host}: all processes "
+                f"must read the same samples"
+            )
 
 
 def _check_batch(config: RunConfig, mesh: Mesh) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from storm_jax.files import read_lines, to_line, write_atomically
+from storm_jax import distributed
+from storm_jax.files import Appender, read_lines, to_line, write_atomically
 
 _RECENT_STEPS = 50  # that speed and time left are averaged over
 
@@ -21,19 +22,22 @@ _RECENT_STEPS = 50  # that speed and time left are averaged over
 class MetricsWriter:
     """Appends one JSON line per step to metrics.jsonl, and optionally scalars to TensorBoard.
 
-    A resumed run first drops the lines after its checkpoint's step: those steps are repeated.
+    Process 0 writes. A resumed run first drops the lines after its checkpoint's step: those steps are repeated.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int, tensorboard: bool):
         self.path = workdir / "metrics.jsonl"
+        self._lines: Appender | None = None
+        self._board: Any = None
+        if not distributed.is_main():
+            return
         if self.path.exists():
             lines = [line for line in read_metrics(workdir) if line["step"] <= start_step]
             last = lines[-1]["step"] if lines else 0
             if last < start_step:
                 logging.warning("%s lost the steps %d to %d", self.path, last + 1, start_step)
             write_atomically(self.path, "".join(map(to_line, lines)))
-        self._file = self.path.open("a")
-        self._board: Any = None
+        self._lines = Appender(self.path)
         if tensorboard:
             import tensorboardX
 
@@ -42,14 +46,13 @@ class MetricsWriter:
             )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(to_line({"step": step, **metrics}))
-        self._file.flush()
+        if self._lines is not None:
+            self._lines.write([to_line({"step": step, **metrics})])
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -8,8 +8,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from storm_jax import distributed
 from storm_jax.data.skips import Skip
-from storm_jax.files import read_lines, to_line, write_atomically
+from storm_jax.files import Appender, read_lines, to_line, write_atomically
 from storm_jax.media.reader import LASTING
 
 _MAX_WARNINGS = 20  # per call of `write`
@@ -18,32 +19,35 @@ _MAX_WARNINGS = 20  # per call of `write`
 class SkipLog:
     """Appends each unusable sample to skipped.jsonl once, and warns about it.
 
+    Every process knows all of them; process 0 writes.
+
     Attributes:
       lasting_failures: {file: cause} of media that hung or crashed a worker; they are not read again.
     """
 
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / "skipped.jsonl"
+        self._lines = Appender(self._path)
         self._logged: set[tuple[str, str, str]] = set()
         self.lasting_failures: dict[str, str] = {}
         if self._path.exists():
             skips = read_lines(self._path, _skip_of)
             for skip in skips:
                 self._is_new(skip)
-            kept = map(to_line, map(dataclasses.asdict, skips))  # without damaged lines
-            write_atomically(self._path, "".join(kept))
+            if distributed.is_main():
+                kept = map(to_line, map(dataclasses.asdict, skips))  # without damaged lines
+                write_atomically(self._path, "".join(kept))
 
     def write(self, skips: Sequence[Skip]) -> None:
         """Logs those of `skips` that are not in the file yet."""
         new = [skip for skip in skips if self._is_new(skip)]
-        if not new:
+        if not new or not distributed.is_main():
             return
         for skip in new[:_MAX_WARNINGS]:
             logging.warning("skipped (%s): %s: %s", skip.cause, skip.where, skip.message)
         if len(new) > _MAX_WARNINGS:
             logging.warning("and %d more: %s", len(new) - _MAX_WARNINGS, self._path)
-        with self._path.open("a") as file:
-            file.writelines(to_line(dataclasses.asdict(skip)) for skip in new)
+        self._lines.write(to_line(dataclasses.asdict(skip)) for skip in new)
 
     def _is_new(self, skip: Skip) -> bool:
         """Whether a skip has not been passed before; remembers it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from storm_jax.data.rows import RowShape
 from storm_jax.models.storm import VisualShape
 from storm_jax.ops.cross_entropy import cross_entropy
-from storm_jax.sharding import batch_sharding
+from storm_jax.sharding import LocalRows, batch_sharding
 from storm_jax.train.optim import make_optimizer, schedule
 from storm_jax.train.state import StateSpec, TrainState
 
@@ -27,12 +28,19 @@ TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Sums]
 EvalStep = Callable[[TrainState, dict[str, jax.Array]], Sums]
 
 
-def place(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on the mesh, as global arrays."""
-    return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh, array), array)
-        for name, array in arrays.items()
-    }
+def place(arrays: Mapping[str, np.ndarray], mesh: Mesh, rows: LocalRows) -> dict[str, jax.Array]:
+    """Puts the rows that this process holds on the mesh, as global arrays."""
+
+    def place_one(array: np.ndarray) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            wanted = range(rows.total)[index[0]]
+            start = bisect.bisect_left(rows.held, wanted.start)
+            return array[(slice(start, start + len(wanted)), *index[1:])]
+
+        shape = (rows.total, *array.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), shard)
+
+    return {name: place_one(array) for name, array in arrays.items()}
 
 
 def make_train_step(spec: StateSpec, shape: RowShape) -> TrainStep:
@@ -72,6 +80,7 @@ def make_train_step(spec: StateSpec, shape: RowShape) -> TrainStep:
             "grad_norm": optax.global_norm(grads),
             "rate_factor": rate_factor(state.step),
             "tokens": sums["tokens"],
+            "frames": sums["frames"],
         }
         return TrainState(trained, state.frozen, opt_state, state.step + 1), metrics
 
@@ -85,7 +94,7 @@ def make_eval_step(spec: StateSpec, shape: RowShape) -> EvalStep:
 
 
 def make_loss_sums(graphdef: nnx.GraphDef, shape: RowShape) -> Callable[[dict, dict], Sums]:
-    """The forward pass: sums of loss, weight, right answers and tokens over a batch."""
+    """The forward pass: sums of loss, weight, right answers, tokens and frames over a batch."""
     visual_shape = VisualShape(shape.num_groups, shape.compression.spatial_pool)
 
     def loss_sums(params: dict[str, Any], batch: dict[str, jax.Array]) -> Sums:
@@ -94,8 +103,13 @@ def make_loss_sums(graphdef: nnx.GraphDef, shape: RowShape) -> Callable[[dict, d
         loss, weight, right = cross_entropy(
             hidden, model.decoder.head(), batch["targets"], batch["loss_weights"]
         )
-        tokens = jnp.sum(batch["segment_ids"] > 0)
-        return {"loss": loss, "weight": weight, "right": right, "tokens": tokens}
+        return {
+            "loss": loss,
+            "weight": weight,
+            "right": right,
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "frames": jnp.sum(batch["frame_clip"] > 0),
+        }
 
     return loss_sums
 

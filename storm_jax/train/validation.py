@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from storm_jax.data.accounting import Accounting
 from storm_jax.data.mixture import Mixture
 from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import EvalPlan
@@ -14,6 +13,8 @@ from storm_jax.data.skips import DataError
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run
+from storm_jax.sharding import local_rows
+from storm_jax.train.books import Books
 from storm_jax.train.skip_log import SkipLog
 from storm_jax.train.state import StateSpec, TrainState
 from storm_jax.train.step import make_eval_step, place
@@ -31,11 +32,12 @@ def make_validation(run: Run, spec: StateSpec, mixture: Mixture, pool: WorkerPoo
     skip_log.write(mixture.skips)
     eval_steps = [make_eval_step(spec, shape) for shape in mixture.shapes]
     batch_size = config.train.batch_size // config.train.accumulation
-    plan = EvalPlan(mixture, batch_size)
+    plan, rows = EvalPlan(mixture, batch_size), local_rows(mesh, batch_size)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         totals = {"loss": 0.0, "weight": 0.0, "right": 0.0}
-        accounting = Accounting([part.config.name for part in mixture.parts])
+        names = [part.config.name for part in mixture.parts]
+        books = Books(names, skip_log, config.data.max_skip_fraction, "validation met")
         reader = MediaReader(
             pool, config.model.vision.image_size, config.data.frames, skip_log.lasting_failures
         )
@@ -43,16 +45,14 @@ def make_validation(run: Run, spec: StateSpec, mixture: Mixture, pool: WorkerPoo
             mixture,
             plan,
             range(len(plan)),
-            batch_size,
+            rows.held,
             reader,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            counted=rows.counted,
         ):
-            accounting.add(batch.outcomes)
-            skip_log.write(batch.skips)
-            sums = jax.device_get(eval_steps[batch.shape](state, place(batch.arrays, mesh)))
+            books.add(batch.outcomes)
+            sums = jax.device_get(eval_steps[batch.shape](state, place(batch.arrays, mesh, rows)))
             totals = {name: totals[name] + float(sums[name]) for name in totals}
-        accounting.check(config.data.max_skip_fraction, "validation met")
+        books.exchange()
         weight = totals["weight"]
         if not weight:
             raise DataError("data.val: no sample could be read")

@@ -62,7 +62,7 @@ def test_counts_continue_from_the_saved_state():
     whole, half = Accounting(["a", "b"]), Accounting(["a", "b"])
     whole.add(OUTCOMES)
     half.add(OUTCOMES[:2])
-    resumed = Accounting(["a", "b"], json.loads(json.dumps(half.state())))
+    resumed = Accounting(["a", "b"], [json.loads(json.dumps(half.state()))])
     resumed.add(OUTCOMES[2:])
     assert resumed.state() == whole.state()
     assert resumed.metrics()["data/a/skipped/missing"] == 2

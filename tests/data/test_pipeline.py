@@ -35,12 +35,12 @@ def read(
     workers: int = 0,
     size: int = BATCH,
     frames: FramesConfig | None = None,
-    **process: int,
+    rows: range | None = None,
 ) -> list[Batch]:
     with WorkerPool(workers) as pool:
         reader = MediaReader(pool, 32, frames or mixture.encoder.frames)
         plan = plan or TrainPlan(mixture, size)
-        return list(batches(mixture, plan, steps, size, reader, **process))
+        return list(batches(mixture, plan, steps, rows or range(size), reader))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,8 @@ def test_resuming_returns_the_remaining_batches(
 
 def test_rows_of_two_processes_are_the_batch_of_one(mixture: Mixture, expected: list[Batch]):
     first, second = (
-        read(mixture, workers=index, process_index=index, process_count=2) for index in range(2)
+        read(mixture, workers=index, rows=rows)
+        for index, rows in enumerate((range(2), range(2, 4)))
     )
     joined = [
         Batch(
@@ -121,14 +122,16 @@ def test_batches_contain_the_planned_samples(mixture: Mixture, expected: list[Ba
                 np.testing.assert_array_equal(tokens, mixture.encoder.encode(sample, times).tokens)
 
 
-def test_waste_is_the_fraction_of_padding(expected: list[Batch], mixture: Mixture):
-    for batch in expected:
-        tokens = sum(outcome.tokens for outcome in batch.outcomes)
-        frames = sum(outcome.frames for outcome in batch.outcomes)
-        shape = mixture.shapes[batch.shape]
-        waste = batch.waste()
-        assert waste["token_waste"] == pytest.approx(1 - tokens / (BATCH * shape.tokens))
-        assert waste["frame_waste"] == pytest.approx(1 - frames / (BATCH * shape.frames))
+def test_rows_that_another_process_counts_are_read_but_not_reported(
+    mixture: Mixture, expected: list[Batch]
+):
+    with WorkerPool(0) as pool:
+        reader = MediaReader(pool, 32, mixture.encoder.frames)
+        plan = TrainPlan(mixture, BATCH)
+        (batch,) = batches(mixture, plan, range(1), range(BATCH), reader, counted={1})
+    np.testing.assert_array_equal(batch.arrays["tokens"], expected[0].arrays["tokens"])
+    (row,) = plan[0].rows[1:2]
+    assert batch.sample_ids == [mixture.sample(ref).id for ref in row]
 
 
 def test_evaluation_pads_the_last_batch_with_empty_rows(mixture: Mixture):

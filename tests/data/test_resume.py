@@ -37,12 +37,12 @@ with WorkerPool(workers) as pool, (out / f"rows_{index}_of_{count}.txt").open("a
     mixture = open_mixture(config, config.data.train, load_tokenizer(tokenizer), pool)
     plan = TrainPlan(mixture, batch, saved["plan"])
     reader = MediaReader(pool, config.model.vision.image_size, config.data.frames)
-    process = {"process_index": index, "process_count": count}
+    local = batch // count
+    numbers = range(index * local, (index + 1) * local)
     todo = range(saved["step"], steps)
-    for step, read in zip(todo, batches(mixture, plan, todo, batch, reader, **process)):
-        for i in range(batch // count):
+    for step, read in zip(todo, batches(mixture, plan, todo, numbers, reader)):
+        for i, row in enumerate(numbers):
             parts = [read.arrays[name][i].tobytes() for name in sorted(read.arrays)]
-            row = index * (batch // count) + i
             print(step, row, hashlib.sha256(b"".join(parts)).hexdigest(), file=rows, flush=True)
         if count == 1:
             new = {"step": step + 1, "plan": plan.state(step + 1)}

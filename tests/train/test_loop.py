@@ -101,13 +101,13 @@ def test_interrupted_training_resumes_bit_for_bit(
     def train(run: Run, last_step: int) -> None:
         steps = iter(range(run_start(run) + 1, 10))
 
-        def logged(arrays, mesh):
+        def logged(arrays, mesh, rows):
             if next(steps) > last_step:
                 raise Interrupt
             digest = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
             with (run.path / "batches.txt").open("a") as file:
                 print(digest.hexdigest(), file=file)
-            return place(arrays, mesh)
+            return place(arrays, mesh, rows)
 
         monkeypatch.setattr(loop, "place", logged)
         loop.train(run, make_mesh(config.mesh, jax.devices()[:1]), lambda spec, pool: {})
@@ -137,11 +137,11 @@ from storm_jax.sharding import make_mesh
 from storm_jax.train import loop
 run = Run(sys.argv[1])
 place = loop.place
-def logged(arrays, mesh):
+def logged(arrays, mesh, rows):
     digest = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
     with (run.path / "batches.txt").open("a") as file:
         print(digest.hexdigest(), file=file)
-    return place(arrays, mesh)
+    return place(arrays, mesh, rows)
 loop.place = logged
 loop.train(run, make_mesh(run.config.mesh, jax.devices()[:1]), lambda spec, pool: {})
 """

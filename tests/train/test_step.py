@@ -11,7 +11,7 @@ from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import TrainPlan
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
-from storm_jax.sharding import make_mesh
+from storm_jax.sharding import local_rows, make_mesh
 from storm_jax.text.tokenizer import load_tokenizer
 from storm_jax.train.state import StateSpec
 from storm_jax.train.step import make_train_step, place
@@ -32,9 +32,9 @@ def train_steps(shapes_folder):
         step = make_train_step(spec, shape)
         history = []
         reader = MediaReader(pool, shape.image_size, config.data.frames)
-        for batch in batches(mixture, TrainPlan(mixture, size), range(2), size, reader):
+        for batch in batches(mixture, TrainPlan(mixture, size), range(2), range(size), reader):
             with jax.set_mesh(mesh):
-                state, metrics = step(state, place(batch.arrays, mesh))
+                state, metrics = step(state, place(batch.arrays, mesh, local_rows(mesh, size)))
             history.append({name: float(value) for name, value in metrics.items()})
         return history, state
 
