@@ -34,7 +34,10 @@ SILENCE = 40.0  # seconds without a report after which a process has died or han
 _SHORT_SILENCE = 8.0  # the same, once a computation with the other processes has failed
 _PATIENCE = 10.0  # seconds that process 0 stays to pass a failure on
 _DAY = 24 * 3600 * 1000  # milliseconds; the watch ends a wait for a process that died
-_HEARTBEAT = 60  # seconds after which JAX ends what the watch has not
+_HEARTBEAT = (
+    120  # JAX ends a job after half to all of these seconds of silence: later than the watch
+)
+_SHUTDOWN = 60  # seconds that the processes may leave apart
 
 
 class ProcessError(RuntimeError):
@@ -207,7 +210,7 @@ def _initialize(
             num_processes,
             process_id,
             heartbeat_timeout_seconds=_HEARTBEAT,
-            shutdown_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_SHUTDOWN,
         )
     except Exception as error:
         reason = str(error).split("\n", maxsplit=1)[0]

@@ -92,6 +92,7 @@ class _StepResult(NamedTuple):
     step: int
     batch: Batch
     metrics: dict[str, jax.Array]
+    books: dict[str, float]
 
 
 class _Loop:
@@ -207,7 +208,8 @@ class _Loop:
         batch = next(self._batches)
         distributed.enter(f"step {step}")
         self._books.add(batch.outcomes)
-        if jax.process_count() == 1:  # several exchange when something is logged or saved
+        # Several processes exchange only when something is logged or saved.
+        if jax.process_count() == 1 or self._is_due(step, self._config.log_every):
             self._books.exchange()
         return batch
 
@@ -216,7 +218,9 @@ class _Loop:
             step_function = self._step_function(batch.shape)
             state, metrics = step_function(state, place(batch.arrays, self._spec.mesh, self._rows))
         self._log_last_step()  # of the step before: the device is never waited for
-        self._unlogged = _StepResult(step, batch, metrics)
+        is_due = self._is_due(step, self._config.log_every)
+        books = self._books.metrics() if is_due else {}
+        self._unlogged = _StepResult(step, batch, metrics, books)
         return state
 
     def _step_function(self, index: int) -> Any:
@@ -236,7 +240,7 @@ class _Loop:
         """
         if self._unlogged is None:
             return
-        step, batch, metrics = self._unlogged
+        step, batch, metrics, books = self._unlogged
         self._unlogged = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
@@ -257,9 +261,7 @@ class _Loop:
             values[f"{name.removesuffix('s')}_waste"] = 1 - values[name] / slots
         del values["frames"]
         values["compilations"] = sum(f._cache_size() for f in self._step_functions.values())
-        if self._is_due(step, self._config.log_every):
-            self._books.exchange()
-            values |= self._books.metrics()
+        values |= books
         self._metrics.write(step, values)
         self._progress.update(step, values)
 

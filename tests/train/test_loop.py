@@ -451,9 +451,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch(
 ):
     real = loop.place
 
-    def poisoned(arrays, mesh):
+    def poisoned(arrays, mesh, rows):
         arrays = {**arrays, "loss_weights": arrays["loss_weights"] * np.float32(np.nan)}
-        return real(arrays, mesh)
+        return real(arrays, mesh, rows)
 
     monkeypatch.setattr(loop, "place", poisoned)
     with pytest.raises(loop.NonFiniteLossError, match=r"step 1: loss nan.*train-"):
