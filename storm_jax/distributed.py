@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 from jax._src import distributed as _jax_distributed  # its client has no public name
+from jax.experimental import multihost_utils
 
 BEAT = 1.0  # seconds between two reports of a process
 SILENCE = 40.0  # seconds without a report after which a process has died or hangs
@@ -188,6 +189,8 @@ def processes(
         yield
         return
     names = gather(socket.gethostname())
+    # CPUs connect at their first exchange, and wait 30 s for each other: a compilation may take longer.
+    multihost_utils.sync_global_devices("start")
     watch = _Watch([f"process {number} on {host}" for number, host in enumerate(names)])
     try:
         yield
