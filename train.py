@@ -20,7 +20,7 @@ from storm_jax import command_line, distributed
 from storm_jax.config import ConfigError, RunConfig, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.skips import DataError
-from storm_jax.files import is_full
+from storm_jax.files import system_error
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run, RunError
 from storm_jax.sharding import make_mesh
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     if not config.data.train:
         raise ConfigError("data.train is empty: list the sources to train on")
     run = Run(WORKDIR.value)
-    _drop_tracebacks_of_a_full_disk()
+    _drop_tracebacks_of_failed_writes()
     with distributed.processes(**command_line.process_flags()), contextlib.ExitStack() as stack:
         if distributed.is_main():
             stack.enter_context(run.locked())
@@ -78,10 +78,10 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(STOPPED)
 
 
-def _drop_tracebacks_of_a_full_disk() -> None:
-    """Orbax, asyncio and TensorStore log hundreds of lines about what `main` says in one."""
+def _drop_tracebacks_of_failed_writes() -> None:
+    """Orbax, asyncio and TensorStore log hundreds of lines about a file that cannot be written; we say it in one."""
     logging.get_absl_handler().addFilter(
-        lambda record: not is_full(record.exc_info[1] if record.exc_info else None)
+        lambda record: not system_error(record.exc_info[1] if record.exc_info else None)
     )
     default = sys.unraisablehook
 

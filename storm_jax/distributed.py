@@ -212,6 +212,7 @@ def _initialize(
             coordinator_address,
             num_processes,
             process_id,
+            cluster_detection_method="deactivate" if coordinator_address else None,
             heartbeat_timeout_seconds=_HEARTBEAT,
             shutdown_timeout_seconds=_SHUTDOWN,
         )

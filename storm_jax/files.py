@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,15 +93,18 @@ class Appender:
             self._waiting = b""
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a full disk or an exhausted quota."""
+def system_error(error: BaseException | None) -> str:
+    """The system's words for the failed file operation behind an error, or behind what caused it; "" if none.
+
+    Libraries in C++ put its number into their message.
+    """
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            return True
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        if number := re.search(r"(?:os_error_code='|\[errno )(\d+)", str(error)):
+            return os.strerror(int(number[1]))
         error = error.__cause__ or error.__context__
-    return False
+    return ""
 
 
 def digest(text: str | bytes) -> str:

@@ -1,8 +1,9 @@
-"""Kills a training and its workers at random moments, and compares its losses with an undisturbed one's.
+"""Kills processes of a training at random moments, and compares its losses with an undisturbed one's.
 
     python -m tests.chaos --kills=20 --workers=10 --seed=0
 
-Two trainings are disturbed. One is killed as a whole and started again with the same command; of the other,
+Two trainings are disturbed. Of one, which has several processes, one process at a time is killed, some of them
+inside a save: the others must end by themselves, and all are started again with the same command. Of the other,
 single decode workers are killed. Every step must have the loss, and every source the counts, that it has
 without. Needs Linux.
 """
@@ -22,91 +23,105 @@ import tempfile
 import time
 
 from storm_jax.files import read_lines
+from storm_jax.run import Run
 from tests.forked import ROOT
+from tests.processes import LIMIT, Launch, last_step, metrics
 from tests.small_model import SMALL
 
-_LIMIT = 600.0  # seconds without a step
+_MINUTE = 60.0  # in which the others notice that a process has died
 
 
 class Training:
-    """train.py with two workers and a checkpoint every 5 steps, in a folder of its own."""
+    """train.py with two workers per process and a checkpoint every 5 steps, in a folder of its own.
 
-    def __init__(self, data: pathlib.Path, workdir: pathlib.Path, steps: int):
-        self.workdir, self._steps = workdir, steps
+    Args:
+      processes: started together; one process has as many devices as all of them.
+    """
+
+    def __init__(
+        self, data: pathlib.Path, workdir: pathlib.Path, steps: int, processes: int, devices: int
+    ):
+        self.workdir, self._processes, self._devices = workdir, processes, devices
         fields = {
             **SMALL, "compression.num_frames": 8, "compression.temporal_pool": 2,
             "data.train[0].path": data / "train.json", "data.num_workers": 2,
+            "data.rows[0].tokens": 128, "data.rows[0].frames": 16,
             "train.steps": steps, "train.batch_size": 8, "train.eval_every": 0,
             "train.save_every": 5, "train.log_every": 1,
         }  # fmt: skip
-        self._command = [
-            sys.executable, "train.py", "--config=configs/tiny.py:stage=sft", f"--workdir={workdir}",
+        self._arguments = [
+            "--config=configs/tiny.py:stage=sft",
             *(f"--config.{name}={value}" for name, value in fields.items()),
-        ]  # fmt: skip
+        ]
 
-    def start(self) -> subprocess.Popen:
-        with (self.workdir.parent / f"{self.workdir.name}.log").open("a") as log:
-            return subprocess.Popen(self._command, cwd=ROOT, stdout=log, stderr=log)
+    def start(self) -> Launch:
+        return Launch(
+            self.workdir, self._arguments, processes=self._processes, devices=self._devices
+        )
 
     def finish(self) -> None:
-        if status := self.start().wait():
-            sys.exit(f"training ended with {status}: see {self.workdir}.log")
+        if any(statuses := self.start().wait()):
+            sys.exit(f"training ended with {statuses}: see {self.workdir}.*.log")
 
-    def step(self) -> int:
-        return max(self.losses(), default=0)
-
-    def losses(self) -> dict[int, float]:
-        path = self.workdir / "metrics.jsonl"
-        lines = read_lines(path) if path.exists() else []
-        return {line["step"]: line["loss"] for line in lines}
+    def saved(self) -> int:
+        """The step that a new start resumes from."""
+        return max(Run(self.workdir).checkpoints.steps(), default=0)
 
     def counts(self) -> dict[str, float]:
-        """The books of the last step, without times."""
-        last = read_lines(self.workdir / "metrics.jsonl")[-1]
-        return {k: v for k, v in last.items() if k.startswith("data/") and "seconds" not in k}
+        """The books of the last step."""
+        last = metrics(self.workdir)[last_step(self.workdir)]
+        return {k: v for k, v in last.items() if k.startswith("data/")}
 
-    def wait_for(self, process: subprocess.Popen, step: int) -> bool:
-        """Waits until a step is logged. False if the training ended first."""
-        deadline = time.monotonic() + _LIMIT
-        while self.step() < step:
-            if process.poll() is not None:
-                return False
-            if time.monotonic() > deadline:
-                process.kill()
-                sys.exit(f"no step in {_LIMIT:.0f} s: see {self.workdir}.log")
-            time.sleep(0.02)
-        return True
+    def wait_for_save(self, launch: Launch) -> None:
+        """Waits until a checkpoint is being written."""
+        folder, deadline = self.workdir / "checkpoints", time.monotonic() + LIMIT
+        while not any(folder.glob("*.orbax-checkpoint-tmp")) and time.monotonic() < deadline:
+            if any(process.poll() is not None for process in launch.processes):
+                return
+            time.sleep(0.001)
 
 
-def kill_trainings(training: Training, kills: int, rng: random.Random) -> int:
-    """Kills the training while it starts, trains or saves, and finishes it. Returns the number of kills."""
-    done = 0
+def kill_processes(training: Training, kills: int, rng: random.Random) -> tuple[int, int, int]:
+    """Kills a process while it starts, trains or saves, and finishes the training.
+
+    Returns:
+      The number of kills, of those inside a save, and of the steps that were taken again.
+    """
+    done = inside = lost = 0
     while done < kills:
-        process = training.start()
-        if rng.random() < 0.2:  # while it starts
+        launch, moment = training.start(), rng.random()
+        if moment < 0.2:  # while it starts
             time.sleep(rng.uniform(0, 8))
-        elif not training.wait_for(process, training.step() + rng.randrange(1, 10)):
+        elif not launch.wait_for(last_step(training.workdir) + rng.randrange(1, 10)):
             break
-        time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is None:
-            process.kill()
+        if moment > 0.6:
+            training.wait_for_save(launch)
+        else:
+            time.sleep(rng.uniform(0, 0.3))
+        victim = rng.choice(launch.processes)
+        if victim.poll() is None:
+            victim.kill()
             done += 1
-        process.wait()
+            inside += any((training.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+        others = [process for process in launch.processes if process is not victim]
+        if not all(process.wait(_MINUTE) for process in others):
+            break  # the training had ended
+        lost += last_step(training.workdir) - training.saved()
     training.finish()
-    return done
+    return done, inside, lost
 
 
 def kill_workers(training: Training, kills: int, rng: random.Random) -> int:
     """Kills workers of a running training one by one. Returns the number of kills."""
-    process, done = training.start(), 0
-    while done < kills and training.wait_for(process, training.step() + rng.randrange(1, 5)):
+    launch, done = training.start(), 0
+    while done < kills and launch.wait_for(last_step(training.workdir) + rng.randrange(1, 5)):
         time.sleep(rng.uniform(0, 0.3))
-        if workers := _children(process):
+        if workers := _children(launch.processes[0]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 done += 1
-    if status := process.wait():
-        sys.exit(f"training ended with {status}: see {training.workdir}.log")
+    if any(statuses := launch.wait()):
+        sys.exit(f"training ended with {statuses}: see {training.workdir}.*.log")
     return done
 
 
@@ -123,13 +138,18 @@ def _children(process: subprocess.Popen) -> list[int]:
 
 def differing_steps(training: Training, expected: Training) -> list[int]:
     """Steps with another loss than expected, or none."""
-    found, wanted = training.losses(), expected.losses()
-    return [step for step in sorted({*found, *wanted}) if found.get(step) != wanted.get(step)]
+    found, wanted = metrics(training.workdir), metrics(expected.workdir)
+    return [
+        step
+        for step in sorted({*found, *wanted})
+        if found.get(step, {}).get("loss") != wanted.get(step, {}).get("loss")
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--kills", type=int, default=20, help="of the training process")
+    parser.add_argument("--kills", type=int, default=20, help="of one process of a training")
+    parser.add_argument("--processes", type=int, default=2, help="of that training")
     parser.add_argument("--workers", type=int, default=10, help="kills of decode workers")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
@@ -144,14 +164,19 @@ def main() -> None:
          f"--out={root}/data/tokenizer"], cwd=ROOT, check=True,
     )  # fmt: skip
     steps = 20 + max(8 * args.kills, 6 * args.workers)
-    whole, killed, robbed = (
-        Training(root / "data", root / name, steps) for name in ("whole", "killed", "robbed")
+    count = args.processes
+    whole, robbed = (
+        Training(root / "data", root / name, steps, 1, count) for name in ("whole", "robbed")
     )
+    killed = Training(root / "data", root / "killed", steps, count, 1)
     whole.finish()
-    kills = kill_trainings(killed, args.kills, rng)
+    kills, inside, lost = kill_processes(killed, args.kills, rng)
     workers = kill_workers(robbed, args.workers, rng)
     differing = 0
-    for training, what in ((killed, f"{kills} kills"), (robbed, f"{workers} kills of workers")):
+    what_killed = (
+        f"{kills} kills of one of {count} processes, {inside} inside a save, {lost} lost steps"
+    )
+    for training, what in ((killed, what_killed), (robbed, f"{workers} kills of workers")):
         steps_differ = differing_steps(training, whole)
         same = "the same" if training.counts() == whole.counts() else "OTHER"
         skipped = training.workdir / "skipped.jsonl"

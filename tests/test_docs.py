@@ -40,7 +40,7 @@ def test_the_examples_of_the_data_guide_train(small_config, shapes_folder, tmp_p
     sources = [SourceConfig(name="examples", path=str(tmp_path / "train.jsonl"))]
     mixture = open_mixture(config, sources, tokenizer, WorkerPool(0))
     reader = MediaReader(WorkerPool(0), 32, config.data.frames)
-    (batch,) = batches(mixture, EvalPlan(mixture, 4), range(1), 4, reader)
+    (batch,) = batches(mixture, EvalPlan(mixture, 4), range(1), range(4), reader)
     assert mixture.skips == batch.skips == []
     assert sorted(batch.sample_ids) == sorted(record["id"] for record in records)
     assert batch.arrays["frame_clip"].max() >= 4

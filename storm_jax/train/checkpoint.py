@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from storm_jax import distributed
 from storm_jax.checkpoints import array_handler, with_digests
+from storm_jax.files import system_error
 from storm_jax.params import with_sharding
 from storm_jax.run import Run, RunError
 from storm_jax.train.state import StateSpec, TrainState
@@ -151,7 +150,8 @@ class Checkpointer:
     def _note(self, error: BaseException) -> None:
         """Remembers the first reason why this process could not write the checkpoint."""
         if not self._problem:
-            self._problem = _cause(error)
+            first_line = (str(error) or repr(error)).split("\n", maxsplit=1)[0]
+            self._problem = system_error(error) or first_line[:200]
             self._vote.fail(self._problem)
 
     def _finish(self) -> bool:
@@ -248,19 +248,6 @@ class Checkpointer:
         """Waits until what is being saved is on disk, even if the training has failed."""
         if self._is_open:
             self._manager.close()
-
-
-def _cause(error: BaseException) -> str:
-    """The system's error behind an error, in its words; else the first line of the error."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT):
-            if os.strerror(code) in str(cause):
-                return os.strerror(code)
-        cause = cause.__cause__ or cause.__context__
-    return str(error).split("\n", maxsplit=1)[0][:200] or type(error).__name__
 
 
 def _rename_keys(tree: Any, names: Mapping[str, str]) -> Any:

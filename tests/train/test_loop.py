@@ -460,3 +460,71 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch(
         start_training(small_config(), tmp_path, shapes_folder)
     saved = np.load(tmp_path / "nonfinite_step_1.npz")
     assert set(saved["sample_ids"]) and saved["frames"].dtype == np.uint8
+
+
+def block_checkpoints(run: Run, monkeypatch, first: int, last: int) -> None:
+    """A file is where the checkpoints were, from one step to another."""
+    real, away = loop.place, run.path / "away"
+    steps = iter(range(1, 100))
+
+    def place(arrays, mesh, rows):
+        step = next(steps)
+        if step == first:
+            while not run.checkpoints.steps():  # it is being written
+                time.sleep(0.01)
+            run.checkpoints.path.rename(away)
+            run.checkpoints.path.write_text("in the way")
+        if step == last:
+            run.checkpoints.path.unlink()
+            away.rename(run.checkpoints.path)
+        return real(arrays, mesh, rows)
+
+    monkeypatch.setattr(loop, "place", place)
+
+
+def test_training_continues_while_checkpoints_cannot_be_written(
+    small_config, shapes_folder, tmp_path, monkeypatch, caplog
+):
+    run = Run(tmp_path / "run")
+    block_checkpoints(run, monkeypatch, first=3, last=6)
+    config = small_config(train__save_every=2, train__eval_every=0)
+    start_training(config, run.path, shapes_folder)
+    assert caplog.text.count("checkpoint 4 could not be saved (Not a directory)") == 1
+    assert "Training continues" in caplog.text
+    assert run.checkpoints.steps() == [2, 6]
+    assert sorted(losses(run.path)) == list(range(1, 7))
+    run.checkpoints.verify(6)
+
+
+def test_the_third_failed_save_in_a_row_ends_the_training(
+    small_config, shapes_folder, tmp_path, monkeypatch
+):
+    run = Run(tmp_path / "run")
+    block_checkpoints(run, monkeypatch, first=2, last=0)
+    config = small_config(train__save_every=1, train__eval_every=0)
+    with pytest.raises(RunError, match=r"checkpoint 4 .*Not a directory.*nor could the 2 before"):
+        start_training(config, run.path, shapes_folder)
+    assert [path.name for path in (run.path / "away").iterdir()] == ["1"]
+
+
+def test_sigterm_saves_and_stops_and_the_rest_is_unchanged(
+    small_config, shapes_folder, tmp_path, monkeypatch
+):
+    config = small_config(train__save_every=50, train__eval_every=0)
+    whole = start_training(config, tmp_path / "whole", shapes_folder)
+    real = loop.place
+
+    def place(arrays, mesh, rows):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(arrays, mesh, rows)
+
+    run = Run(tmp_path / "stopped")
+    run.prepare(config, shapes_folder / "tokenizer")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "place", place)
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        stops = [loop.train(run, mesh, lambda spec, pool: {}) for _ in range(2)]
+    assert stops == [1, 2] == run.checkpoints.steps()[-2:]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    start_training(config, run.path, shapes_folder)
+    assert losses(run.path) == losses(whole.path)
