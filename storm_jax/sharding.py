@@ -159,16 +159,19 @@ def axis_size(axis: str) -> int:
 def num_shards(shape: Sequence[int], *axes: str | None) -> tuple[int, ...]:
     """Returns the number of shards along each dimension of an array with these logical axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return (1,) * len(axes)
-    return tuple(
-        math.prod(mesh.shape[name] for name in names) for names in _mesh_axes(axes, shape, mesh)
-    )
+    by_dimension = mesh_axes_in_context(shape, *axes)
+    return tuple(math.prod(mesh.shape[name] for name in names) for names in by_dimension)
 
 
 def mesh_axes_in_context(shape: Sequence[int], *axes: str | None) -> list[tuple[str, ...]]:
-    """Returns the axes of the context mesh that shard each dimension of an array with these logical axes."""
-    return _mesh_axes(axes, shape, jax.sharding.get_abstract_mesh())
+    """Returns the axes of the context mesh that shard each dimension of an array with these logical axes.
+
+    There are none without a mesh, and inside a `shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return [()] * len(axes)
+    return _mesh_axes(axes, shape, mesh)
 
 
 def platform() -> str:

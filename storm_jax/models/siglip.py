@@ -92,7 +92,11 @@ class SigLIP(nnx.Module):
         x = pixels.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch(x.reshape(-1, side * side, patch * patch * 3))  # [B, P, D]
         x += self.position[...].astype(self.dtype)[None]
-        x = run_layers(self.layers, x, lambda layer, x: (layer(x), None), self.remat)[0]
+
+        def layer_fn(layer: EncoderLayer, x: jax.Array) -> tuple[jax.Array, None]:
+            return layer(constrain(x, "frames", None, None)), None
+
+        x, _ = run_layers(self.layers, x, layer_fn, self.remat)
         return x if self.norm is None else self.norm(x)
 
 

@@ -36,16 +36,16 @@ def cross_entropy(
       tokens whose target has the highest logit.
     """
     arrays = (hidden, head, targets, weights)
-    if jax.sharding.get_abstract_mesh().empty:
+    shape = (*hidden.shape[:2], head.shape[1])
+    rows, steps, columns = mesh_axes_in_context(shape, "batch", "sequence", "vocab")
+    if not (rows or steps or columns):
         loss, correct = _sums(*arrays, vocab=())
     else:
-        shape = (*hidden.shape[:2], head.shape[1])
-        rows, steps, columns = mesh_axes_in_context(shape, "batch", "sequence", "vocab")
-        tokens = P(rows, steps)
 
         def shard_sums(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
             return _over((*rows, *steps), jax.lax.psum, _sums(*arrays, vocab=columns))
 
+        tokens = P(rows, steps)
         in_specs = (P(rows, steps, None), P(None, columns), tokens, tokens)
         loss, correct = jax.shard_map(shard_sums, in_specs=in_specs, out_specs=P())(*arrays)
     return loss, weights.sum(), correct

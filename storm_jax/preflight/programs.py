@@ -246,6 +246,8 @@ def _rows_on(mesh: Mesh, count: int, row: Mapping[str, np.ndarray]) -> dict[str,
         for name, array in row.items()
     }
     return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh, leaf.shape))
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=batch_sharding(mesh, leaf.shape)
+        )
         for name, leaf in shapes.items()
     }
