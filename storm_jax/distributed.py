@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import importlib.util
 import itertools
 import json
@@ -23,12 +24,15 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed as _jax_distributed  # its client has no public name
 from jax.experimental import multihost_utils
+
+from storm_jax.files import system_error
 
 BEAT = 1.0  # seconds between two reports of a process
 SILENCE = 40.0  # seconds without a report after which a process has died or hangs
@@ -38,6 +42,7 @@ _DAY = 24 * 3600 * 1000  # milliseconds; the watch ends a wait for a process tha
 _HEARTBEAT = (
     120  # JAX ends a job after half to all of these seconds of silence: later than the watch
 )
+_KEPT = 8  # barriers whose messages are kept
 _SHUTDOWN = 60  # seconds that the processes may leave apart
 
 
@@ -135,6 +140,7 @@ class Vote:
 
     def __init__(self, name: str):
         self.name = f"{name}_{next(_votes)}"
+        self._uses: Counter[str] = Counter()
         self._folders: list[str] = []
 
     def fail(self, reason: str) -> None:
@@ -143,23 +149,31 @@ class Vote:
             _client().key_value_set(key, reason, allow_overwrite=True)
 
     def barrier(self, *, key: str, timeout_ms: int) -> None:
-        """Waits until all processes are at this key; from any thread.
+        """Waits until all processes are at this key, which may be used again; from any thread.
+
+        A thread that comes here while it handles an error breaks the barriers: Orbax waits for the others even
+        if it could not write.
 
         Raises:
           OSError: if a process failed, or one is not here in time.
         """
         if jax.process_count() == 1:
             return
-        folder, deadline = f"storm/{self.name}/{key}", time.monotonic() + timeout_ms / 1000
+        if (error := sys.exception()) is not None:
+            self.fail(system_error(error) or str(error).split("\n", maxsplit=1)[0])
+        self._uses[key] += 1
+        folder = f"storm/{self.name}/{key}/{self._uses[key]}"
+        deadline = time.monotonic() + timeout_ms / 1000
         _client().key_value_set(f"{folder}/{jax.process_index()}", "")
         self._folders.append(folder)
-        if is_main() and len(self._folders) > 2:  # all have left the barrier before the last one
+        if is_main() and len(self._folders) > _KEPT:  # all have left that barrier long ago
             _client().key_value_delete(self._folders.pop(0))
         while len(_client().key_value_dir_get(f"{folder}/")) < jax.process_count():
             if failed := _client().key_value_dir_get(f"storm/{self.name}/failed/"):
-                raise OSError(failed[0][1])
+                raise OSError(errno.EIO, failed[0][1])
             if time.monotonic() > deadline:
-                raise OSError(f"not all processes reached {key} in {timeout_ms / 1000:.0f} s")
+                late = f"not all processes reached {key} in {timeout_ms / 1000:.0f} s"
+                raise OSError(errno.ETIMEDOUT, late)
             time.sleep(BEAT / 10)
 
 
@@ -324,7 +338,8 @@ class _Watch:
         now = time.monotonic()
         if now - self._answered > limit:
             self._end(
-                f"{self._names[0]}, which coordinates the others, has not answered for {limit:.0f} s"
+                f"{self._names[0]}, which coordinates the others, has not answered for {limit:.0f} s",
+                sees_off=False,
             )
         for process, heard in self._heard.items():
             if process != self._index and self._answered - heard > limit:
@@ -356,12 +371,13 @@ class _Watch:
                     break
                 time.sleep(BEAT / 4)
 
-    def _end(self, message: str) -> None:
+    def _end(self, message: str, sees_off: bool = True) -> None:
         """Ends this process at once, with one line; its main thread may be waiting for the others."""
         with self._lock:
             if self._closed.is_set():
                 return
-            self._see_off()
+            if sees_off:
+                self._see_off()
             self._say(message)
             _exit_at_once(1)
 

@@ -71,6 +71,7 @@ def test_two_processes_killed_and_stopped_equal_one_undisturbed(arguments, tmp_p
 
     assert Launch(workdir, flags, processes=2).wait() == [0, 0]
     assert undisturbed.wait() == [0]
+    assert Run(workdir).checkpoints.steps() == [25, 30]
     assert_same_run(tmp_path / "one", workdir)
 
 
@@ -139,11 +140,10 @@ def test_a_disk_that_fills_while_two_processes_write_keeps_the_last_good_checkpo
     try:
         launch = Launch(disk / "run", arguments(train__keep_last=9), processes=2)
         statuses, steps = launch.wait(200), Run(disk / "run").checkpoints.steps()
-        assert statuses == [1, 1] and steps
+        assert statuses == [1, 1] and steps == [5, 10, 15][: len(steps)] != []
         assert "(No space left on device)" in launch.last_line(0)
-        assert [path.name for path in (disk / "run/checkpoints").iterdir()] == [
-            str(s) for s in steps
-        ]
+        left = {path.name for path in (disk / "run/checkpoints").iterdir()}
+        assert left == {str(step) for step in steps}
         Run(disk / "run").checkpoints.verify(steps[-1])
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -161,4 +161,7 @@ def test_meshes_across_processes_equal_one_process(arguments, tmp_path):
         one = Launch(tmp_path / f"{name}_one", flags, devices=4)
         assert one.wait() == [0]
         assert Launch(tmp_path / name, flags, processes=4).wait() == [0] * 4
-        assert_same_run(tmp_path / name, tmp_path / f"{name}_one")
+        found, wanted = metrics(tmp_path / name), metrics(tmp_path / f"{name}_one")
+        assert found[6].keys() == wanted[6].keys() and len(wanted) == 6
+        for step, line in wanted.items():  # sums over processes are in another order
+            assert found[step] == pytest.approx(line, rel=1e-5)
