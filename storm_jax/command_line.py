@@ -27,7 +27,7 @@ COMPRESSION = {
     "spatial_pool": "Edge of the token cells that are averaged",
     "temporal_sample": "Keep every n-th group of frames",
 }
-_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
+PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
 _CACHE_BYTES = 2**32  # the programs that were used last are kept
 
 
@@ -56,7 +56,7 @@ def process_flags() -> dict[str, Any]:
     Raises:
       app.UsageError: if only some are set, or do not fit together.
     """
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in _PROCESS_FLAGS}
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in PROCESS_FLAGS}
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if 0 < len(missing) < len(values):
         raise app.UsageError(f"{' and '.join(missing)} must be set too")

@@ -76,6 +76,8 @@ def test_commands_name_scripts_and_flags_that_exist(document):
     for name, source in sources.items():
         if "define_compression_flags" in source:
             sources[name] += " ".join(f'"{flag}"' for flag in command_line.COMPRESSION)
+        if "define_process_flags" in source:
+            sources[name] += " ".join(f'"{flag}"' for flag in command_line.PROCESS_FLAGS)
     commands = re.findall(
         r"python (\w+\.py|-m storm_jax\.(?:weights|data|preflight)(?= ))(.*)", document.read_text()
     )
