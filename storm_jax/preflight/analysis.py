@@ -101,7 +101,9 @@ def _compile(program: Program, topology: Topology, flops: float) -> Analysis:
     padding = max(0, stats.argument_size_in_bytes - sum(arguments.values()))
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     temporaries = stats.temp_size_in_bytes
-    if topology.devices[0].platform == "tpu":  # they reuse the memory of donated arguments
+    if topology.devices[0].platform == "tpu":
+        # The compiler accepts programs whose arguments and temporaries together exceed its limit: not all of
+        # these are needed at once.
         others = stats.argument_size_in_bytes + results
         temporaries = max(0, stats.peak_memory_in_bytes - others)
     hlo = Hlo(compiled.as_text() or "")
