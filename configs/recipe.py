@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from storm_jax.config import ConfigError, RunConfig, to_dict
+from storm_jax.config import ConfigError, MeshConfig, RunConfig, to_dict
 
 Stages = Mapping[str, Callable[[], RunConfig]]
 
 
-def select_stage(arg: str | None, stages: Stages) -> ConfigDict:
-    """Returns every field of the stage that `arg` ("stage=align") selects.
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Fields of a recipe that depend on the hardware: mesh, rows of a step and microbatches."""
+
+    mesh: MeshConfig
+    batch_size: int
+    accumulation: int
+
+
+def select_stage(
+    arg: str | None, stages: Stages, setups: Mapping[str, Setup] = types.MappingProxyType({})
+) -> ConfigDict:
+    """Returns every field of the stage that `arg` ("stage=align" or "stage=align,on=v5p:4x4x8") selects.
 
     Raises:
-      ConfigError: if `arg` selects no stage.
+      ConfigError: if `arg` selects no stage, or unknown hardware.
     """
-    key, _, stage = (arg or "").partition("=")
-    if key != "stage" or stage not in stages:
-        given = f"{arg!r} is not a stage" if arg else "the stage is missing"
-        raise ConfigError(f"{given}: append :stage=STAGE with one of {', '.join(stages)}")
-    return ConfigDict(to_dict(stages[stage]()))
+    given = dict(part.partition("=")[::2] for part in (arg or "").split(",") if part)
+    stage, hardware = given.pop("stage", ""), given.pop("on", None)
+    if stage not in stages or given:
+        problem = f"{arg!r} is not a stage" if arg else "the stage is missing"
+        raise ConfigError(f"{problem}: append :stage=STAGE with one of {', '.join(stages)}")
+    config = stages[stage]()
+    if hardware is not None:
+        if hardware not in setups:
+            known = f"one of {', '.join(setups)}" if setups else "no on= for this recipe"
+            raise ConfigError(f"on={hardware} is not known: {known}")
+        setup = setups[hardware]
+        train = dataclasses.replace(
+            config.train, batch_size=setup.batch_size, accumulation=setup.accumulation
+        )
+        config = dataclasses.replace(config, train=train, mesh=setup.mesh)
+    return ConfigDict(to_dict(config))

@@ -4,8 +4,10 @@
     python train.py --config=configs/storm_qwen2_7b.py:stage=sft --workdir=runs/sft --config.init_from=runs/align
     python train.py --config=configs/storm_qwen2_7b.py:stage=long --workdir=runs/long --config.init_from=runs/sft
 
-The paper gives the stages, the data and the number of frames. Learning rates, batch size and warmup
-come from VILA, which it builds on (docs/design.md, "What the paper leaves open").
+The paper gives the stages, the data and the number of frames. Learning rates and warmup come from VILA, which it
+builds on (docs/design.md, "What the paper leaves open"). So does the batch of `SETUPS`, which are for three machines:
+
+    python train.py --config=configs/storm_qwen2_7b.py:stage=long,on=v5p:4x4x8 --workdir=runs/long --config.init_from=runs/sft
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from configs.mixtures import align as align_mixture
 from configs.mixtures import long as long_mixture
 from configs.mixtures import sft as sft_mixture
 from configs.mixtures import sources
-from configs.recipe import Stages, select_stage
+from configs.recipe import Setup, Stages, select_stage
 from storm_jax.config import (
     CompressionConfig,
     DataConfig,
@@ -63,6 +65,13 @@ MODEL = ModelConfig(
     ),
     dtype="bfloat16",
 )
+
+# Mesh and microbatches that fit (docs/preflight.md). A step has 2048 rows, which hold one or more samples each.
+SETUPS = {
+    "v5p:4x4x8": Setup(MeshConfig(data=4, fsdp=32), batch_size=2048, accumulation=16),
+    "v5e:16x16": Setup(MeshConfig(data=2, fsdp=128), batch_size=2048, accumulation=8),
+    "cuda:h200x8": Setup(MeshConfig(data=1, fsdp=8), batch_size=2048, accumulation=256),
+}
 
 
 def align(model: ModelConfig) -> RunConfig:
@@ -131,4 +140,4 @@ def stages(model: ModelConfig) -> Stages:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    return select_stage(arg, stages(MODEL))
+    return select_stage(arg, stages(MODEL), SETUPS)

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from storm_jax.compression import Grid, plan_clip
-from storm_jax.config import ConfigError, RunConfig
+from storm_jax.config import RunConfig
 from storm_jax.data.rows import RowShape, empty_frames, empty_rows
 from storm_jax.inference.generate import decode_step, prefill
 from storm_jax.inference.scenes import (
@@ -30,7 +30,7 @@ from storm_jax.params import abstract_model, compute_dtypes, flat_params, with_s
 from storm_jax.preflight.flops import Work, decode_work, encode_work, prefill_work, train_work
 from storm_jax.sharding import batch_sharding, constrain, param_shardings
 from storm_jax.train.state import StateSpec
-from storm_jax.train.step import make_train_step
+from storm_jax.train.step import check_batch, make_train_step
 
 _QUESTION_TOKENS = 256  # text of a prompt
 _NEW_TOKENS = 64
@@ -80,14 +80,8 @@ def train_program(config: RunConfig, mesh: Mesh, shape: RowShape) -> Program:
     Raises:
       ConfigError: if the batch does not divide over the mesh.
     """
-    rows, parts = config.train.batch_size, config.train.accumulation
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows // parts % devices:
-        raise ConfigError(
-            f"train.batch_size={rows} in train.accumulation={parts} microbatches does not divide over "
-            f"mesh.data * mesh.fsdp = {devices} devices. Make batch_size / accumulation a multiple of "
-            f"{devices}"
-        )
+    check_batch(config, mesh)
+    rows = config.train.batch_size
     spec = StateSpec.make(config, mesh)
     state = with_sharding(spec.shapes, spec.shardings)
     batch = _rows_on(mesh, rows, empty_rows(1, 0, shape))

@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from storm_jax import distributed
-from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data.mixture import Mixture, open_mixture
 from storm_jax.data.pipeline import Batch, batches
 from storm_jax.data.plan import TrainPlan
@@ -33,11 +32,13 @@ from storm_jax.train.initialisation import Start, find_start
 from storm_jax.train.metrics import MetricsWriter, Progress, duration
 from storm_jax.train.skip_log import SkipLog
 from storm_jax.train.state import StateSpec, TrainState
-from storm_jax.train.step import make_train_step, place
+from storm_jax.train.step import check_batch, make_train_step, place
 from storm_jax.train.stop import StopRequest
 from storm_jax.train.validation import Evaluator
 
 _READ_MARGIN = 15.0  # seconds that a batch may take longer than the time limit of a file
+
+_LARGEST = 3  # replicated parameters that are listed
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -63,7 +64,7 @@ def train(
       NonFiniteLossError: at the first loss that is not finite.
     """
     config = run.config
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     spec = StateSpec.make(config, mesh)
     with WorkerPool(config.data.num_workers) as pool:
         with distributed.main_first(
@@ -288,17 +289,6 @@ def _check_same_data(mixture: Mixture) -> None:
             )
 
 
-def _check_batch(config: RunConfig, mesh: Mesh) -> None:
-    rows, parts = config.train.batch_size, config.train.accumulation
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows // parts % devices:
-        raise ConfigError(
-            f"train.batch_size={rows} in train.accumulation={parts} microbatches does not divide over "
-            f"mesh.data * mesh.fsdp = {devices} devices. Make batch_size / accumulation a multiple of "
-            f"{devices}"
-        )
-
-
 def _print_summary(spec: StateSpec, mixture: Mixture, start_step: int) -> None:
     tokens, decoder = mixture.shapes[-1].tokens, spec.config.model.decoder
     if tokens > decoder.max_positions:
@@ -318,3 +308,6 @@ def _print_summary(spec: StateSpec, mixture: Mixture, start_step: int) -> None:
         f"starting at step {start_step}",
         flush=True,
     )
+    if spec.mesh.size > 1 and (whole := spec.replicated()):
+        largest = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in whole[:_LARGEST])
+        print(f"replicated on every device: {len(whole)} parameters; the largest: {largest}")

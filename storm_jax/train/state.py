@@ -63,15 +63,15 @@ class StateSpec:
         shardings = TrainState(trained, frozen, opt_state, replicated)
         return cls(config=config, mesh=mesh, graphdef=graphdef, shardings=shardings, shapes=shapes)
 
-    def replicated(self) -> dict[str, int]:
-        """Bytes of the parameters that every device holds whole, by path, largest first."""
+    def replicated(self) -> list[tuple[str, int]]:
+        """Path and bytes of the parameters that every device holds whole, largest first."""
         shardings = self.shardings.params()
         sizes = {
             name: leaf.size * leaf.dtype.itemsize
             for name, leaf in self.shapes.params().items()
             if shardings[name].is_fully_replicated
         }
-        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+        return sorted(sizes.items(), key=lambda item: -item[1])
 
     def init(self) -> TrainState:
         """A state at step 0 with random parameters from `train.seed`, created in shards."""

@@ -14,6 +14,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data.rows import RowShape
 from storm_jax.models.storm import VisualShape
 from storm_jax.ops.cross_entropy import cross_entropy
@@ -41,6 +42,18 @@ def place(arrays: Mapping[str, np.ndarray], mesh: Mesh, rows: LocalRows) -> dict
         return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), shard)
 
     return {name: place_one(array) for name, array in arrays.items()}
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """Raises a ConfigError if the microbatches do not divide over the mesh."""
+    rows, parts = config.train.batch_size, config.train.accumulation
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows // parts % devices:
+        raise ConfigError(
+            f"train.batch_size={rows} in train.accumulation={parts} microbatches does not divide over "
+            f"mesh.data * mesh.fsdp = {devices} devices. Make batch_size / accumulation a multiple of "
+            f"{devices}"
+        )
 
 
 def make_train_step(spec: StateSpec, shape: RowShape) -> TrainStep:
