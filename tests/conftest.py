@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import filelock
+import hypothesis
 import jax
 import media_files
 import numpy as np
@@ -47,6 +48,9 @@ from storm_jax.text.bpe import train_tokenizer
 from storm_jax.text.tokenizer import load_tokenizer
 from storm_jax.train import loop
 
+# Times depend on what else runs on the machine.
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

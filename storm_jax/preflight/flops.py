@@ -2,7 +2,7 @@
 
 The gradients of a matrix product, of its kernel and of its input, cost as much as the product itself. That of a
 frozen kernel is not computed, nor that of an input that depends on nothing trained. The backward pass computes some
-things again: with `train.remat` every layer but its last product; always the logits, and the scores of attention
+things again: with `train.remat` every layer but its last product, and the tower once more; always the logits, and the scores of attention
 over more than one chunk of queries.
 """
 
@@ -97,11 +97,15 @@ def train_work(config: RunConfig, shape: RowShape) -> dict[str, Passes]:
     visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
     pool = _Layers(0, mixing=_pooling(model, rows, shape.frames, visual) / 2)
     patches, encoder = _vision(model, frames)
+    # A chunk of frames is computed again as a whole, and then each of its layers.
+    again = vision * remat * (patches.forward() + encoder.forward()).forward
+    chunks = Passes(recomputed=again)
     stem, rest_of_stem = _stem(model, frames)
     mixer = _mixer(model, frames)
     return {
         "vision": patches.train(trained=vision, upstream=False, remat=False)
-        + encoder.train(trained=vision, upstream=vision, remat=remat),
+        + encoder.train(trained=vision, upstream=vision, remat=remat)
+        + chunks,
         "projector": stem.train(trained=projector, upstream=vision, remat=False)
         + rest_of_stem.train(trained=projector, upstream=before, remat=False)
         + mixer.train(trained=projector, upstream=before, remat=remat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from packaging.requirements import Requirement
 
 GIB = 2**30
 _GPUS_OF_A_HOST = 8
+_TPUS_OF_A_HOST = 4
 # JAX takes this fraction of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 _GPU_FRACTION = 0.75
 
@@ -132,8 +134,11 @@ def _tpus(name: str) -> Topology:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used
+    sizes = [int(size) for size in name.partition(":")[2].split("x")]
+    part_of_a_host = {"chips_per_host_bounds": [*sizes, 1][:3]}
+    options = part_of_a_host if math.prod(sizes) < _TPUS_OF_A_HOST else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).split("\n")[0]
         raise TopologyError(f"--topology={name}: libtpu refuses it ({reason})") from None

@@ -20,7 +20,7 @@ from storm_jax.models import siglip
 from storm_jax.models.storm import Storm
 from storm_jax.ops import attention, cross_entropy, sequence_shards
 from storm_jax.params import flat_params
-from storm_jax.sharding import AXES, make_mesh, param_shardings
+from storm_jax.sharding import AXES, local_rows, make_mesh, param_shardings
 from storm_jax.text.conversation import Encoded
 from storm_jax.train.step import make_loss_sums, place
 from tests.hlo import collectives
@@ -92,7 +92,10 @@ def gradients(model, shape, arrays: dict, mesh_sizes: tuple[int, ...]):
     shardings = param_shardings(params, mesh)
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss, has_aux=True), out_shardings=(shardings, None))
-        args = (jax.device_put(flat_params(params), shardings), place(arrays, mesh))
+        args = (
+            jax.device_put(flat_params(params), shardings),
+            place(arrays, mesh, local_rows(mesh, ROWS)),
+        )
         compiled = step.lower(*args).compile()
         grads, found = jax.device_get(compiled(*args))
     return found, grads, compiled

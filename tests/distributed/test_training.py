@@ -50,6 +50,20 @@ def assert_same_run(run, other) -> None:
     assert skipped == other_skipped and len(skipped) > COUNT // 3
 
 
+def test_two_processes_of_which_one_is_killed_equal_one_undisturbed(arguments, tmp_path):
+    flags = arguments(train__steps=12)
+    undisturbed = Launch(tmp_path / "one", flags, devices=2)
+    launch = Launch(tmp_path / "two", flags, processes=2)
+    assert launch.wait_for(7)
+    launch.processes[0].kill()
+    assert launch.wait(60) == [-signal.SIGKILL, 1]
+    assert f"process 0 on {HOST}, which coordinates the others, has died" in launch.last_line(1)
+    assert Launch(tmp_path / "two", flags, processes=2).wait() == [0, 0]
+    assert undisturbed.wait() == [0]
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_two_processes_killed_and_stopped_equal_one_undisturbed(arguments, tmp_path):
     flags, workdir = arguments(), tmp_path / "two"
     undisturbed = Launch(tmp_path / "one", flags, devices=2)

@@ -25,7 +25,9 @@ ONE_LAYER = {
     "model.vision.image_size": 224,
     "model.decoder.depth": 1,
     "model.mixer": "none",
-    "data.rows": [{"tokens": 256, "frames": 32}],
+    "data.rows": [{"tokens": 256, "frames": 4}],
+    "compression.num_frames": 4,
+    "train.batch_size": 4,
 }
 
 MAMBA2 = {"model.mixer": "mamba2", "model.mamba.d_state": 128, "train.remat": False}
