@@ -20,7 +20,7 @@ FRAME_SLOTS, GROUP_SLOTS, WIDTH = 24, 20, 3
 
 temporal_pool = jax.jit(pooling.temporal_pool, static_argnums=2)
 spatial_pool = jax.jit(pooling.spatial_pool, static_argnums=1)
-repeatable = settings(derandomize=True, deadline=None, database=None)
+repeatable = settings(derandomize=True, database=None)
 pool_sizes = st.integers(1, 9)
 
 

@@ -97,7 +97,7 @@ def test_images_have_no_times(tokenizer):
     every=st.integers(1, 3),
     seconds=st.floats(0.0, 99_999),
 )
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 def test_slots_match_the_models_tokens_and_plans_are_upper_bounds(
     tokenizer, style: str, frames: int, pool: int, spatial: int, every: int, seconds: float
 ):
@@ -172,7 +172,7 @@ def test_text_of_a_layout_is_tokenised_with_the_prompt_or_on_its_own(tokenizer):
     frames=st.integers(2, 12),
     seconds=st.floats(0.0, 99_999),
 )
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 def test_the_plan_of_a_joined_layout_is_an_upper_bound(tokenizer, before, after, frames, seconds):
     compression = CompressionConfig(num_frames=frames, temporal_pool=2)
     joined = dataclasses.replace(encoder(tokenizer, "none", compression), layout=JOINED)

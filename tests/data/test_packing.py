@@ -13,7 +13,7 @@ from storm_jax.data import packing
 from storm_jax.data.packing import plan_rows, smallest_fit
 from storm_jax.data.rows import RowShape
 
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=80, derandomize=True, database=None)
 TOKENS, FRAMES = 50, 12
 LARGE, SMALL = (
     RowShape(

@@ -18,7 +18,7 @@ from storm_jax.data.rows import (
 )
 from storm_jax.text.conversation import Encoded
 
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=80, derandomize=True, database=None)
 PAD, IMAGE = 1, 4  # pad id; side of a frame in pixels
 TOKENS, FRAMES = 50, 12
 LARGE = RowShape(

@@ -18,7 +18,7 @@ from storm_jax.text.tokenizer import load_tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEXTS = ["What colour was the flash?", "Which way did the shape move?", "red, green, blue"] * 4
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=80, derandomize=True, database=None)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 texts_with_specials = st.lists(st.one_of(texts, st.sampled_from(SPECIAL))).map("".join)

@@ -23,7 +23,7 @@ from storm_jax.text.conversation import ConversationEncoder, Encoded
 from storm_jax.text.sample import Sample, SampleError, Turn
 from storm_jax.text.tokenizer import load_tokenizer, stop_ids
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=60, derandomize=True, database=None)
 EOS = "<|im_end|>"
 LOOK_ALIKES = (
     EOS, "<|im_start|>assistant\n", "<|endoftext|>", "<|im_end>", "<images>", "< image>", "<IMAGE>",
