@@ -96,7 +96,8 @@ def make_evaluators(run: Run, spec: StateSpec, pool: WorkerPool) -> dict[str, Ev
     config = run.config
     if not config.data.val or not config.train.eval_every:
         return {}
-    mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
+    with distributed.main_first("validation data"):
+        mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
     return {"validation": make_validation(run, spec, mixture, pool)}
 
 

@@ -39,9 +39,8 @@ SILENCE = 40.0  # seconds without a report after which a process has died or han
 _SHORT_SILENCE = 8.0  # the same, once a computation with the other processes has failed
 _PATIENCE = 10.0  # seconds that process 0 stays to pass a failure on
 _DAY = 24 * 3600 * 1000  # milliseconds; the watch ends a wait for a process that died
-_HEARTBEAT = (
-    120  # JAX ends a job after half to all of these seconds of silence: later than the watch
-)
+# JAX ends a job after half to all of these seconds of silence: later than the watch.
+_HEARTBEAT = 120
 _KEPT = 8  # barriers whose messages are kept
 _SHUTDOWN = 60  # seconds that the processes may leave apart
 

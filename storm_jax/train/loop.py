@@ -37,7 +37,6 @@ from storm_jax.train.stop import StopRequest
 from storm_jax.train.validation import Evaluator
 
 _READ_MARGIN = 15.0  # seconds that a batch may take longer than the time limit of a file
-
 _LARGEST = 3  # replicated parameters that are listed
 
 
@@ -67,9 +66,7 @@ def train(
     check_batch(config, mesh)
     spec = StateSpec.make(config, mesh)
     with WorkerPool(config.data.num_workers) as pool:
-        with distributed.main_first(
-            "data"
-        ):  # it measures the samples, the others read their lengths
+        with distributed.main_first("data"):  # it measures lengths, which the others read
             mixture = open_mixture(config, config.data.train, run.tokenizer(), pool)
         _check_same_data(mixture)
         with contextlib.closing(Checkpointer(run, spec)) as checkpointer:
@@ -249,9 +246,7 @@ class _Loop:
             path = self._run.path / f"nonfinite_step_{step}{part}.npz"
             ids = np.array(batch.sample_ids)
             np.savez(path, allow_pickle=False, sample_ids=ids, **batch.arrays)
-            distributed.barrier(
-                "nonfinite"
-            )  # all processes have the same loss, and save their rows
+            distributed.barrier("nonfinite")  # all have this loss, and save their rows
             raise NonFiniteLossError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples "
                 f"{', '.join(batch.sample_ids)}; the batch is saved in {path}"

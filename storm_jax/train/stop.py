@@ -10,9 +10,7 @@ from typing import Any
 
 from storm_jax import distributed
 
-STOPPED = (
-    75  # exit status: stopped on request, the same command resumes (EX_TEMPFAIL of sysexits.h)
-)
+STOPPED = 75  # exit status EX_TEMPFAIL: stopped on request, the same command resumes
 
 
 class StopRequest:
@@ -24,10 +22,8 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """SIGTERM is a request in this context."""
-        if (
-            threading.current_thread() is not threading.main_thread()
-        ):  # Python forbids handlers there
-            yield
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python allows no handlers here
             return
         before = signal.signal(signal.SIGTERM, self._receive)
         try:
