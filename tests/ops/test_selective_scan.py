@@ -380,10 +380,10 @@ def test_a_kernel_under_a_mesh_runs_on_each_devices_part(rng, implementation):
     inputs = widen(inputs, 8)
     dy = rng.standard_normal(inputs["x"].shape).astype(np.float32)
     dh = rng.standard_normal(inputs["h0"].shape).astype(np.float32)
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=1, tensor=4))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))):
         got = outputs_and_gradients(inputs, dy, dh, reverse=True, implementation=implementation)
     expected = outputs_and_gradients(inputs, dy, dh, reverse=True, implementation="sequential")
-    assert tuple(got[0][0].sharding.spec) == ("data", None, "tensor")
+    assert tuple(got[0][0].sharding.spec) == ("data", "context", "tensor")
     assert_close(got, expected)
 
 
