@@ -92,7 +92,7 @@ def plot(points: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", default="configs/storm_qwen2_1_5b.py:stage=sft")
+    parser.add_argument("--config", default="configs/storm_qwen2_1_5b.py:stage=long")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
