@@ -1,9 +1,9 @@
 """Scans and convolutions of a sequence that is sharded over the mesh axis "context".
 
 Inside a `shard_map`, each device has consecutive steps. A convolution needs the last few steps of the
-previous shard (`halo`). A scan first runs from a zero state; then its shards exchange how much each decays a
-state and its own final state (`incoming_state`), and every shard adds what the state it starts from contributes
-to its outputs. What is exchanged does not grow with the length.
+previous shard (`halo`). A scan (`scan_shard`) first runs from a zero state; then its shards exchange how much each
+decays a state and its own final state, and every shard adds what the state it starts from contributes to its
+outputs. What is exchanged does not grow with the length.
 
 The previous shard is that which is scanned before: the one on the right with `reverse`.
 """
@@ -54,11 +54,6 @@ def gather(x: jax.Array) -> jax.Array:
     return jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
 
 
-def reached(starts: jax.Array, reverse: bool) -> jax.Array:
-    """Bool [B, L]: whether no segment starts between the start of this shard and a step."""
-    return jax.lax.cumsum(starts.astype(jnp.int32), 1, reverse) == 0
-
-
 def is_first(reverse: bool) -> jax.Array:
     """Whether this shard is scanned first."""
     return jax.lax.axis_index(AXIS) == (jax.lax.axis_size(AXIS) - 1 if reverse else 0)
@@ -98,29 +93,61 @@ def incoming_state(decay: jax.Array, h: jax.Array, reverse: bool) -> jax.Array:
     return state
 
 
-def last_state(decay: jax.Array, incoming: jax.Array, h: jax.Array, reverse: bool) -> jax.Array:
-    """The state after the whole sequence, on every shard; arguments as in `incoming_state`."""
-    return jax.lax.psum(jnp.where(is_last(reverse), decay * incoming + h, 0), AXIS)
+def scan_shard(
+    scan: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    steps: Any,
+    segment_ids: jax.Array,
+    h0: jax.Array,
+    *,
+    step_size: Callable[[Any], jax.Array],
+    decay: Callable[[jax.Array], jax.Array],
+    read: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    reverse: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Scans a shard of a sequence, from the state that the shards before it leave.
+
+    Args:
+      scan: maps segment starts, bool [B, L], and an initial state to y [B, L, ...] and the final state.
+      steps: a tree of arrays [B, L, ...], which the next two functions receive in chunks of Q steps.
+      segment_ids: int [B, L].
+      h0: [B, ...], the state before the whole sequence.
+      step_size: maps steps to their sizes [B, Q, ...] in fp32.
+      decay: maps a sum of step sizes to the decay of a state over them, in axes that broadcast with the state's.
+      read: maps steps, decays [B, Q, ...] and a state to what the decayed state adds to y [B, Q, ...].
+      reverse: scan from the last step to the first.
+
+    Returns:
+      y [B, L, ...], and the state after the whole sequence.
+    """
+    starts = shard_starts(segment_ids, reverse)
+    is_reached = jax.lax.cumsum(starts.astype(jnp.int32), 1, reverse) == 0  # by the incoming state
+    y, h = scan(starts, jnp.where(is_first(reverse), h0, 0))
+    is_passed = is_reached.all(axis=1).reshape(-1, *(1,) * (h.ndim - 1))
+    over_shard = jnp.where(is_passed, decay(step_size(steps).sum(axis=1)), 0)
+    incoming = incoming_state(over_shard, h, reverse)
+    y = _add_incoming(
+        y,
+        steps,
+        is_reached,
+        step_size,
+        lambda steps, decays: read(steps, decays, incoming),
+        decay,
+        reverse,
+    )
+    after = jnp.where(is_last(reverse), over_shard * incoming + h, 0)
+    return y, jax.lax.psum(after, AXIS)
 
 
-def add_contribution(
+def _add_incoming(
     y: jax.Array,
     steps: Any,
     is_reached: jax.Array,
     step_size: Callable[[Any], jax.Array],
-    contribution: Callable[[Any, jax.Array], jax.Array],
+    read: Callable[[Any, jax.Array], jax.Array],
+    decay: Callable[[jax.Array], jax.Array],
     reverse: bool,
 ) -> jax.Array:
-    """Adds what the incoming state contributes to the outputs of a shard, chunk by chunk.
-
-    Args:
-      y: [B, L, ...].
-      steps: a tree of arrays [B, L, ...].
-      is_reached: bool [B, L], whether the incoming state reaches a step: no segment starts before it.
-      step_size: maps a chunk of `steps` to its step sizes [B, Q, ...] in fp32.
-      contribution: maps a chunk of `steps`, and its step sizes summed from the start of the shard
-        [B, Q, ...], to what is added [B, Q, ...].
-    """
+    """Adds what the incoming state contributes to the steps that it reaches, chunk by chunk."""
     length = y.shape[1]
 
     @jax.checkpoint
@@ -128,15 +155,14 @@ def add_contribution(
         y, steps, is_reached = chunk
         sizes = step_size(steps)
         sizes = jnp.where(_like(is_reached, sizes), sizes, 0)
-        sums = total[:, None] + jax.lax.cumsum(sizes, 1, reverse)
-        added = contribution(steps, sums)
+        added = read(steps, decay(total[:, None] + jax.lax.cumsum(sizes, 1, reverse)))
         y = (y + jnp.where(_like(is_reached, added), added, 0)).astype(y.dtype)
         return total + sizes.sum(axis=1), y
 
     size = min(CHUNK, length)
     chunks = jax.tree.map(lambda v: to_chunks(v, size), (y, steps, is_reached))
-    first = jax.tree.map(lambda v: v[0], chunks)
-    total = jnp.zeros_like(step_size(first[1])[:, 0])
+    first = jax.tree.map(lambda v: v[0], chunks[1])
+    total = jnp.zeros_like(step_size(first)[:, 0])
     _, y = jax.lax.scan(body, total, chunks, reverse=reverse)
     return from_chunks(y, length)
 

@@ -156,33 +156,28 @@ def _scan_shard(
     options: Options, steps: Steps, params: Params, segment_ids: jax.Array, h0: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`_scan` of a shard; h0 and the final state are those of the whole sequence."""
-    reverse = options.reverse
     steps, params, segment_ids, h0 = unify_varying_axes((steps, params, segment_ids, h0))
-    starts = sequence_shards.shard_starts(segment_ids, reverse)
-    is_reached = sequence_shards.reached(starts, reverse)
-    h0 = jnp.where(sequence_shards.is_first(reverse), h0, 0)
-    y, h = _scan(options, steps, params, starts, h0)
 
-    def sizes(steps: tuple) -> jax.Array:
-        return step_size(steps[0], params.dt_bias)  # [B, L, H]
+    def decay(size: jax.Array) -> jax.Array:  # [..., H] -> [..., H, 1, 1]
+        A = params.A.reshape((1,) * (size.ndim - 1) + params.A.shape)
+        return jnp.exp(size * A)[..., None, None]
 
-    def decay(size: jax.Array) -> jax.Array:
-        return jnp.exp(size * params.A.reshape((1,) * (size.ndim - 1) + params.A.shape))
-
-    total = sizes((steps.dt,)).sum(axis=1)  # [B, H]
-    over_shard = jnp.where(is_reached.all(axis=1)[:, None], decay(total), 0)[..., None, None]
-    incoming = sequence_shards.incoming_state(over_shard, h, reverse)  # [B, H, P, N]
-
-    def contribution(steps: tuple, sums: jax.Array) -> jax.Array:
+    def read(steps: tuple, decays: jax.Array, h: jax.Array) -> jax.Array:
         C = steps[1]  # [B, Q, G, N]
-        states = incoming.reshape(C.shape[0], C.shape[2], -1, *incoming.shape[2:])
+        states = h.reshape(C.shape[0], C.shape[2], -1, *h.shape[2:])  # [B, G, R, P, N]
         y = _dot("bqgn,bgrpn->bqgrp", C, states, dtype=C.dtype)
-        return decay(sums)[..., None] * y.reshape(*sums.shape, -1)
+        return decays[..., 0] * y.reshape(*y.shape[:2], -1, y.shape[-1])  # [B, Q, H, P]
 
-    y = sequence_shards.add_contribution(
-        y, (steps.dt, steps.C), is_reached, sizes, contribution, reverse
+    return sequence_shards.scan_shard(
+        lambda starts, h0: _scan(options, steps, params, starts, h0),
+        (steps.dt, steps.C),
+        segment_ids,
+        h0,
+        step_size=lambda steps: step_size(steps[0], params.dt_bias),
+        decay=decay,
+        read=read,
+        reverse=options.reverse,
     )
-    return y, sequence_shards.last_state(over_shard, incoming, h, reverse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

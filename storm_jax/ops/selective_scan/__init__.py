@@ -247,31 +247,26 @@ def _scan_shard(
 ) -> tuple[jax.Array, jax.Array]:
     """The same for a shard of the sequence; h0 and the final state are those of the whole sequence."""
     inputs, segment_ids, h0 = unify_varying_axes((inputs, segment_ids, h0))
-    starts = sequence_shards.shard_starts(segment_ids, reverse)
-    is_reached = sequence_shards.reached(starts, reverse)
-    h0 = jnp.where(sequence_shards.is_first(reverse), h0, 0)
-    y, h = _scan(inputs, starts, h0, reverse, implementation)
 
-    def sizes(steps: tuple) -> jax.Array:
-        return step_size(steps[0], inputs.dt_bias)  # [B, L, E]
-
-    def decay(size: jax.Array) -> jax.Array:
+    def decay(size: jax.Array) -> jax.Array:  # [..., E] -> [..., N, E]
         return jnp.exp(
             size[..., None, :] * inputs.A.reshape((1,) * (size.ndim - 1) + inputs.A.shape)
         )
 
-    total = sizes((inputs.dt,)).sum(axis=1)  # [B, E]
-    over_shard = jnp.where(is_reached.all(axis=1)[:, None, None], decay(total), 0)  # [B, N, E]
-    incoming = sequence_shards.incoming_state(over_shard, h, reverse)
-
-    def contribution(steps: tuple, sums: jax.Array) -> jax.Array:
+    def read(steps: tuple, decays: jax.Array, h: jax.Array) -> jax.Array:
         C = steps[1].astype(jnp.float32)[..., None]  # [B, Q, N, 1]
-        return (C * decay(sums) * incoming[:, None]).sum(axis=2)
+        return (C * decays * h[:, None]).sum(axis=2)  # [B, Q, E]
 
-    y = sequence_shards.add_contribution(
-        y, (inputs.dt, inputs.C), is_reached, sizes, contribution, reverse
+    return sequence_shards.scan_shard(
+        lambda starts, h0: _scan(inputs, starts, h0, reverse, implementation),
+        (inputs.dt, inputs.C),
+        segment_ids,
+        h0,
+        step_size=lambda steps: step_size(steps[0], inputs.dt_bias),
+        decay=decay,
+        read=read,
+        reverse=reverse,
     )
-    return y, sequence_shards.last_state(over_shard, incoming, h, reverse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
