@@ -13,17 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Calls of another function, which is part of the same piece, by primitive; the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-
 
 def count_flops(jaxpr: ClosedJaxpr) -> float:
     """FLOPs of a traced function, with elementwise operations, but without exponentials and the like."""
@@ -69,8 +58,8 @@ class _Pieces:
             return self._leave_out(equation, inputs, params["length"], params["jaxpr"])
         if name == "cond":  # the branch that costs most
             return self._leave_out(equation, inputs, 1, max(params["branches"], key=count_flops))
-        if name in _CALLS:
-            called = params[_CALLS[name]]
+        called = params.get("jaxpr", params.get("call_jaxpr"))
+        if called is not None:  # a call of a function, which is part of the same piece
             if isinstance(called, ClosedJaxpr):
                 return self.evaluate(called.jaxpr, called.consts, inputs)
             return self.evaluate(called, (), inputs)

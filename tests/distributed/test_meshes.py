@@ -163,7 +163,7 @@ def test_context_parallelism_gathers_only_keys_and_values_of_the_decoder(on_mesh
 
 
 def test_memory_of_the_tower_grows_with_features_and_not_with_activations(model, small_model):
-    """The backward pass stores features; the activations of one chunk do not depend on their number."""
+    """The backward pass stores frames and features; the activations of one chunk do not depend on their number."""
     graphdef, params = model
     size = small_model.vision.image_size
 
