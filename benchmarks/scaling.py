@@ -15,11 +15,10 @@ import argparse
 import json
 import math
 import pathlib
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.preflights import preflight
 from storm_jax.files import write_atomically
 
 TOPOLOGIES = ("1x1x1", "2x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
@@ -29,15 +28,12 @@ GIB = 2**30
 def measure(config: str, topology: str) -> dict[str, Any]:
     """The facts of preflight about a training step with one row per device."""
     devices = math.prod(map(int, topology.split("x")))
-    command = [
-        sys.executable, "-m", "storm_jax.preflight", f"--config={config}", f"--topology=v5p:{topology}",
-        "--programs=train", "--json", "--config.mesh.data=1", "--config.mesh.fsdp=-1",
+    flags = (
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=-1",
         f"--config.train.batch_size={devices}",
-    ]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if not done.stdout:
-        sys.exit(done.returncode)
-    found = json.loads(done.stdout)["programs"][-1]  # of the largest row
+    )
+    found = preflight(config, f"v5p:{topology}", *flags)["programs"][-1]  # of the largest row
     memory = {kind: size for kind, size in found["memory"].items() if size > 2**20}
     return {
         "devices": devices,
