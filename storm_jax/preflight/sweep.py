@@ -12,7 +12,7 @@ from storm_jax.preflight.report import Result, cell
 from storm_jax.preflight.topologies import GIB, TopologyError
 
 _SIZES = (2, 4)  # of one other mesh axis next to fsdp
-_ACCUMULATION = (1, 2, 4, 8)
+_ACCUMULATION = (1, 2, 4, 8, 16, 64, 256)
 _SHOWN = 3
 
 Candidate = tuple[RunConfig, Result]
