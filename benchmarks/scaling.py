@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.preflights import preflight
 from storm_jax.files import write_atomically
 
-TOPOLOGIES = ("1x1x1", "2x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+TOPOLOGIES = ("1x1x1", "2x2x1", "2x2x4", "4x4x4", "4x8x8")
 GIB = 2**30
 
 
