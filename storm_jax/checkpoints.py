@@ -1,15 +1,16 @@
 """The parameters in a run's checkpoints: read whole or one at a time, and written at step 0.
 
 Training writes its checkpoints in `storm_jax.train.checkpoint`. Every checkpoint contains digests.json, the
-SHA-256 of its files, which are compared before it is read: Orbax does not notice a flipped bit.
+digests of its files, which are compared before it is read: Orbax does not notice a flipped bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
-import pathlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from storm_jax.files import changed_files, write_digests
+from storm_jax.files import changed_files, file_names, is_bucket, write_digests
 from storm_jax.old_runs import current_names
 
 _CHUNK_BYTES = 2**25  # larger chunks are compressed and copied whole on their way to the disk
@@ -41,8 +43,19 @@ def array_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **options)
 
 
+def half_written(root: epath.Path) -> list[epath.Path]:
+    """Checkpoints that are being written, or whose writing was interrupted.
+
+    Orbax renames a complete folder; in a bucket, where nothing can be renamed, it adds a last file.
+    """
+    if not root.is_dir():  # an empty folder of a bucket
+        return []
+    steps = [path for path in root.iterdir() if path.name.partition(".")[0].isdigit()]
+    return [path for path in steps if ocp.utils.is_tmp_checkpoint(path)]
+
+
 def with_digests(
-    root: pathlib.Path, barrier: ocp.multihost.BarrierSyncFn | None = None
+    root: epath.Path, barrier: ocp.multihost.BarrierSyncFn | None = None
 ) -> ocp.AsyncOptions:
     """Orbax's options to write digests.json into each checkpoint of a folder before it is committed.
 
@@ -51,28 +64,54 @@ def with_digests(
     """
 
     def write() -> None:
-        for folder in root.glob("*.orbax-checkpoint-tmp"):
+        for folder in half_written(root):
             # Orbax writes the time of the commit into the file of this name.
-            files = [path for path in folder.rglob("*") if path.is_file()]
-            write_digests(folder, [f for f in files if f.name != "_CHECKPOINT_METADATA"])
+            names = [
+                name for name in file_names(folder) if not name.endswith("_CHECKPOINT_METADATA")
+            ]
+            write_digests(folder, [folder / name for name in names])
 
     return ocp.AsyncOptions(post_finalization_callback=write, barrier_sync_fn=barrier)
 
 
 class Checkpoints:
-    """The folder `checkpoints/STEP/{params, opt_state, data, meta}` of a run.
+    """The folder of a run with `STEP/{params, opt_state, data, meta}`, in a file system or at gs://.
 
     Parameters are flat dicts {path: array}. The environment variable STORM_VERIFY=0 skips comparing digests.
     """
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str]):
+        """
+        Raises:
+          RunError: if the path is a URL whose package is not installed.
+        """
+        self.path = epath.Path(path)
+        if is_bucket(self.path):
+            _prepare_gcsfs(self.path)
         self._verified: set[tuple[int, str]] = set()
         self._stored_names: dict[int, dict[str, str]] = {}
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending."""
-        return sorted(ocp.utils.checkpoint_steps(self.path)) if self.path.is_dir() else []
+        """Steps of all complete checkpoints, ascending.
+
+        Raises:
+          RunError: if the folder cannot be read.
+        """
+        try:
+            return sorted(ocp.utils.checkpoint_steps(self.path)) if self.path.is_dir() else []
+        except Exception as error:
+            raise RunError(f"{self.path} cannot be read: {_first_line(error)}") from error
+
+    def create(self) -> None:
+        """Creates the folder, but not a bucket.
+
+        Raises:
+          RunError: if it cannot be created.
+        """
+        try:
+            self.path.mkdir(parents=not is_bucket(self.path), exist_ok=True)
+        except Exception as error:
+            raise RunError(f"{self.path} cannot be created: {_first_line(error)}") from error
 
     def resolve(self, step: int | None) -> int:
         """Returns `step`, or the latest one if it is None.
@@ -82,9 +121,9 @@ class Checkpoints:
         """
         steps = self.steps()
         if not steps:
-            raise RunError(f"{self.path.parent} has no checkpoint: train.py saves them")
+            raise RunError(f"{self.path} has no checkpoint: train.py saves them")
         if step is not None and step not in steps:
-            raise RunError(f"{self.path.parent} has no checkpoint of step {step}; it has {steps}")
+            raise RunError(f"{self.path} has no checkpoint of step {step}; it has {steps}")
         return steps[-1] if step is None else step
 
     def written_at(self, step: int) -> int:
@@ -153,7 +192,7 @@ class Checkpoints:
         ]
         if problems:
             listed = "\n  ".join(sorted(problems))
-            raise RunError(f"checkpoint {step} of {self.path.parent}:\n  {listed}")
+            raise RunError(f"checkpoint {step} of {self.path}:\n  {listed}")
         names = self.stored_names(step)
         tree = unflatten_dict({names[name]: leaf for name, leaf in target.items()}, sep="/")
         with self.reading(step):
@@ -191,13 +230,16 @@ class Checkpoints:
         Args:
           meta: plain JSON, stored with them.
         """
+        self.create()
         largest = max(array.nbytes for array in params.values())
         handler = array_handler(save_device_host_concurrent_gb=math.ceil(largest / 1e9) + 1)
         nested = unflatten_dict(dict(params), sep="/")
         with ocp.CheckpointManager(
             self.path,
             item_handlers={"params": handler, "meta": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(async_options=with_digests(self.path)),
+            options=ocp.CheckpointManagerOptions(
+                create=False, async_options=with_digests(self.path)
+            ),
         ) as manager:
             manager.save(
                 0,
@@ -220,8 +262,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = str(error).split("\n", maxsplit=1)[0][:200] or type(error).__name__
-            raise self.damaged(step, f"cannot be read: {reason}") from error
+            raise self.damaged(step, f"cannot be read: {_first_line(error)}") from error
 
     def damaged(self, step: int, problem: str) -> RunError:
         """The error for a checkpoint that cannot be used, with the remedy."""
@@ -233,7 +274,24 @@ class Checkpoints:
                 f"Earlier ones: {listed}. Choose one with --step, or remove {self.path / str(step)} to "
                 f"resume training from step {earlier[-1]}"
             )
-        return RunError(f"checkpoint {step} of {self.path.parent}: {problem}. {remedy}")
+        return RunError(f"checkpoint {step} of {self.path}: {problem}. {remedy}")
+
+
+def _prepare_gcsfs(path: epath.Path) -> None:
+    """Checks that etils can reach a bucket, and that it sees what TensorStore and other processes write.
+
+    Raises:
+      RunError: if gcsfs is missing.
+    """
+    if importlib.util.find_spec("gcsfs") is None:
+        raise RunError(f"{path} needs gcsfs: pip install gcsfs")
+    import fsspec  # gcsfs depends on it
+
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", maxsplit=1)[0][:200] or type(error).__name__
 
 
 @jax.jit

@@ -508,7 +508,8 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Steps, batch size, and when to log, evaluate and save. `batch_size` is the global number of
-    rows per step, over all devices and accumulation steps."""
+    rows per step, over all devices and accumulation steps. `checkpoint_dir` is where this run keeps its
+    checkpoints, a folder or gs://BUCKET/PATH; by default RUN/checkpoints."""
 
     steps: int
     batch_size: int
@@ -520,14 +521,20 @@ class TrainConfig:
     save_every: int = 500
     keep_last: int = 2
     keep_best: int = _at_least(0, 1)
+    checkpoint_dir: str = ""
     tensorboard: bool = False
 
     def problems(self) -> list[str]:
+        found = []
         if self.batch_size % self.accumulation:
-            return [
+            found.append(
                 f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}"
-            ]
-        return []
+            )
+        if "://" in self.checkpoint_dir and not self.checkpoint_dir.startswith("gs://"):
+            found.append(
+                f"checkpoint_dir={self.checkpoint_dir}: Orbax writes to folders and gs:// only; mount the bucket"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ What a run reads again is checked: its lines have a CRC, its folders a digests.j
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import contextlib
 import errno
@@ -17,13 +18,24 @@ import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etils import epath
 
 _DIGESTS = "digests.json"
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
+def is_bucket(path: pathlib.Path | epath.Path) -> bool:
+    """Whether a path is a URL of Cloud Storage."""
+    return os.fspath(path).startswith("gs://")
+
+
+def write_atomically(path: pathlib.Path | epath.Path, text: str) -> None:
     """Writes a file so that it is complete or absent, never partial."""
+    if is_bucket(path):  # objects are never partial
+        path.write_text(text)
+        return
     # Processes in different containers may have the same id.
     partial = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -123,13 +135,27 @@ def rewriting(folder: pathlib.Path, names: Sequence[str]) -> Iterator[None]:
     write_digests(folder, [folder / name for name in names])
 
 
-def write_digests(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> None:
-    """Writes digests.json: the SHA-256 of files in a folder and its subfolders."""
-    names = (str(path.relative_to(folder)) for path in paths)
-    write_atomically(folder / _DIGESTS, json.dumps(_digests(folder, names), indent=1) + "\n")
+def file_names(folder: pathlib.Path | epath.Path) -> list[str]:
+    """Names of the files in a folder and its subfolders."""
+    if is_bucket(folder):
+        return list(_objects(folder))
+    paths = pathlib.Path(folder).rglob("*")
+    return [str(path.relative_to(folder)) for path in paths if path.is_file()]
 
 
-def changed_files(folder: pathlib.Path, prefix: str = "") -> list[str]:
+def write_digests(
+    folder: pathlib.Path | epath.Path, paths: Iterable[pathlib.Path | epath.Path]
+) -> None:
+    """Writes digests.json: the SHA-256 of files in a folder and its subfolders.
+
+    In a bucket it is the MD5, which Cloud Storage has computed from what it received.
+    """
+    algorithm = "md5" if is_bucket(folder) else "sha256"
+    digests = _digests(folder, {str(path.relative_to(folder)): algorithm for path in paths})
+    write_atomically(folder / _DIGESTS, json.dumps(digests, indent=1) + "\n")
+
+
+def changed_files(folder: pathlib.Path | epath.Path, prefix: str = "") -> list[str]:
     """Names, beginning with `prefix`, of files that have changed since their digests were written.
 
     There are none if the folder has no digests.json, as in earlier versions, or with the environment
@@ -148,14 +174,17 @@ def changed_files(folder: pathlib.Path, prefix: str = "") -> list[str]:
     return []
 
 
-def _changed(folder: pathlib.Path, digests: bytes, prefix: str) -> list[str]:
+def _changed(folder: pathlib.Path | epath.Path, digests: bytes, prefix: str) -> list[str]:
     try:
         written = {
             name: str(value)
             for name, value in json.loads(digests).items()
             if name.startswith(prefix)
         }
-        found = _digests(folder, written)
+        # A folder may have been copied from a bucket, or into one.
+        found = _digests(
+            folder, {name: "md5" if len(written[name]) == 32 else "sha256" for name in written}
+        )
     except (AttributeError, ValueError):
         return [_DIGESTS]
     return [name for name in written if found[name] != written[name]]
@@ -172,19 +201,39 @@ def describe_change(folder: pathlib.Path) -> str:
     )
 
 
-def _digests(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of files by name; of a missing one, "missing"."""
+def _digests(folder: pathlib.Path | epath.Path, algorithms: Mapping[str, str]) -> dict[str, str]:
+    """Digests of files by name, given the algorithm of each; of a missing one, "missing"."""
+    stored = _stored_md5(folder) if is_bucket(folder) else {}
 
-    def sha256(name: str) -> str:
+    def digest_of(name: str) -> str:
+        if algorithms[name] == "md5" and name in stored:
+            return stored[name]
         try:
             with (folder / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                return hashlib.file_digest(file, algorithms[name]).hexdigest()
         except FileNotFoundError:
             return "missing"
 
-    names = list(names)
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(sha256, names), strict=True))
+        return dict(zip(algorithms, threads.map(digest_of, algorithms), strict=True))
+
+
+def _stored_md5(folder: pathlib.Path | epath.Path) -> dict[str, str]:
+    """The MD5 that Cloud Storage keeps with each object, by name. Objects composed of parts have none."""
+    return {
+        name: base64.b64decode(facts["md5Hash"]).hex()
+        for name, facts in _objects(folder).items()
+        if "md5Hash" in facts
+    }
+
+
+def _objects(folder: pathlib.Path | epath.Path) -> dict[str, dict[str, Any]]:
+    """What Cloud Storage knows about each object, by name: a listing, without reading the objects."""
+    import fsspec  # gcsfs depends on it
+
+    found = fsspec.filesystem("gcs").find(os.fspath(folder), detail=True)
+    start = len(os.fspath(folder).removeprefix("gs://")) + 1
+    return {name[start:]: facts for name, facts in found.items()}
 
 
 def file_stamp(paths: Iterable[pathlib.Path]) -> str:

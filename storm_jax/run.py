@@ -3,7 +3,7 @@
 RUN/config.json            the complete configuration, with absolute paths
 RUN/digests.json           the SHA-256 of config.json; the tokenizer and each checkpoint have a file of this name too
 RUN/tokenizer/
-RUN/checkpoints/STEP/      params (always complete), opt_state, data, meta
+RUN/checkpoints/STEP/      params (always complete), opt_state, data, meta; elsewhere with train.checkpoint_dir
 RUN/metrics.jsonl  RUN/skipped.jsonl  RUN/curves.png
 RUN/lock                   names the process that trains it
 RUN/evals/BENCHMARK/SETTINGS/
@@ -37,7 +37,7 @@ from storm_jax.text.tokenizer import check_tokenizer, load_tokenizer, read_token
 # Fields that may change when a run is resumed.
 _MAY_CHANGE = (
     "mesh", "train.steps", "train.accumulation", "train.remat", "train.log_every",
-    "train.eval_every", "train.save_every", "train.keep_last", "train.keep_best",
+    "train.eval_every", "train.save_every", "train.keep_last", "train.keep_best", "train.checkpoint_dir",
     "train.tensorboard", "data.num_workers", "data.max_skip_fraction", "data.index_dir",
     "data.frames.time_limit",
 )  # fmt: skip
@@ -67,7 +67,12 @@ class Run:
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.path / "checkpoints")
+        if not (self.path / "config.json").exists():
+            return Checkpoints(self.path / "checkpoints")
+        return self._checkpoints_of(self.config)
+
+    def _checkpoints_of(self, config: RunConfig) -> Checkpoints:
+        return Checkpoints(config.train.checkpoint_dir or self.path / "checkpoints")
 
     @property
     def has_begun(self) -> bool:
@@ -134,7 +139,9 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.has_begun:
                 self._check_same(config)
+                self._check_moved(config)
             else:
+                self._check_unused(config)
                 (self.path / "skipped.jsonl").unlink(missing_ok=True)
                 partial = self.path / f"tokenizer.{os.getpid()}.tmp"
                 save_tokenizer(tokenizer, tokenizer_from, partial)
@@ -148,7 +155,8 @@ class Run:
                     write_atomically(path, text)
         except OSError as error:
             raise RunError(f"--workdir={self.path} cannot be written: {error}") from error
-        self.__dict__.pop("config", None)
+        for name in ("config", "checkpoints"):
+            self.__dict__.pop(name, None)
 
     def share(self) -> None:
         """Waits until process 0 has prepared the folder, and checks that this process sees the same one.
@@ -187,6 +195,23 @@ class Run:
                 f"{self.path} was trained to step {last}, beyond train.steps={config.train.steps}"
             )
 
+    def _check_moved(self, config: RunConfig) -> None:
+        """Checks that the checkpoints have moved if their place has."""
+        old, new = self.checkpoints, self._checkpoints_of(config)
+        if steps := set(old.steps()) - set(new.steps()):
+            raise RunError(
+                f"train.checkpoint_dir={new.path} does not have checkpoint {max(steps)} of this run: copy it "
+                f"from {old.path}, or set the field back"
+            )
+
+    def _check_unused(self, config: RunConfig) -> None:
+        """Checks that the place of a new run's checkpoints has none of another run."""
+        place = self._checkpoints_of(config)
+        if place.steps():
+            raise RunError(
+                f"train.checkpoint_dir={place.path} contains checkpoints of another run: name an empty folder"
+            )
+
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """`config` with its paths relative to the current folder made absolute; empty ones stay empty."""
@@ -203,8 +228,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         tokenizer=_absolute(config.data.tokenizer),
         index_dir=_absolute(config.data.index_dir),
     )
-    return dataclasses.replace(config, data=data, init_from=_absolute(config.init_from))
+    train = dataclasses.replace(config.train, checkpoint_dir=_absolute(config.train.checkpoint_dir))
+    return dataclasses.replace(
+        config, data=data, train=train, init_from=_absolute(config.init_from)
+    )
 
 
 def _absolute(path: str) -> str:
-    return str(pathlib.Path(path).absolute()) if path else ""
+    return str(pathlib.Path(path).absolute()) if path and "://" not in path else path

@@ -84,6 +84,10 @@ def test_arguments_of_a_projector_read_back_as_they_were():
         ({"model__dtype": "float16"}, "dtype='float16'"),
         ({"compression__num_frames": 100}, "exceeds the 64 frames of the largest row in data.rows"),
         ({"train__accumulation": 3}, "accumulation=3 does not divide batch_size=16"),
+        (
+            {"train__checkpoint_dir": "s3://bucket/run"},
+            "checkpoint_dir=s3://bucket/run: Orbax writes to folders and gs:// only",
+        ),
         ({"optim__warmup_fraction": 1.0}, "warmup_fraction=1.0 must be below 1"),
         (
             {"optim__decay_pattern": "*kernel"},

@@ -147,3 +147,32 @@ def test_the_lock_of_a_killed_process_is_free_and_its_temporary_files_are_remove
     with Run(run).locked():
         assert [path.name for path in run.iterdir()] == ["lock"]
     assert not run.exists()  # nothing was written
+
+
+def test_checkpoints_in_another_folder_are_found_through_the_run(
+    run, small_config, tmp_path, monkeypatch
+):
+    (run.path / "metrics.jsonl").write_text('{"step": 2}\n')
+    config = small_config(**RELATIVE, train__checkpoint_dir="elsewhere")
+    with pytest.raises(RunError, match=r"elsewhere does not have checkpoint 2 of this run: copy"):
+        run.prepare(config, run.tokenizer_path)
+    shutil.move(run.checkpoints.path, tmp_path / "elsewhere")
+    run.prepare(config, run.tokenizer_path)
+    monkeypatch.chdir("/")
+    found = Run(run.path).checkpoints
+    assert os.fspath(found.path) == str(tmp_path / "elsewhere")
+    assert found.steps() == [2]
+    found.verify(2)
+
+
+def test_a_new_run_does_not_take_the_checkpoints_of_another(run, small_config):
+    config = small_config(**RELATIVE, train__checkpoint_dir=str(run.checkpoints.path))
+    with pytest.raises(RunError, match="checkpoints contains checkpoints of another run"):
+        Run("runs/other").prepare(config, run.tokenizer_path)
+
+
+def test_a_bucket_needs_its_package(run, small_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    config = small_config(**RELATIVE, train__checkpoint_dir="gs://bucket/run")
+    with pytest.raises(RunError, match=r"gs://bucket/run needs .* pip install 'storm-jax\[gcs\]'"):
+        run.prepare(config, run.tokenizer_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as managers
 
 from storm_jax import distributed
-from storm_jax.checkpoints import array_handler, with_digests
+from storm_jax.checkpoints import array_handler, half_written, with_digests
 from storm_jax.files import system_error
 from storm_jax.params import with_sharding
 from storm_jax.run import Run, RunError
@@ -29,7 +28,7 @@ _PAUSES = (1.0, 10.0)  # seconds before the last checkpoint is tried again
 
 
 class Checkpointer:
-    """Writes checkpoints `checkpoints/STEP/{params, opt_state, data, meta}` of a run asynchronously.
+    """Writes checkpoints `STEP/{params, opt_state, data, meta}` of a run asynchronously.
 
     Keeps the last `train.keep_last`, and the `train.keep_best` with the lowest validation loss. A save that
     fails on any process, because the folder is full, read-only or gone, fails on all of them: it is a warning,
@@ -43,7 +42,7 @@ class Checkpointer:
         self._saving: int | None = None  # the step that is being written
         self._problem = ""  # why this process could not write it
         if distributed.is_main():
-            self._root.mkdir(exist_ok=True)
+            run.checkpoints.create()
             self._remove_partial()
         distributed.barrier("checkpoint folder")
         self._manager, self._is_open = self._open(), True
@@ -143,7 +142,7 @@ class Checkpointer:
         try:
             probe.write_bytes(bytes(_PROBE_BYTES))
             probe.unlink()
-        except OSError as error:
+        except Exception as error:
             self._note(error)
         return self._problem
 
@@ -190,18 +189,17 @@ class Checkpointer:
             self._manager.close()
         self._problem = ""
         if distributed.is_main():
-            with contextlib.suppress(OSError):  # the next save reports it
+            with contextlib.suppress(Exception):  # the next save reports it
                 self._root.mkdir(exist_ok=True)
                 self._remove_partial()
         self._is_open = False
 
     def _remove_partial(self) -> None:
         """Removes half-written checkpoints."""
-        for leftover in [
-            *self._root.glob("*.orbax-checkpoint-tmp"),
-            *self._root.glob("probe.*.tmp"),
-        ]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for folder in half_written(self._root):
+            folder.rmtree()
+        for probe in self._root.glob("probe.*.tmp"):
+            probe.unlink()
 
     def restore_latest(self) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest state and its data position, or None if there is no checkpoint.

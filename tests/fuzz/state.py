@@ -119,9 +119,9 @@ def write_state(folder: pathlib.Path) -> dict[str, Stored]:
     spec = StateSpec.make(config, make_mesh(config.mesh, jax.devices()[:1]))
     _write_checkpoints(run, spec)
     return {
-        "checkpoint": Stored(_files(run.checkpoints.path / "4"), lambda: _restore(run, spec)),
+        "checkpoint": Stored(_files(run.path / "checkpoints/4"), lambda: _restore(run, spec)),
         "parameters": Stored(
-            _files(run.checkpoints.path / "4/params"), lambda: _parameters(run, spec)
+            _files(run.path / "checkpoints/4/params"), lambda: _parameters(run, spec)
         ),
         "config": Stored([run.path / "config.json"], lambda: Run(run.path).config),
         "tokenizer": Stored(_files(run.tokenizer_path), lambda: _tokens(run)),

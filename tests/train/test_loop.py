@@ -242,6 +242,24 @@ def test_a_workdir_that_cannot_be_written_is_an_error(small_config, shapes_folde
         Run(tmp_path / "file" / "run").prepare(small_config(), shapes_folder / "tokenizer")
 
 
+def test_checkpoints_in_another_folder_resume_and_start_other_runs(
+    small_config, shapes_folder, tmp_path
+):
+    elsewhere = tmp_path / "disk/checkpoints"
+    changes = {"train__checkpoint_dir": str(elsewhere), "train__eval_every": 0}
+    config = small_config(train__steps=2, **changes)
+    run = start_training(config, tmp_path / "run", shapes_folder)
+    assert not (run.path / "checkpoints").exists()
+    (elsewhere / "9.orbax-checkpoint-tmp").mkdir()
+    run = start_training(small_config(train__steps=6, **changes), run.path, shapes_folder)
+    assert sorted(path.name for path in elsewhere.iterdir() if path.is_dir()) == ["3", "6"]
+    assert sorted(losses(run.path)) == list(range(1, 7))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    params = load_params(Run(run.path), StateSpec.make(config, mesh))
+    stored = Run(run.path).checkpoints.read(6, "decoder/embedding")
+    np.testing.assert_array_equal(params["decoder/embedding"], stored)
+
+
 def test_a_checkpoint_of_another_shape_names_the_parameters(trained_run, tmp_path):
     run = Run(tmp_path / "run")
     shutil.copytree(trained_run, run.path)
@@ -437,7 +455,7 @@ def test_a_checkpoint_is_saved_when_validation_fails(small_config, shapes_folder
 def test_a_damaged_checkpoint_is_reported_by_step(digests, problem, trained_run, tmp_path):
     run = Run(tmp_path / "run")
     shutil.copytree(trained_run, run.path)
-    for data in (run.checkpoints.path / "2/params").rglob("*"):
+    for data in (run.path / "checkpoints/2/params").rglob("*"):
         if data.is_file():
             data.write_bytes(data.read_bytes()[:20])
     if not digests:
