@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from fake_gcs import BUCKET, FakeGcs
+from processes import Launch, metrics, write_config
 
 from storm_jax.checkpoints import Checkpoints
 from storm_jax.files import read_lines
@@ -164,3 +166,25 @@ def test_a_missing_bucket_is_named_before_training(bucket, train, tmp_path):
     with pytest.raises(RunError, match="gs://elsewhere/run cannot be created: ") as caught:
         train(tmp_path / "run", "gs://elsewhere/run")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_resume_from_the_bucket(
+    bucket, small_config, shapes_folder, tmp_path
+):
+    config = small_config(
+        data__tokenizer=str(shapes_folder / "tokenizer"), train__checkpoint_dir=PLACE,
+        train__steps=12, train__log_every=1, train__eval_every=0, train__save_every=5, mesh__data=-1,
+    )  # fmt: skip
+    flags = [f"--config={write_config(config, tmp_path / 'config.py')}"]
+    launch = Launch(tmp_path / "run", flags, processes=2)
+    assert launch.wait_for(7)
+    launch.processes[0].kill()
+    assert launch.wait(60) == [-signal.SIGKILL, 1]
+    assert Launch(tmp_path / "run", flags, processes=2).wait() == [0, 0]
+    stored = Run(tmp_path / "run").checkpoints
+    assert stored.steps() == [10, 12]
+    stored.verify(12)
+    on_disk = [*flags, "--config.train.checkpoint_dir="]
+    assert Launch(tmp_path / "disk", on_disk, devices=2).wait() == [0]
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "disk")
