@@ -48,7 +48,7 @@ def half_written(root: epath.Path) -> list[epath.Path]:
 
     Orbax renames a complete folder; in a bucket, where nothing can be renamed, it adds a last file.
     """
-    if not root.is_dir():  # an empty folder of a bucket
+    if not root.exists():  # an empty folder of a bucket
         return []
     steps = [path for path in root.iterdir() if path.name.partition(".")[0].isdigit()]
     return [path for path in steps if ocp.utils.is_tmp_checkpoint(path)]
@@ -98,7 +98,7 @@ class Checkpoints:
           RunError: if the folder cannot be read.
         """
         try:
-            return sorted(ocp.utils.checkpoint_steps(self.path)) if self.path.is_dir() else []
+            return sorted(ocp.utils.checkpoint_steps(self.path))
         except Exception as error:
             raise RunError(f"{self.path} cannot be read: {_first_line(error)}") from error
 

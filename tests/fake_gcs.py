@@ -24,6 +24,7 @@ class FakeGcs(http.server.ThreadingHTTPServer):
       objects: {key: (generation, content)}.
       bytes_read: of the contents of objects.
       forbidden: a pattern; objects whose key contains it cannot be written.
+      is_closed: whether nothing can be read or written.
       refused: how often that has happened.
     """
 
@@ -33,7 +34,7 @@ class FakeGcs(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, tuple[int, bytes]] = {}
         self.bytes_read = 0
-        self.forbidden, self.refused = "$^", 0
+        self.open()
         self.uploads: list[str] = []
         self.lock = threading.Lock()
 
@@ -57,6 +58,10 @@ class FakeGcs(http.server.ThreadingHTTPServer):
             self.shutdown()
             self.server_close()
 
+    def open(self) -> None:
+        """Refuses nothing."""
+        self.forbidden, self.is_closed, self.refused = "$^", False, 0
+
     def handle_error(self, *_: Any) -> None:
         """Clients may close their connections."""
 
@@ -77,7 +82,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         kind, bucket, objects, name = _NAME.fullmatch(url.path).groups()
         key = urllib.parse.unquote(name)
         with self.server.lock:
-            if bucket != BUCKET:
+            if self.server.is_closed:
+                self._refuse()
+            elif bucket != BUCKET:
                 self._reply(404)
             elif not objects:
                 self._json({"name": bucket})
@@ -101,8 +108,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """In one request, or in two: a session is opened, then all bytes are sent."""
         key = query.get("name") or self.server.uploads[int(query["upload_id"])]
         if re.search(self.server.forbidden, key):
-            self.server.refused += 1
-            self._reply(403)
+            self._refuse()
         elif query["uploadType"] == "resumable" and "upload_id" not in query:
             self.server.uploads.append(key)
             number = len(self.server.uploads) - 1
@@ -157,6 +163,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.bytes_read += end - first
             headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
             self._reply(206, content[first:end], headers)
+
+    def _refuse(self) -> None:
+        self.server.refused += 1
+        self._reply(403)
 
     def _json(self, value: dict[str, Any]) -> None:
         self._reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

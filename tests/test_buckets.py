@@ -38,7 +38,7 @@ def server():
 def bucket(server: FakeGcs) -> FakeGcs:
     server.objects.clear()
     server.bytes_read = 0
-    server.forbidden, server.refused = "$^", 0
+    server.open()
     return server
 
 
@@ -136,7 +136,7 @@ def test_checkpoints_of_a_disk_are_compared_in_a_bucket(bucket, trained_run):
         Checkpoints(PLACE).verify(2)
 
 
-@pytest.mark.parametrize("forbidden", ["", "/params/d/"])
+@pytest.mark.parametrize("forbidden", ["/params/d/", "everything"])
 def test_training_continues_while_the_bucket_cannot_be_written(
     forbidden, bucket, train, tmp_path, monkeypatch, caplog
 ):
@@ -147,11 +147,11 @@ def test_training_continues_while_the_bucket_cannot_be_written(
         if step == 3:
             while not Checkpoints(PLACE).steps():  # it is being written
                 time.sleep(0.01)
-            bucket.forbidden = forbidden
+            bucket.forbidden, bucket.is_closed = forbidden, forbidden == "everything"
         if step == 6:
             while not bucket.refused:
                 time.sleep(0.01)
-            bucket.forbidden = "$^"
+            bucket.open()
         return real(arrays, mesh, rows)
 
     monkeypatch.setattr(loop, "place", place)
@@ -160,6 +160,13 @@ def test_training_continues_while_the_bucket_cannot_be_written(
     assert {key.split("/")[2] for key in bucket.objects} == {"2", "6"}
     assert run.checkpoints.steps() == [2, 6]
     run.checkpoints.verify(6)
+
+
+def test_a_bucket_that_cannot_be_read_is_not_an_empty_one(bucket, stored, train, tmp_path):
+    run = train(tmp_path / "run", "")
+    bucket.is_closed = True
+    with pytest.raises(RunError, match=rf"{PLACE} cannot be read: Forbidden"):
+        train(run.path, PLACE)
 
 
 def test_a_missing_bucket_is_named_before_training(bucket, train, tmp_path):

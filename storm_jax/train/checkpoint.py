@@ -174,7 +174,10 @@ class Checkpointer:
         self._failures += 1
         self._start_again()
         problem = f"checkpoint {step} could not be saved ({problems[0]})"
-        complete = f"complete checkpoints: {self._run.checkpoints.steps()}"
+        try:
+            complete = f"complete checkpoints: {self._run.checkpoints.steps()}"
+        except RunError as error:
+            complete = str(error)
         if self._failures == _MAX_FAILURES:
             raise RunError(
                 f"{self._run.path}: {problem}, nor could the {_MAX_FAILURES - 1} before it; {complete}. Make "
