@@ -59,10 +59,6 @@ def is_first(reverse: bool) -> jax.Array:
     return jax.lax.axis_index(AXIS) == (jax.lax.axis_size(AXIS) - 1 if reverse else 0)
 
 
-def is_last(reverse: bool) -> jax.Array:
-    return is_first(not reverse)
-
-
 def shard_starts(segment_ids: jax.Array, reverse: bool) -> jax.Array:
     """`segment_starts` of a shard [B, L], whose first step may continue the previous shard's segment."""
     starts = segment_starts(segment_ids, reverse)
@@ -134,7 +130,8 @@ def scan_shard(
         decay,
         reverse,
     )
-    after = jnp.where(is_last(reverse), over_shard * incoming + h, 0)
+    is_last = is_first(not reverse)
+    after = jnp.where(is_last, over_shard * incoming + h, 0)
     return y, jax.lax.psum(after, AXIS)
 
 
