@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -32,12 +32,16 @@ class Batch:
     Attributes:
       arrays: see `storm_jax.data.rows`.
       shape: index of the rows' shape in `data.rows`.
-      outcomes: one per sample of the rows that this process counts, in order.
+      rows: by number of the row, one outcome per sample of it, in order.
     """
 
     arrays: dict[str, np.ndarray]
     shape: int
-    outcomes: list[Outcome]
+    rows: dict[int, list[Outcome]]
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return list(itertools.chain(*self.rows.values()))
 
     @property
     def sample_ids(self) -> list[str]:
@@ -54,8 +58,6 @@ def batches(
     steps: range,
     rows: Sequence[int],
     reader: MediaReader,
-    *,
-    counted: Container[int] | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches of `steps`: this process's rows, prefetched in threads.
 
@@ -63,7 +65,6 @@ def batches(
 
     Args:
       rows: numbers of the rows of each step that this process reads.
-      counted: those whose outcomes it reports; all by default.
     """
     local, threads = len(rows), reader.num_threads
     executor = ThreadPoolExecutor(max(1, threads))
@@ -76,11 +77,10 @@ def batches(
         def load_row(number: int) -> list[Outcome]:
             refs = planned.rows[rows[number]] if rows[number] < len(planned.rows) else []
             row = {name: array[number] for name, array in arrays.items()}
-            outcomes = _load_row(mixture, refs, reader, row, shape)
-            return outcomes if counted is None or rows[number] in counted else []
+            return _load_row(mixture, refs, reader, row, shape)
 
         outcomes = (executor.map if threads else map)(load_row, range(local))
-        return Batch(arrays, planned.shape, list(itertools.chain(*outcomes)))
+        return Batch(arrays, planned.shape, dict(zip(rows, outcomes, strict=True)))
 
     ahead = max(2, -(-threads // local)) if threads else 0
     options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)

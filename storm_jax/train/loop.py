@@ -113,14 +113,15 @@ class _Loop:
         self._mixture, self._checkpointer, self._evaluators = mixture, checkpointer, evaluators
         skip_log = SkipLog(run.path)
         skip_log.write(mixture.skips)
+        self._rows = local_rows(spec.mesh, config.train.batch_size)
         self._books = Books(
             [part.config.name for part in mixture.parts],
+            self._rows,
             skip_log,
             config.data.max_skip_fraction,
             "training met",
             start.data.get("accounting"),
         )
-        self._rows = local_rows(spec.mesh, config.train.batch_size)
         self._plan = TrainPlan(mixture, config.train.batch_size, start.data.get("plan"))
         self._batches = batches(
             mixture,
@@ -130,7 +131,6 @@ class _Loop:
             MediaReader(
                 pool, config.model.vision.image_size, config.data.frames, skip_log.lasting_failures
             ),
-            counted=self._rows.counted,
         )
         self._step_functions: dict[int, Any] = {}  # jitted, by index of their row shape
         self._unlogged: _StepResult | None = None
@@ -205,7 +205,7 @@ class _Loop:
         distributed.enter(f"reading the batch of step {step}", limit)
         batch = next(self._batches)
         distributed.enter(f"step {step}")
-        self._books.add(batch.outcomes)
+        self._books.add(batch.rows)
         # Several processes exchange only when something is logged or saved.
         if jax.process_count() == 1 or self._is_due(step, self._config.log_every):
             self._books.exchange()

@@ -37,19 +37,12 @@ def make_validation(run: Run, spec: StateSpec, mixture: Mixture, pool: WorkerPoo
     def evaluate(state: TrainState) -> dict[str, float]:
         totals = {"loss": 0.0, "weight": 0.0, "right": 0.0}
         names = [part.config.name for part in mixture.parts]
-        books = Books(names, skip_log, config.data.max_skip_fraction, "validation met")
+        books = Books(names, rows, skip_log, config.data.max_skip_fraction, "validation met")
         reader = MediaReader(
             pool, config.model.vision.image_size, config.data.frames, skip_log.lasting_failures
         )
-        for batch in batches(
-            mixture,
-            plan,
-            range(len(plan)),
-            rows.held,
-            reader,
-            counted=rows.counted,
-        ):
-            books.add(batch.outcomes)
+        for batch in batches(mixture, plan, range(len(plan)), rows.held, reader):
+            books.add(batch.rows)
             sums = jax.device_get(eval_steps[batch.shape](state, place(batch.arrays, mesh, rows)))
             totals = {name: totals[name] + float(sums[name]) for name in totals}
         books.exchange()

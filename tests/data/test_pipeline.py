@@ -99,7 +99,7 @@ def test_rows_of_two_processes_are_the_batch_of_one(mixture: Mixture, expected: 
         Batch(
             {name: np.concatenate([a.arrays[name], b.arrays[name]]) for name in a.arrays},
             a.shape,
-            a.outcomes + b.outcomes,
+            a.rows | b.rows,
         )
         for a, b in zip(first, second, strict=True)
     ]
@@ -113,6 +113,7 @@ def test_batches_contain_the_planned_samples(mixture: Mixture, expected: list[Ba
         samples = [[mixture.sample(ref) for ref in row] for row in rows]
         assert batch.sample_ids == [sample.id for row in samples for sample in row]
         assert batch.skips == []
+        assert list(map(len, batch.rows.values())) == list(map(len, rows))
         segments = batch.arrays["segment_ids"]
         assert [row.max() for row in segments] == [len(row) for row in rows]
         for b, row in enumerate(samples):
@@ -120,18 +121,6 @@ def test_batches_contain_the_planned_samples(mixture: Mixture, expected: list[Ba
                 tokens = batch.arrays["tokens"][b][segments[b] == segment]
                 times = [np.zeros(1 if m.kind == "image" else 8) for m in sample.media]
                 np.testing.assert_array_equal(tokens, mixture.encoder.encode(sample, times).tokens)
-
-
-def test_rows_that_another_process_counts_are_read_but_not_reported(
-    mixture: Mixture, expected: list[Batch]
-):
-    with WorkerPool(0) as pool:
-        reader = MediaReader(pool, 32, mixture.encoder.frames)
-        plan = TrainPlan(mixture, BATCH)
-        (batch,) = batches(mixture, plan, range(1), range(BATCH), reader, counted={1})
-    np.testing.assert_array_equal(batch.arrays["tokens"], expected[0].arrays["tokens"])
-    (row,) = plan[0].rows[1:2]
-    assert batch.sample_ids == [mixture.sample(ref).id for ref in row]
 
 
 def test_evaluation_pads_the_last_batch_with_empty_rows(mixture: Mixture):
