@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling --out=runs/scaling
 
-Runs `storm_jax.preflight` for 1 to 256 TPU v5p with one row per device, all of them on the axis fsdp. The programs are
-compiled by XLA for these chips, but do not run, so there are no times. Interrupted calls resume: preflight keeps what it
-has compiled. Needs libtpu.
+Runs `storm_jax.preflight` for 1 to 256 TPU v5p with one row per device: up to 4 on the axis fsdp, which is one host, and
+the rest on data. The programs are compiled by XLA for these chips, but do not run, so there are no times. Interrupted
+calls resume: preflight keeps what it has compiled. Needs libtpu.
 
 Writes OUT/scaling.json and OUT/scaling.png, and prints the table.
 """
@@ -22,6 +22,7 @@ from benchmarks.preflights import preflight
 from storm_jax.files import write_atomically
 
 TOPOLOGIES = ("1x1x1", "2x2x1", "2x2x4", "4x4x4", "4x8x8")
+FSDP = 4  # the largest power of two that leaves a device whole tiles of 128 of the 1536 columns
 GIB = 2**30
 
 
@@ -29,8 +30,8 @@ def measure(config: str, topology: str) -> dict[str, Any]:
     """The facts of preflight about a training step with one row per device."""
     devices = math.prod(map(int, topology.split("x")))
     flags = (
-        "--config.mesh.data=1",
-        "--config.mesh.fsdp=-1",
+        "--config.mesh.data=-1",
+        f"--config.mesh.fsdp={min(devices, FSDP)}",
         f"--config.train.batch_size={devices}",
     )
     found = preflight(config, f"v5p:{topology}", *flags)["programs"][-1]  # of the largest row
