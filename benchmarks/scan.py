@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,6 +33,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
+from benchmarks.machine import machine
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, fastest, selective_scan
 
 Arrays = dict[str, Any]  # x, dt, A, B, C, D, dt_bias and the weights of y in the loss
@@ -377,13 +376,6 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def machine() -> str:
-    """Describes the machine."""
-    device = jax.devices()[0]
-    where = "" if device.platform == "cpu" else f", {device.device_kind}"
-    return f"{platform.machine()}, {os.cpu_count()} CPU cores{where}"
 
 
 def parse_problem(text: str) -> Problem:

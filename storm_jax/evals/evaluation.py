@@ -35,7 +35,7 @@ class LazyPredictor:
         else:
             self.run = Run(run)
             self.step = self.run.checkpoints.resolve(step)
-            self.load = functools.cache(lambda: Predictor(self.run.path, self.step))
+            self.load = functools.cache(lambda: Predictor(self.run.path, self.step, is_timed=True))
 
 
 def evaluate(

@@ -76,22 +76,26 @@ def generate(
     total = batch["tokens"].shape[1] + slots
     logits, cache = prefill(model, batch, visual, total)
     stops = jnp.array(stop_ids, jnp.int32)
-    tokens = jnp.full((len(lengths), slots), stops[0])
-    done = lengths == 0
 
-    def unfinished(carry: tuple) -> jax.Array:
-        step, _, _, _, done = carry
-        return (step < sampling.max_new_tokens) & ~done.all()
-
-    def extend(carry: tuple) -> tuple:
-        step, tokens, logits, cache, done = carry
+    def add(step: int | jax.Array, logits: jax.Array, tokens: jax.Array, done: jax.Array) -> tuple:
         chosen = choose(logits, jax.random.fold_in(key, step), sampling)
         chosen = jnp.where(done, stops[0], chosen).astype(jnp.int32)
         done |= (chosen[:, None] == stops[None]).any(axis=1)
-        logits, cache = decode_step(model, chosen, lengths + step, cache)
-        return step + 1, tokens.at[:, step].set(chosen), logits, cache, done
+        return step + 1, tokens.at[:, step].set(chosen), done
 
-    return jax.lax.while_loop(unfinished, extend, (0, tokens, logits, cache, done))[1]
+    def unfinished(carry: tuple) -> jax.Array:
+        step, _, done, _ = carry
+        return (step < sampling.max_new_tokens) & ~done.all()
+
+    def extend(carry: tuple) -> tuple:
+        step, tokens, done, cache = carry
+        last = jax.lax.dynamic_index_in_dim(tokens, step - 1, axis=1, keepdims=False)
+        logits, cache = decode_step(model, last, lengths + step - 1, cache)
+        return *add(step, logits, tokens, done), cache
+
+    tokens = jnp.full((len(lengths), slots), stops[0])
+    start = (*add(0, logits, tokens, lengths == 0), cache)
+    return jax.lax.while_loop(unfinished, extend, start)[1]
 
 
 def score_first(
@@ -113,11 +117,10 @@ def prefill(
     """
     x = model.merge(batch["tokens"], visual, batch["visual_index"])  # [B, S, D]
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-    cache = model.decoder.empty_cache(x.shape[0], cache_length)
-    hidden, filled = model.decode(x, positions, cache=cache)
+    hidden, cache = model.decode(x, positions, new_cache=cache_length)
     end = jnp.maximum(batch["lengths"] - 1, 0)
     last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)  # [B, 1, D]
-    return _logits(model, last), cast(Cache, filled)
+    return _logits(model, last), cast(Cache, cache)
 
 
 def decode_step(

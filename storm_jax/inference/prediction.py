@@ -13,8 +13,8 @@ class Prediction:
       text: empty if the sample failed.
       error, cause: the message of a failure, and the one word it is counted under; empty on success.
       visual_tokens: number of visual tokens in the prompt.
-      seconds: model time. Work shared by several samples is divided among them; compilation, warm-up and
-        waiting for media are not counted.
+      seconds: model time. Work shared by several samples is divided among them; compilation and waiting for
+        media are not counted.
     """
 
     text: str = ""

@@ -77,8 +77,14 @@ class Predictor:
       step: step of the checkpoint.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, step: int | None = None):
+    def __init__(
+        self, workdir: str | pathlib.Path, step: int | None = None, *, is_timed: bool = False
+    ):
         """Loads a checkpoint of a run, the last one by default.
+
+        Args:
+          is_timed: run each program once more before it is first timed, so that `Prediction.seconds` is what a
+            later call takes.
 
         Raises:
           ConfigError: if `workdir` is not a run.
@@ -90,7 +96,7 @@ class Predictor:
         self._text = ConversationEncoder(self.run.tokenizer(), self.config.data.system)
         self._stop_ids = stop_ids(self.run.tokenizer_path, self._text.tokenizer)
         self._pool = WorkerPool(self.config.data.num_workers)
-        self._programs = Programs(self.run, self.step, self._stop_ids)
+        self._programs = Programs(self.run, self.step, self._stop_ids, warms_up=is_timed)
 
     @property
     def compression(self) -> CompressionConfig:

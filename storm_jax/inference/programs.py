@@ -24,15 +24,15 @@ _MIN_SLOTS = 64  # for new tokens; above that, powers of two: few programs fit e
 class Programs:
     """Encodes frames, generates and scores; one program is compiled per static shape.
 
-    Every method returns its result and the seconds that the devices took. The first call of a program
-    compiles it and runs it once untimed, since a first run also allocates and autotunes.
+    Every method returns its result and the seconds that the devices took, without compilation.
     """
 
-    def __init__(self, run: Run, step: int, stop_ids: tuple[int, ...]):
+    def __init__(self, run: Run, step: int, stop_ids: tuple[int, ...], warms_up: bool):
         """Restores the parameters of checkpoint `step`, sharded over all devices.
 
         Args:
           stop_ids: tokens that end an answer.
+          warms_up: run every program once untimed, since a first run also allocates and autotunes.
 
         Raises:
           RunError: if the checkpoint cannot be read.
@@ -40,7 +40,7 @@ class Programs:
         config = run.config.model
         # Processes that evaluate together answer different questions.
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
-        self._stop_ids = stop_ids
+        self._stop_ids, self._warms_up = stop_ids, warms_up
         self._graphdef, abstract = abstract_model(config)
         target = with_sharding(
             compute_dtypes(flat_params(abstract), config),
@@ -127,7 +127,8 @@ class Programs:
             jax.block_until_ready(inputs)
             if key not in self._compiled:
                 compiled = jax.jit(function).lower(self._params, *inputs).compile()
-                jax.block_until_ready(compiled(self._params, *inputs))
+                if self._warms_up:
+                    jax.block_until_ready(compiled(self._params, *inputs))
                 self._compiled[key] = compiled
             began = time.perf_counter()
             result = jax.block_until_ready(self._compiled[key](self._params, *inputs))

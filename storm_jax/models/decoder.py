@@ -20,7 +20,7 @@ from flax import nnx
 
 from storm_jax.config import DecoderConfig
 from storm_jax.models.layers import Einsum, run_layers, stack_layers
-from storm_jax.ops.attention import attention
+from storm_jax.ops.attention import KeyRange, attention, causal_keys
 from storm_jax.sharding import constrain
 
 
@@ -63,36 +63,37 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        new_cache: int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the layers.
 
         Args:
           x: [B, S, D] embeddings.
           positions: int [B, S], positions within each sample.
-          segment_ids: int [B, S]; packed samples do not attend to each other.
+          segment_ids: int [B, S], of packed samples, which do not attend to each other; 0 is padding.
           cache: keys and values of earlier tokens. New ones are written at `positions`, and a token
             attends to all entries up to its own position. Requires one sample per row.
+          new_cache: slots of a new cache to put these tokens into; their positions are 0, 1, ....
 
         Returns:
-          Normalised hidden states [B, S, D], and the updated cache (None without one).
+          Normalised hidden states [B, S, D], and the updated or new cache (None without one).
         """
         angles = rope_angles(positions, self.config)
+        if (
+            segment_ids is None
+        ):  # one sample per row, whose tokens are in the slots of their positions
+            keys = KeyRange(jnp.zeros_like(positions), positions)
+        else:
+            keys = causal_keys(segment_ids)
 
-        def layer_fn(layer_and_cache: tuple, x: jax.Array) -> tuple[jax.Array, tuple | None]:
-            layer, cache = layer_and_cache
+        def layer_fn(inputs: tuple, x: jax.Array) -> tuple[jax.Array, Cache | None]:
+            layer, cache = inputs
             x = constrain(x, "batch", "sequence", None)
-            return layer(x, angles, positions, segment_ids, cache)
+            return layer(x, angles, positions, keys, cache, new_cache)
 
-        keys_and_values = None if cache is None else tuple(cache)
-        remat = self.remat and cache is None
-        x, keys_and_values = run_layers((self.layers, keys_and_values), x, layer_fn, remat)
-        return self.norm(x), None if keys_and_values is None else Cache(*keys_and_values)
-
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """Returns a cache of `length` positions per row."""
-        config = self.config
-        shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
-        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        remat = self.remat and cache is None and not new_cache
+        x, cache = run_layers((self.layers, cache), x, layer_fn, remat)
+        return self.norm(x), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -140,31 +141,24 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         angles: jax.Array,
         positions: jax.Array,
-        segment_ids: jax.Array | None,
-        cache: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        keys: KeyRange,
+        cache: Cache | None,
+        new_cache: int,
+    ) -> tuple[jax.Array, Cache | None]:
         y = self.attn_norm(x)
         q, k, v = self.query(y), self.key(y), self.value(y)  # [B, S, H, K]
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
-        kv_positions = positions
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            k = cache[0].at[rows, positions].set(k)
-            v = cache[1].at[rows, positions].set(v)
-            cache = k, v
-            kv_positions = jnp.arange(k.shape[1])[None]
-        y = attention(
-            q,
-            k,
-            v,
-            q_positions=positions,
-            kv_positions=kv_positions,
-            q_segments=segment_ids,
-            kv_segments=segment_ids,
-        )
-        x += self.out(y)
+            k = cache.key.at[rows, positions].set(k)
+            v = cache.value.at[rows, positions].set(v)
+            cache = Cache(k, v)
+        elif new_cache:
+            unfilled = [(0, 0), (0, new_cache - x.shape[1]), (0, 0), (0, 0)]
+            cache = Cache(jnp.pad(k, unfilled), jnp.pad(v, unfilled))
+        x += self.out(attention(q, k, v, keys))
         gate, up = jnp.moveaxis(self.gate_up(self.mlp_norm(x)), 2, 0)  # 2 x [B, S, M]
         return x + self.down(jax.nn.silu(gate) * up), cache
 

@@ -149,6 +149,6 @@ class EncoderLayer(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.attn_norm(x)
-        x += self.out(attention(self.query(y), self.key(y), self.value(y)))
+        x += self.out(attention(self.query(y), self.key(y), self.value(y), batch="frames"))
         y = self.up(self.mlp_norm(x))  # [B, P, M]
         return x + self.down(jax.nn.gelu(y, approximate=True))

@@ -63,11 +63,17 @@ class Storm(nnx.Module):
         Returns:
           [B, V, D]: G * N' pooled tokens, G * N tokens of images if those differ, and the newline if there is one.
         """
-        batch = frames.shape[0]
         with jax.named_scope("vision"):
-            x = self.vision.encode_clips(frames)  # [B, F, P, Dv]
+            features = self.vision.encode_clips(frames)  # [B, F, P, Dv]
+        return self.compress(features, frame_clip, frame_group, shape)
+
+    def compress(
+        self, features: jax.Array, frame_clip: jax.Array, frame_group: jax.Array, shape: VisualShape
+    ) -> jax.Array:
+        """Mixes the features of all frames [B, F, P, Dv] over time and pools them; otherwise as `encode`."""
+        batch = features.shape[0]
         with jax.named_scope("projector"):
-            videos, images = self.projector(x, frame_clip)  # [B, F, Nv, D], [B, F, N, D]
+            videos, images = self.projector(features, frame_clip)  # [B, F, Nv, D], [B, F, N, D]
         with jax.named_scope("pool"):
             groups = temporal_pool(videos, frame_group, shape.num_groups)  # [B, G, Nv, D]
             parts = [spatial_pool(groups, shape.spatial_pool)]  # [B, G, N', D]
@@ -105,7 +111,8 @@ class Storm(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        new_cache: int = 0,
     ) -> tuple[jax.Array, Cache | None]:
-        """Returns hidden states [B, S, D] and the updated cache (see `Decoder`)."""
+        """Returns hidden states [B, S, D] and the updated or new cache (see `Decoder`)."""
         with jax.named_scope("decoder"):
-            return self.decoder(x, positions, segment_ids, cache)
+            return self.decoder(x, positions, segment_ids, cache, new_cache)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from storm_jax.chips import GIB
 from storm_jax.config import RunConfig
 from storm_jax.preflight.report import Result
-from storm_jax.preflight.topologies import GIB
 
 _STATE = ("parameters", "optimizer state")
 

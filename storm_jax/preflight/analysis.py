@@ -18,12 +18,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from storm_jax.chips import GIB
 from storm_jax.config import MeshConfig
 from storm_jax.files import write_atomically
 from storm_jax.preflight.cost import count_flops
 from storm_jax.preflight.hlo import Program as Hlo
 from storm_jax.preflight.programs import Program
-from storm_jax.preflight.topologies import GIB, Topology
+from storm_jax.preflight.topologies import Topology
 from storm_jax.preflight.traffic import Collectives, collectives, memory_bytes
 from storm_jax.sharding import make_mesh
 

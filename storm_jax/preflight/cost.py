@@ -1,7 +1,7 @@
 """XLA's own count of FLOPs, with every loop counted as often as it runs.
 
 XLA's cost analysis counts the body of a loop once. Here a program is split at its loops: each piece without
-loops is analysed by XLA, and multiplied by how often it runs. Nothing is compiled.
+loops is analysed by XLA, and multiplied by how often it runs, at most. Nothing is compiled.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class _Pieces:
         name, params = equation.primitive.name, equation.params
         if name == "scan":
             return self._leave_out(equation, inputs, params["length"], params["jaxpr"])
+        if name == "while":
+            times = _most_iterations(params["cond_jaxpr"])
+            return self._leave_out(equation, inputs, times, params["body_jaxpr"])
         if name == "cond":  # the branch that costs most
             return self._leave_out(equation, inputs, 1, max(params["branches"], key=count_flops))
         called = params.get("jaxpr", params.get("call_jaxpr"))
@@ -72,3 +75,10 @@ class _Pieces:
         self.loops.append((times, body))
         self.inputs += inputs
         return [jnp.zeros(out.aval.shape, out.aval.dtype) for out in equation.outvars]
+
+
+def _most_iterations(condition: ClosedJaxpr) -> int:
+    """The largest number that the condition of a loop compares its counter with, or 1: counters start at 0."""
+    compared = (each.invars for each in condition.jaxpr.eqns if each.primitive.name == "lt")
+    numbers = [int(atom.val) for atoms in compared for atom in atoms if isinstance(atom, Literal)]
+    return max(numbers, default=1)

@@ -79,7 +79,7 @@ class Program:
     def runs(self) -> Iterator[tuple[Computation, Instruction, int]]:
         """Every instruction outside fusions, with its computation and how often it runs.
 
-        A loop whose number of iterations is unknown counts as one, and all branches of a conditional count.
+        A loop that may end early counts in full, and so do all branches of a conditional.
         """
         yield from self._runs(self.entry, 1)
 
@@ -95,17 +95,18 @@ class Program:
                     yield from self._runs(called, times)
 
     def _trips(self, loop: Instruction) -> int:
-        """The iterations of a loop. On TPU, the largest constant that its condition compares with: loops of JAX
-        count from 0."""
+        """The most iterations of a loop: if they are not known, the largest constant that its condition compares
+        with, since loops of JAX count from 0."""
         if known := _TRIPS.search(loop.attributes):
             return int(known[1])
-        condition = self.computations[_attribute(loop, "condition")].values()
-        constants = [
-            int(each.arguments)
-            for each in condition
-            if each.opcode == "constant" and _CONSTANT.match(each.arguments)
-        ]
-        return max(constants, default=1)
+        return max(self._constants(_attribute(loop, "condition")), default=1)
+
+    def _constants(self, name: str) -> Iterator[int]:
+        for each in self.computations[name].values():
+            if each.opcode == "constant" and _CONSTANT.match(each.arguments):
+                yield int(each.arguments)
+            for called in each.called:
+                yield from self._constants(called)
 
 
 def _attribute(instruction: Instruction, name: str) -> str:

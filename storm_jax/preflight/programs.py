@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import RunConfig
 from storm_jax.data.rows import RowShape, empty_frames, empty_rows
+from storm_jax.flops import Work, decode_work, encode_work, prefill_work, train_work
 from storm_jax.inference.generate import decode_step, prefill
 from storm_jax.inference.scenes import (
     SceneShape,
@@ -27,7 +28,6 @@ from storm_jax.inference.scenes import (
 from storm_jax.models.decoder import Cache
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model, compute_dtypes, flat_params, with_sharding
-from storm_jax.preflight.flops import Work, decode_work, encode_work, prefill_work, train_work
 from storm_jax.sharding import batch_sharding, constrain, param_shardings
 from storm_jax.train.state import StateSpec
 from storm_jax.train.step import check_batch, make_train_step
@@ -148,7 +148,7 @@ def prefill_program(config: RunConfig, mesh: Mesh) -> Program:
         traced=traced,
         lowered=lowered,
         arguments={"parameters": params, "batch": prompts},
-        work=prefill_work(config, sizes.rows, sizes.prompt, sizes.cache),
+        work=prefill_work(config, sizes.rows, sizes.prompt, sizes.prompt),
     )
 
 

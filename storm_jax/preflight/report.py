@@ -9,11 +9,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from storm_jax.chips import GIB
 from storm_jax.config import RunConfig
 from storm_jax.params import abstract_model, flat_params
 from storm_jax.preflight.analysis import Analysis
 from storm_jax.preflight.programs import Program
-from storm_jax.preflight.topologies import GIB, Topology
+from storm_jax.preflight.topologies import Topology
 from storm_jax.train.optim import is_trainable, part_of
 
 _MOST_DIGITS = 5

@@ -6,10 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
+from storm_jax.chips import GIB
 from storm_jax.config import MeshConfig, RunConfig
 from storm_jax.preflight.analysis import CompilerError
 from storm_jax.preflight.report import Result, cell
-from storm_jax.preflight.topologies import GIB, TopologyError
+from storm_jax.preflight.topologies import TopologyError
 
 _SIZES = (2, 4)  # of one other mesh axis next to fsdp
 _ACCUMULATION = (1, 2, 4, 8, 16, 64, 256)

@@ -15,7 +15,8 @@ import jax
 from jax.experimental import topologies
 from packaging.requirements import Requirement
 
-GIB = 2**30
+from storm_jax.chips import GPUS, TPUS, Chip
+
 _GPUS_OF_A_HOST = 8
 _TPUS_OF_A_HOST = 4
 # JAX takes this fraction of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
@@ -26,46 +27,6 @@ class TopologyError(ValueError):
     """The topology is unknown, or a package that compiles for it is missing."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """What a program has to fit into, and how fast it could run.
-
-    Attributes:
-      memory: bytes that a program may use.
-      flops: peak dense bf16 FLOP/s; speeds are None where they are not known.
-      bandwidth: of memory, bytes/s.
-      interconnect: bytes/s that all links of a chip send together.
-    """
-
-    kind: str
-    memory: float
-    flops: float | None = None
-    bandwidth: float | None = None
-    interconnect: float | None = None
-
-
-# Memory is what the compiler says it may use: slightly less than the chip has.
-# Speeds: cloud.google.com/tpu/docs/v5e, v5p and v6e. The links are listed there in both directions together.
-TPUS = {
-    "v5e": Chip(
-        kind="TPU v5e", memory=15.75 * GIB, flops=197e12, bandwidth=819e9, interconnect=200e9
-    ),
-    "v5p": Chip(
-        kind="TPU v5p", memory=95.74 * GIB, flops=459e12, bandwidth=2765e9, interconnect=600e9
-    ),
-    "v6e": Chip(
-        kind="TPU v6e", memory=31.25 * GIB, flops=918e12, bandwidth=1640e9, interconnect=400e9
-    ),
-}
-# nvidia.com/en-us/data-center/h100 (SXM) and h200. NVLink: 900 GB/s in both directions together.
-GPUS = {
-    "h100": Chip(
-        kind="H100 SXM", memory=79.2 * GIB, flops=989e12, bandwidth=3350e9, interconnect=450e9
-    ),
-    "h200": Chip(
-        kind="H200 SXM", memory=139.8 * GIB, flops=989e12, bandwidth=4800e9, interconnect=450e9
-    ),
-}
 # What XLA has to know of a GPU that is not here (a GpuTargetConfig), from NVIDIA's Hopper white paper.
 _HOPPER = """
 gpu_device_info {{

@@ -18,10 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from storm_jax import distributed
+from storm_jax.chips import chip_of
 from storm_jax.data.mixture import Mixture, open_mixture
 from storm_jax.data.pipeline import Batch, batches
 from storm_jax.data.plan import TrainPlan
 from storm_jax.data.skips import DataError
+from storm_jax.flops import train_work
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run
@@ -135,7 +137,17 @@ class _Loop:
         self._step_functions: dict[int, Any] = {}  # jitted, by index of their row shape
         self._unlogged: _StepResult | None = None
         self._metrics = MetricsWriter(run.path, start.step, config.train.tensorboard)
-        self._progress = Progress(start.step, config.train.steps, config.train.log_every)
+        chip = chip_of(spec.mesh.devices.flat[0])
+        self._progress = Progress(
+            start.step,
+            config.train.steps,
+            config.train.log_every,
+            peak=chip.flops * spec.mesh.size if chip and chip.flops else None,
+        )
+        self._flops = [
+            sum(part.model for part in train_work(config, shape).values())
+            for shape in mixture.shapes
+        ]
 
     def run(self, state: TrainState) -> int | None:
         """Trains from the start step to the last one; returns the step if it is stopped before."""
@@ -259,7 +271,7 @@ class _Loop:
         values["compilations"] = sum(f._cache_size() for f in self._step_functions.values())
         values |= books
         self._metrics.write(step, values)
-        self._progress.update(step, values)
+        self._progress.update(step, values, self._flops[batch.shape])
 
     def _data_state(self, step: int) -> dict[str, Any]:
         """The data position after `step` steps, as saved in the checkpoint."""

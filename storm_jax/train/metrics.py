@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
@@ -69,6 +69,14 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return read_lines(workdir / "metrics.jsonl", check)
 
 
+class _Interval(NamedTuple):
+    """What a step took and did."""
+
+    seconds: float
+    tokens: float
+    flops: float
+
+
 class Progress:
     """Step, loss, accuracy, speed and time left: a bar on a terminal, else a line every `log_every`
     steps.
@@ -77,6 +85,7 @@ class Progress:
     (compilation, validation, saving) do not count.
 
     Args:
+      peak: FLOP/s of all devices; if it is known, MFU is shown.
       clock: returns seconds.
     """
 
@@ -86,10 +95,12 @@ class Progress:
         steps: int,
         log_every: int,
         *,
+        peak: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._steps, self._log_every, self._clock = steps, log_every, clock
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT_STEPS)  # seconds, tokens
+        self._peak = peak
+        self._recent: deque[_Interval] = deque(maxlen=_RECENT_STEPS)
         self._last_update = clock()
         self._skips_interval = False
         self._bar: tqdm.tqdm | None = None
@@ -106,11 +117,15 @@ class Progress:
         """Excludes the time between the last update and the next one."""
         self._skips_interval = True
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a finished step. `metrics` has its loss, accuracy and number of tokens."""
+    def update(self, step: int, metrics: Mapping[str, float], flops: float) -> None:
+        """Shows a finished step. `metrics` has its loss, accuracy and number of tokens.
+
+        Args:
+          flops: that the model needs for the step.
+        """
         now = self._clock()
         if not self._skips_interval:
-            self._recent.append((now - self._last_update, metrics["tokens"]))
+            self._recent.append(_Interval(now - self._last_update, metrics["tokens"], flops))
         self._last_update, self._skips_interval = now, False
         values = (
             f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:6.1%}  {self._pace(step)}"
@@ -122,12 +137,15 @@ class Progress:
             print(f"step {step:>6}/{self._steps}  {values}", flush=True)
 
     def _pace(self, step: int) -> str:
-        seconds = sum(interval for interval, _ in self._recent)
+        seconds = sum(each.seconds for each in self._recent)
         if not seconds:
             return "? tokens/s  ? left"
-        speed = sum(tokens for _, tokens in self._recent) / seconds
+        speed = sum(each.tokens for each in self._recent) / seconds
         left = seconds / len(self._recent) * (self._steps - step)
-        return f"{speed:,.0f} tokens/s  {duration(left)} left"
+        mfu = ""
+        if self._peak:
+            mfu = f"MFU {sum(each.flops for each in self._recent) / seconds / self._peak:.1%}  "
+        return f"{speed:,.0f} tokens/s  {mfu}{duration(left)} left"
 
     def print(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""

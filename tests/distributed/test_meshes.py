@@ -18,7 +18,8 @@ from storm_jax.config import CompressionConfig, MeshConfig
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.models import siglip
 from storm_jax.models.storm import Storm
-from storm_jax.ops import attention, cross_entropy, sequence_shards
+from storm_jax.ops import cross_entropy, sequence_shards
+from storm_jax.ops.attention import xla as attention
 from storm_jax.params import flat_params
 from storm_jax.sharding import AXES, local_rows, make_mesh, param_shardings
 from storm_jax.text.conversation import Encoded
@@ -33,7 +34,7 @@ CHUNK = 5  # smaller than what a device has
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_CHUNK", CHUNK)
+        patch.setattr(attention, "BLOCK", CHUNK)
         patch.setattr(cross_entropy, "TOKEN_CHUNK", CHUNK)
         patch.setattr(sequence_shards, "CHUNK", CHUNK)
         patch.setattr(siglip, "FRAME_CHUNK", CHUNK)

@@ -12,13 +12,11 @@ import pytest
 import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.torch_models import torch_decoder
 from storm_jax.config import DecoderConfig, RopeScalingConfig
 from storm_jax.models.decoder import Decoder
-from storm_jax.ops.attention import QUERY_CHUNK
-from storm_jax.weights.architecture import decoder_json
-from storm_jax.weights.mapping import decoder_table
+from storm_jax.ops.attention.xla import BLOCK
 
 MAX_ERROR = 1e-4
 QWEN2 = DecoderConfig(
@@ -33,7 +31,7 @@ QWEN2 = DecoderConfig(
     qkv_bias=True,
     tie_embeddings=False,
 )  # width, heads, query heads per key head and head_dim all differ
-LONG = QUERY_CHUNK + 44
+LONG = BLOCK + 44
 FAMILIES = {
     "qwen2": QWEN2,
     "qwen2_tied": dataclasses.replace(QWEN2, tie_embeddings=True),
@@ -54,20 +52,6 @@ def abstract_decoder(config: DecoderConfig) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False))
 
 
-def torch_decoder(config: DecoderConfig, params: dict) -> torch.nn.Module:
-    """Creates transformers' model of the same family with the same weights."""
-    fields = decoder_json(config, "float32")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
-    flat = flatten_dict({"decoder": params}, sep="/")
-    weights = {
-        rule.tensor: torch.from_numpy(np.array(rule.to_tensor(flat[rule.path])))
-        for rule in decoder_table(config).rules
-    }
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"] if config.tie_embeddings else [], [])
-    return model
-
-
 @pytest.mark.parametrize("length", [1, 37, LONG], ids=["one", "short", "two query chunks"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_and_the_logits_equal_transformers(family, length, randomise, rng):
@@ -75,7 +59,7 @@ def test_every_layer_and_the_logits_equal_transformers(family, length, randomise
     model = randomise(abstract_decoder(config))
     params = nnx.to_pure_dict(nnx.split(model)[1])
     tokens = rng.integers(0, config.vocab_size, (2, length))
-    theirs = torch_decoder(config, jax.device_get(params))
+    theirs = torch_decoder(config, flatten_dict({"decoder": jax.device_get(params)}, sep="/"))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens), output_hidden_states=True)
     positions = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)

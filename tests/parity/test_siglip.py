@@ -15,15 +15,15 @@ import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from PIL import Image
-from transformers import AutoConfig, SiglipImageProcessorPil, SiglipVisionModel
+from transformers import SiglipImageProcessorPil
 
+from benchmarks.torch_models import torch_tower
 from storm_jax.config import VisionConfig
 from storm_jax.media.image import read_image
 from storm_jax.media.media import Media
 from storm_jax.models.siglip import SigLIP
-from storm_jax.ops.attention import QUERY_CHUNK
-from storm_jax.weights.architecture import preprocessor_json, vision_json
-from storm_jax.weights.mapping import vision_table
+from storm_jax.ops.attention.xla import BLOCK
+from storm_jax.weights.architecture import preprocessor_json
 
 MAX_ERROR = 1e-4
 ODD_GRID = VisionConfig(
@@ -32,29 +32,13 @@ ODD_GRID = VisionConfig(
 CONFIGS = {
     "odd grid": ODD_GRID,
     "rest without a patch": dataclasses.replace(ODD_GRID, image_size=45),
-    "two query chunks": dataclasses.replace(ODD_GRID, image_size=68, patch_size=4),
+    "two blocks": dataclasses.replace(ODD_GRID, image_size=68, patch_size=4),
 }
-assert CONFIGS["two query chunks"].side ** 2 > QUERY_CHUNK
+assert CONFIGS["two blocks"].side ** 2 > BLOCK
 
 
 def abstract_tower(config: VisionConfig) -> SigLIP:
     return nnx.eval_shape(lambda: SigLIP(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat=False))
-
-
-def torch_tower(config: VisionConfig, params: dict) -> torch.nn.Module:
-    """Creates transformers' tower with the same weights."""
-    theirs = SiglipVisionModel(AutoConfig.for_model(**vision_json(config, "float32"))).eval()
-    flat = flatten_dict({"vision": params}, sep="/")
-    weights = {
-        rule.tensor: torch.from_numpy(np.array(rule.to_tensor(flat[rule.path])))
-        for rule in vision_table(config).rules
-    }
-    if any(name.startswith("vision_model.") for name in theirs.state_dict()):  # before 5.8
-        weights = {f"vision_model.{name}": value for name, value in weights.items()}
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert [name for name in missing if "position_ids" not in name] == []
-    assert unexpected == []
-    return theirs
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -62,7 +46,7 @@ def test_every_layer_equals_transformers(case, randomise, rng):
     config = CONFIGS[case]
     ours = randomise(abstract_tower(config))
     params = jax.device_get(nnx.to_pure_dict(nnx.split(ours)[1]))
-    theirs = torch_tower(config, params)
+    theirs = torch_tower(config, flatten_dict({"vision": params}, sep="/"))
     frames = rng.integers(0, 256, (2, config.image_size, config.image_size, 3)).astype(np.uint8)
     pixels = torch.from_numpy((frames / 255.0 - 0.5) / 0.5).float().permute(0, 3, 1, 2)
     with torch.no_grad():

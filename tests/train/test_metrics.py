@@ -10,6 +10,7 @@ from storm_jax.files import read_lines
 from storm_jax.train.metrics import MetricsWriter, Progress, duration, plot_curves
 
 METRICS = {"loss": 1.0, "accuracy": 0.5, "tokens": 100.0}
+FLOPS = 1e12  # of a step
 
 
 class Clock:
@@ -70,12 +71,21 @@ def test_progress_prints_step_loss_speed_and_time_left_in_a_log(capsys):
     progress = Progress(0, 20, log_every=10, clock=clock)
     for step in range(1, 21):
         clock.now += 2.0
-        progress.update(step, METRICS)
+        progress.update(step, METRICS, FLOPS)
     progress.close()
     assert capsys.readouterr().out.splitlines() == [
         "step     10/20  loss 1.0000  accuracy  50.0%  50 tokens/s  0:20 left",
         "step     20/20  loss 1.0000  accuracy  50.0%  50 tokens/s  0:00 left",
     ]
+
+
+def test_mfu_is_shown_where_the_peak_is_known(capsys):
+    clock = Clock()
+    progress = Progress(0, 20, log_every=10, peak=4e12, clock=clock)
+    for step in range(1, 11):
+        clock.now += 2.0
+        progress.update(step, METRICS, FLOPS)
+    assert "  50 tokens/s  MFU 12.5%  0:20 left" in capsys.readouterr().out
 
 
 def test_compilation_and_validation_do_not_count_as_speed(capsys):
@@ -86,7 +96,7 @@ def test_compilation_and_validation_do_not_count_as_speed(capsys):
         if seconds > 10:
             progress.skip_interval()
         clock.now += seconds
-        progress.update(step, METRICS)
+        progress.update(step, METRICS, FLOPS)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("? tokens/s  ? left")
     assert lines[1].endswith(f"50 tokens/s  {duration(998 * 2)} left")
@@ -99,7 +109,7 @@ def test_time_left_follows_recent_steps(capsys):
     progress = Progress(0, 1000, log_every=500, clock=clock)
     for step in range(1, 501):
         clock.now += 9.0 if step <= 400 else 1.0
-        progress.update(step, METRICS)
+        progress.update(step, METRICS, FLOPS)
     assert f"{duration(500)} left" in capsys.readouterr().out
 
 
@@ -109,7 +119,7 @@ def test_a_terminal_shows_a_bar_with_our_time_left(monkeypatch):
     clock = Clock()
     progress = Progress(5, 20, log_every=10, clock=clock)
     clock.now += 2.0
-    progress.update(6, METRICS)
+    progress.update(6, METRICS, FLOPS)
     progress.print("step      6  val_loss 0.5000")
     progress.close()
     shown = terminal.getvalue()

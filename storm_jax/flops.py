@@ -2,8 +2,8 @@
 
 The gradients of a matrix product, of its kernel and of its input, cost as much as the product itself. That of a
 frozen kernel is not computed, nor that of an input that depends on nothing trained. The backward pass computes some
-things again: with `train.remat` every layer but its last product, and the tower once more; always the logits, and the scores of attention
-over more than one chunk of queries.
+things again: with `train.remat` every layer but its last product, and the tower once more; always the logits and the
+scores of attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from storm_jax.config import DecoderConfig, ModelConfig, RunConfig
 from storm_jax.data.rows import RowShape
 from storm_jax.models.storm import VisualShape
-from storm_jax.ops.attention import QUERY_CHUNK
 from storm_jax.ops.ssd import DEFAULT_SIZES
 
 
@@ -130,7 +129,7 @@ def encode_work(
 
 
 def prefill_work(config: RunConfig, rows: int, tokens: int, keys: int) -> dict[str, Passes]:
-    """The FLOPs of running prompts through the decoder, with a cache of `keys` positions."""
+    """The FLOPs of running tokens through the decoder that attend to `keys` positions."""
     decoder = config.model.decoder
     head = Passes(2.0 * rows * decoder.width * decoder.vocab_size)
     return {"decoder": decoder_layers(decoder, rows, tokens, keys).forward(), "head": head}
@@ -155,7 +154,7 @@ def _vision(model: ModelConfig, frames: int) -> tuple[_Layers, _Layers]:
             kernels=depth * tokens * 4 * width**2 + 2 * last,
             last=last,
             mixing=2 * scores,
-            scores=scores if patches > QUERY_CHUNK else 0,
+            scores=scores,
         ),
     )
 
@@ -225,7 +224,7 @@ def decoder_layers(config: DecoderConfig, rows: int, tokens: int, keys: int) -> 
         kernels=per_size * sum(inputs * outputs for inputs, outputs in shapes.values()),
         last=per_size * math.prod(shapes["down"]),
         mixing=2 * scores,
-        scores=scores if tokens > QUERY_CHUNK else 0,
+        scores=scores,
         adapters=per_size * lora.rank * sum(adapted),
     )
 

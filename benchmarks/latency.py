@@ -1,0 +1,331 @@
+"""Latency of the first token by part and compression, as in table 13 of the paper, next to transformers.
+
+    python -m benchmarks.latency --out=runs/latency                             storm_small: under 10 minutes on 2 cores
+    python -m benchmarks.latency --preset=storm_qwen2_7b --out=runs/latency     on an accelerator
+
+Random weights; one video per prompt, with 64 tokens of text. `storm_small` divides its FLOPs between vision tower,
+projector and decoder like the 7B model, within 10 % at 128 frames. Compression 4x averages 4 frames; 8x also drops
+every second group. A token is the mean of 32 after the first one.
+
+transformers runs the same tower and decoder with the same weights, SDPA and the same number of tokens, in float32 on
+CPU and bfloat16 on GPU, with as many layers as ours. It has no temporal projector, so its total is that of a model which
+does not compress.
+
+Each round runs every program once, so that all see the same load, after one round that is not counted.
+
+Writes OUT/latency.json and OUT/latency.png after each number of frames, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from benchmarks.machine import machine
+from benchmarks.models import (
+    COMPRESSIONS,
+    PRESETS,
+    parse_compressions,
+    parse_numbers,
+    random_params,
+)
+from benchmarks.timing import Call, seconds_by_round
+from benchmarks.torch_models import torch_decoder, torch_tower
+from storm_jax.compression import Grid, plan_clip
+from storm_jax.config import CompressionConfig, ModelConfig
+from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
+from storm_jax.files import write_atomically
+from storm_jax.inference.generate import Sampling, generate
+from storm_jax.models.siglip import FRAME_CHUNK
+from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.params import abstract_model
+
+TEXT, NEW = 64, 32  # tokens of the prompt, and after the first new one
+SLOTS = 64
+
+Key = tuple[str, str, str]  # whose ("storm" or "torch"), part, compression ("" = independent of it)
+
+
+class Prompt:
+    """A prompt about one random video, and the visual table it refers to.
+
+    Attributes:
+      frames: `frames`, `frame_clip` and `frame_group` of a row, with a batch axis.
+      tokens: length of the prompt.
+    """
+
+    def __init__(self, model: ModelConfig, frames: int, compression: CompressionConfig):
+        grid, size = Grid.of(model), model.vision.image_size
+        groups = plan_clip(frames, grid, compression).num_groups
+        row = {name: array[0] for name, array in empty_frames(1, frames, size).items()}
+        rng = np.random.default_rng(0)
+        clip = rng.integers(0, 256, (frames, size, size, 3)).astype(np.uint8)
+        (entries,) = place_clips(row, [clip], groups, grid, compression, UsedSlots())
+        self.frames = {name: jnp.asarray(array[None]) for name, array in row.items()}
+        self.shape = VisualShape(groups, compression.spatial_pool)
+        self.tokens = len(entries) + TEXT
+        index = np.concatenate([entries, np.full(TEXT, -1)]).astype(np.int32)
+        self.batch = {
+            "tokens": jnp.ones((1, self.tokens), jnp.int32),
+            "visual_index": jnp.asarray(index[None]),
+            "lengths": jnp.full(1, self.tokens, jnp.int32),
+        }
+
+
+class OurPrograms:
+    """The parts of our model, each compiled when it is first called."""
+
+    def __init__(self, config: ModelConfig, params: dict[str, jax.Array]):
+        self._graphdef, _ = abstract_model(config)
+        self._params = unflatten_dict(params, sep="/")
+        self._no_stop = (config.decoder.vocab_size,)  # a token that is never generated
+        self.bytes = 0  # the most that a program needed
+
+    def calls(self, prompts: dict[str, Prompt]) -> dict[Key, Call]:
+        """The parts of a latency by compression."""
+        (first, *_) = prompts.values()
+
+        def vision(model: Storm, frames: jax.Array) -> jax.Array:
+            return model.vision.encode_clips(frames)
+
+        see = self._compile(vision, first.frames["frames"])
+        features = see()
+        found: dict[Key, Call] = {("storm", "vision", ""): see}
+        for name, prompt in prompts.items():
+
+            def project(
+                model: Storm, features: jax.Array, frames: dict, prompt: Prompt = prompt
+            ) -> jax.Array:
+                return model.compress(
+                    features, frames["frame_clip"], frames["frame_group"], prompt.shape
+                )
+
+            def answer(
+                model: Storm, batch: dict, visual: jax.Array, sampling: Sampling
+            ) -> jax.Array:
+                return generate(
+                    model,
+                    batch,
+                    visual,
+                    jax.random.key(0),
+                    sampling,
+                    slots=SLOTS,
+                    stop_ids=self._no_stop,
+                )
+
+            compress = self._compile(project, features, prompt.frames)
+            table = compress()
+            found["storm", "projector", name] = compress
+            one, more = (_arrays(Sampling(max_new_tokens=count)) for count in (1, 1 + NEW))
+            found["storm", "prefill", name] = self._compile(answer, prompt.batch, table, one)
+            found["storm", "answer", name] = self._compile(answer, prompt.batch, table, more)
+        return found
+
+    def _compile(self, function: Callable[..., Any], *inputs: Any) -> Call:
+        def run(params: dict, *inputs: Any) -> Any:
+            return function(nnx.merge(self._graphdef, params), *inputs)
+
+        compiled = jax.jit(run).lower(self._params, *inputs).compile()
+        memory: Any = compiled.memory_analysis()
+        self.bytes = max(
+            self.bytes,
+            memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
+        )
+        return lambda: jax.block_until_ready(compiled(self._params, *inputs))
+
+
+def _arrays(sampling: Sampling) -> Sampling:
+    return jax.tree.map(lambda value: np.asarray(value, jnp.result_type(value)), sampling)
+
+
+class TorchPrograms:
+    """The tower and the decoder of transformers."""
+
+    def __init__(self, config: ModelConfig, params: dict[str, Any]):
+        # The tower stops at our feature layer.
+        depth = config.vision.depth + 1 + config.vision.feature_layer
+        vision = dataclasses.replace(config.vision, depth=depth, feature_layer=-1)
+        used = {name: array for name, array in params.items() if "/unused/layers" not in name}
+        device, dtype = (
+            ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        )
+        self._tower = torch_tower(vision, used).to(device, dtype)
+        self._decoder: Any = torch_decoder(config.decoder, params).to(device, dtype)
+        self._device, self._dtype = device, dtype
+
+    def calls(self, prompts: dict[str, Prompt]) -> dict[Key, Call]:
+        (first, *_) = prompts.values()
+        frames = torch.from_numpy(np.array(first.frames["frames"][0])).to(self._device)
+
+        def vision() -> Any:
+            pixels = frames.permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
+            chunks = pixels.split(FRAME_CHUNK)
+            return torch.cat(
+                [
+                    self._tower(chunk, output_hidden_states=True).hidden_states[-1]
+                    for chunk in chunks
+                ]
+            )
+
+        found: dict[Key, Call] = {("torch", "vision", ""): self._timed(vision)}
+        width = self._decoder.config.hidden_size
+        for name, prompt in prompts.items():
+            x = torch.randn(1, prompt.tokens, width, device=self._device, dtype=self._dtype)
+            found["torch", "prefill", name] = self._timed(functools.partial(self._answer, x, 1))
+            found["torch", "answer", name] = self._timed(
+                functools.partial(self._answer, x, 1 + NEW)
+            )
+        return found
+
+    def _answer(self, x: Any, count: int) -> None:
+        """Greedy tokens with a key-value cache."""
+        out = self._decoder(inputs_embeds=x, use_cache=True, logits_to_keep=1)
+        for _ in range(count - 1):
+            token = out.logits[:, -1:].argmax(-1)
+            out = self._decoder(
+                input_ids=token, past_key_values=out.past_key_values, use_cache=True
+            )
+        out.logits[:, -1:].argmax(-1)
+
+    def _timed(self, function: Call) -> Call:
+        def call() -> None:
+            with torch.inference_mode():
+                function()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+
+        return call
+
+
+def cells(
+    times: dict[Key, list[float]], prompts: dict[str, Prompt], frames: int
+) -> list[dict[str, Any]]:
+    """One row of the table for each compression."""
+    middle = {key: statistics.median(values) for key, values in times.items()}
+    spread = {key: (max(values) - min(values)) / middle[key] for key, values in times.items()}
+    rows = []
+    for name, prompt in prompts.items():
+        row: dict[str, Any] = {"frames": frames, "compression": name, "tokens": prompt.tokens}
+        for whose in ("storm", "torch"):
+            parts = {
+                "vision": middle.get((whose, "vision", "")),
+                "projector": middle.get((whose, "projector", name)),
+                "prefill": middle.get((whose, "prefill", name)),
+            }
+            if parts["vision"] is None or parts["prefill"] is None:
+                continue
+            answer = middle[whose, "answer", name]
+            row[whose] = {
+                **{part: value for part, value in parts.items() if value is not None},
+                "total": sum(value or 0.0 for value in parts.values()),
+                "token": (answer - parts["prefill"]) / NEW,
+                "spread": max(
+                    value
+                    for key, value in spread.items()
+                    if key[0] == whose and key[2] in ("", name)
+                ),
+            }
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of each part; ratios of the total to 1x, and of every part to transformers'."""
+    lines = [
+        "frames        tokens    vision  projector   prefill     total   of 1x     token"
+        "   torch: vision  prefill   token   spread"
+    ]
+    totals = {row["frames"]: row["storm"]["total"] for row in rows if row["compression"] == "1x"}
+    for row in rows:
+        ours, theirs = row["storm"], row.get("torch")
+        parts = "".join(
+            f"{1e3 * ours[part]:>10,.1f}" for part in ("vision", "projector", "prefill", "total")
+        )
+        of_1x = ours["total"] / totals[row["frames"]] if row["frames"] in totals else float("nan")
+        line = f"{row['frames']:>6} {row['compression']:>4} {row['tokens']:>8,}{parts}{of_1x:>8.2f}{1e3 * ours['token']:>10.2f}"
+        if theirs:
+            ratios = [ours[part] / theirs[part] for part in ("vision", "prefill", "token")]
+            line += "        " + "".join(f"{ratio:>8.2f}" for ratio in ratios)
+        lines.append(f"{line}{100 * ours['spread']:>7.0f} %")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """The parts of each latency as a bar, for every number of frames and compression."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axis = figure.subplots()
+    labels = [f"{row['frames']}\n{row['compression']}" for row in rows]
+    below = np.zeros(len(rows))
+    for part in ("vision", "projector", "prefill"):
+        seconds = np.array([row["storm"][part] for row in rows])
+        axis.bar(labels, seconds, bottom=below, label=part)
+        below += seconds
+    for number, row in enumerate(rows):
+        if row["compression"] == "1x" and "torch" in row:
+            label = "transformers, no compression" if not number else None
+            axis.plot([number - 0.4, number + 0.4], [row["torch"]["total"]] * 2, "k--", label=label)
+    axis.set(ylabel="seconds to the first token", xlabel="frames, compression", yscale="linear")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="storm_small")
+    parser.add_argument(
+        "--frames", type=parse_numbers, default=(4, 8, 16, 32, 64, 128), help="4,8,16"
+    )
+    parser.add_argument(
+        "--compress", type=parse_compressions, default=tuple(COMPRESSIONS), help="1x,4x,8x"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-torch", action="store_true", help="only our model")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = PRESETS[args.preset]
+    params = random_params(config)
+    ours = OurPrograms(config, params)
+    theirs = None if args.no_torch else TorchPrograms(config, jax.device_get(params))
+    rows: list[dict[str, Any]] = []
+    for frames in args.frames:
+        print(f"{frames} frames", flush=True)
+        prompts = {
+            name: Prompt(config, frames, COMPRESSIONS[name])
+            for name in args.compress
+            if frames >= COMPRESSIONS[name].temporal_pool * COMPRESSIONS[name].temporal_sample
+        }
+        calls = ours.calls(prompts) | (theirs.calls(prompts) if theirs else {})
+        rows += cells(seconds_by_round(calls, args.rounds), prompts, frames)
+        results = {
+            "preset": args.preset,
+            "machine": machine(),
+            "rounds": args.rounds,
+            "bytes": ours.bytes,
+            "rows": rows,
+        }
+        write_atomically(args.out / "latency.json", json.dumps(results, indent=1) + "\n")
+        plot(rows, args.out / "latency.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
