@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pathlib
 import platform
 
 import jax
@@ -11,4 +13,12 @@ import jax
 def machine() -> str:
     device = jax.devices()[0]
     where = "" if device.platform == "cpu" else f", {device.device_kind}"
-    return f"{platform.machine()}, {os.cpu_count()} CPU cores{where}, jax {jax.__version__}"
+    return f"{os.cpu_count()} CPU cores ({_processor()}){where}, jax {jax.__version__}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -27,8 +27,20 @@ from storm_jax.sharding import constrain
 class Cache(NamedTuple):
     """Keys and values of every layer, indexed by position."""
 
-    key: jax.Array  # [depth, B, T, H_kv, K]
-    value: jax.Array  # [depth, B, T, H_kv, K]
+    key: jax.Array  # [depth, B, H_kv, T, K]
+    value: jax.Array  # [depth, B, H_kv, T, K]
+
+    def write(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
+        """Writes keys and values [B, S, H_kv, K] of tokens at these positions, int [B, S]."""
+        rows = jnp.arange(k.shape[0])[:, None]
+        return Cache(
+            self.key.at[layer, rows, :, positions].set(k),
+            self.value.at[layer, rows, :, positions].set(v),
+        )
+
+    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """All keys and values of a layer, [B, T, H_kv, K]."""
+        return self.key[layer].swapaxes(1, 2), self.value[layer].swapaxes(1, 2)
 
 
 class Decoder(nnx.Module):
@@ -79,21 +91,37 @@ class Decoder(nnx.Module):
           Normalised hidden states [B, S, D], and the updated or new cache (None without one).
         """
         angles = rope_angles(positions, self.config)
-        if (
-            segment_ids is None
-        ):  # one sample per row, whose tokens are in the slots of their positions
-            keys = KeyRange(jnp.zeros_like(positions), positions)
+        if segment_ids is None:  # one sample per row; tokens are in the slots of their positions
+            keys = KeyRange(jnp.zeros_like(positions), positions, is_causal=cache is None)
         else:
             keys = causal_keys(segment_ids)
 
-        def layer_fn(inputs: tuple, x: jax.Array) -> tuple[jax.Array, Cache | None]:
-            layer, cache = inputs
+        def run(layer: DecoderLayer, x: jax.Array) -> tuple[jax.Array, Cache | None]:
             x = constrain(x, "batch", "sequence", None)
-            return layer(x, angles, positions, keys, cache, new_cache)
+            q, k, v = layer.project(x, angles)
+            filled = Cache(_fill(k, new_cache), _fill(v, new_cache)) if new_cache else None
+            return layer.add(x, attention(q, k, v, keys)), filled
 
-        remat = self.remat and cache is None and not new_cache
-        x, cache = run_layers((self.layers, cache), x, layer_fn, remat)
+        def extend(
+            inputs: tuple[DecoderLayer, jax.Array], carry: tuple[jax.Array, Cache]
+        ) -> tuple[tuple[jax.Array, Cache], None]:
+            (layer, number), (x, cache) = inputs, carry
+            q, k, v = layer.project(x, angles)
+            cache = cache.write(number, positions, k, v)
+            return (layer.add(x, attention(q, *cache.read(number), keys)), cache), None
+
+        if cache is None:
+            x, cache = run_layers(self.layers, x, run, self.remat and not new_cache)
+        else:  # carried from layer to layer, so that it is updated in place
+            numbered = (self.layers, jnp.arange(self.config.depth))
+            (x, cache), _ = run_layers(numbered, (x, cache), extend, remat=False)
         return self.norm(x), cache
+
+
+def _fill(x: jax.Array, slots: int) -> jax.Array:
+    """Keys or values [B, S, H_kv, K] as a new cache of one layer [B, H_kv, T, K]."""
+    unfilled = slots - x.shape[1]
+    return jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, unfilled), (0, 0)])
 
 
 class DecoderLayer(nnx.Module):
@@ -136,31 +164,19 @@ class DecoderLayer(nnx.Module):
         )
         self.down = linear("down", "bsm,md->bsd", (config.mlp_dim, width), ("mlp", "embed"))
 
-    def __call__(
-        self,
-        x: jax.Array,
-        angles: jax.Array,
-        positions: jax.Array,
-        keys: KeyRange,
-        cache: Cache | None,
-        new_cache: int,
-    ) -> tuple[jax.Array, Cache | None]:
+    def project(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, S, H, K], keys and values [B, S, H_kv, K]."""
         y = self.attn_norm(x)
-        q, k, v = self.query(y), self.key(y), self.value(y)  # [B, S, H, K]
+        q, k, v = self.query(y), self.key(y), self.value(y)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, angles), rotate(k, angles)
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            k = cache.key.at[rows, positions].set(k)
-            v = cache.value.at[rows, positions].set(v)
-            cache = Cache(k, v)
-        elif new_cache:
-            unfilled = [(0, 0), (0, new_cache - x.shape[1]), (0, 0), (0, 0)]
-            cache = Cache(jnp.pad(k, unfilled), jnp.pad(v, unfilled))
-        x += self.out(attention(q, k, v, keys))
+        return rotate(q, angles), rotate(k, angles), v
+
+    def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Adds attention's result [B, S, H, K], then the MLP's, to x [B, S, D]."""
+        x += self.out(y)
         gate, up = jnp.moveaxis(self.gate_up(self.mlp_norm(x)), 2, 0)  # 2 x [B, S, M]
-        return x + self.down(jax.nn.silu(gate) * up), cache
+        return x + self.down(jax.nn.silu(gate) * up)
 
 
 def rope_angles(positions: jax.Array, config: DecoderConfig) -> jax.Array:

@@ -94,9 +94,9 @@ def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) 
 
 
 def run_layers(
-    layers: Any, x: jax.Array, layer_fn: Callable[[Any, jax.Array], tuple], remat: bool
-) -> tuple[jax.Array, Any]:
-    """Scans `x, result = layer_fn(layer, x)` over stacked layers.
+    layers: Any, x: Any, layer_fn: Callable[[Any, Any], tuple], remat: bool
+) -> tuple[Any, Any]:
+    """Scans `x, result = layer_fn(layer, x)` over stacked layers; x is a tree of arrays.
 
     Args:
       layers: a module, or a tree of modules and arrays, with a leading layer axis.
@@ -106,7 +106,7 @@ def run_layers(
       The last x, and the results with a leading layer axis.
     """
 
-    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+    def body(x: Any, layer: Any) -> tuple[Any, Any]:
         return layer_fn(layer, x)
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers)

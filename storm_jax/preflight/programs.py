@@ -158,7 +158,7 @@ def decode_program(config: RunConfig, mesh: Mesh) -> Program:
     tokens = np.zeros(1, np.int32)
     last = _rows_on(mesh, sizes.rows, {"tokens": tokens, "positions": tokens})
     keys: Any = jax.ShapeDtypeStruct(
-        (decoder.depth, sizes.rows, sizes.cache, decoder.num_kv_heads, decoder.head_dim),
+        (decoder.depth, sizes.rows, decoder.num_kv_heads, sizes.cache, decoder.head_dim),
         model.dtype,
         sharding=NamedSharding(mesh, PartitionSpec(None, *last["tokens"].sharding.spec)),
     )

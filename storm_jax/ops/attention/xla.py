@@ -31,6 +31,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, keys: KeyRange | None) -> j
     ):  # a loop over small blocks, whose end is not known, would wait for the host
         return _flash(*inputs, _Blocks(queries, length))
     blocks = _Blocks(queries, _even(length, max(BLOCK, BLOCK**2 // q.shape[1])))
+    if len(q) == 1:
+        return _flash(*inputs, blocks)
 
     def attend_row(row: tuple) -> jax.Array:
         return _flash(*jax.tree.map(lambda x: x[None], row), blocks)[0]
