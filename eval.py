@@ -65,6 +65,7 @@ SWEEP = flags.DEFINE_multi_string(
     "FIELD=VALUE,VALUE evaluates with each value, and writes a table and a plot; repeatable.",
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; defaults to the last one.")
+WEIGHTS = command_line.define_weights_flag()
 LIMIT = flags.DEFINE_integer("limit", None, "Ask only the first questions.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Maximum length of a reply; depends on the benchmark.", lower_bound=1
@@ -102,6 +103,7 @@ def run_command() -> str:
         "data_root": DATA_ROOT.value,
         "split": SPLIT.value,
         "step": STEP.value,
+        "weights": WEIGHTS.value,
         "settings": SETTINGS.value or "",
         **command_line.compression_flags(),
         "prompt_style": PROMPT_STYLE.value,

@@ -30,6 +30,7 @@ IMAGE = flags.DEFINE_multi_string("image", [], "An image, shown before the video
 QUESTION = flags.DEFINE_multi_string("question", [], "What to ask about them; repeatable.")
 command_line.define_compression_flags("training")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; defaults to the last one.")
+WEIGHTS = command_line.define_weights_flag()
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "Maximum length of the answer.", lower_bound=1
 )
@@ -56,7 +57,9 @@ def main(argv: Sequence[str]) -> None:
         medium.check_exists()
     for question in QUESTION.value:
         check_text(question)
-    watched = Predictor(WORKDIR.value, STEP.value).watch(media, compression=chosen)
+    watched = Predictor(WORKDIR.value, STEP.value, weights=WEIGHTS.value).watch(
+        media, compression=chosen
+    )
     for question in QUESTION.value or questions_from_stdin():
         try:
             print(watched.answer(question, sampling=sampling, seed=SEED.value), flush=True)

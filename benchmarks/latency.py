@@ -24,6 +24,7 @@ import functools
 import json
 import pathlib
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import transformers
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
@@ -202,7 +204,8 @@ class TorchPrograms:
 
     def _timed(self, function: Call) -> Call:
         def call() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of renamed arguments
                 function()
             if self._device == "cuda":
                 torch.cuda.synchronize()
@@ -300,6 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-torch", action="store_true", help="only our model")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
     args = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
     args.out.mkdir(parents=True, exist_ok=True)
     config = PRESETS[args.preset]
     params = random_params(config)

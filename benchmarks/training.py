@@ -5,8 +5,8 @@
 
 A row holds one video and 64 tokens of text, half of which are answers; everything is trained. torch runs the tower and
 decoder of transformers with the same weights and SDPA, merges patches, projects them with a linear layer, averages
-groups of frames and updates with AdamW: our step without the Mamba layers. float32 on CPU, bfloat16 products on GPU,
-no recomputation of layers (`--remat` recomputes them in both).
+groups of frames and updates with AdamW: our step without the Mamba layers. float32 on CPU, bfloat16 products on GPU.
+Both compute layers again in the backward pass, as train.py does by default; `--no-remat` stores all activations.
 
 FLOPs are those that the model needs, by formula. MFU is their part of the peak, where that is known. Each round runs
 every step once, after one round that is not counted. Prints medians, and writes OUT/training.json.
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+import transformers
 
 from benchmarks.machine import machine
 from benchmarks.models import COMPRESSIONS, PRESETS, parse_compressions, parse_numbers
@@ -157,6 +158,7 @@ class TorchModel(torch.nn.Module):
 
 
 def torch_step(model: TorchModel, row: Row) -> Call:
+    """A training step in torch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -230,21 +232,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=parse_numbers, default=(32, 128), help="32,128")
     parser.add_argument("--compress", type=parse_compressions, default=("1x", "4x"), help="1x,4x")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--remat", action="store_true", help="recompute layers")
+    parser.add_argument("--no-remat", action="store_true", help="store all activations")
     parser.add_argument("--no-torch", action="store_true", help="only our step")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
     args = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for frames in args.frames:
         for name in args.compress:
             print(f"{frames} frames, {name}", flush=True)
             model = PRESETS[args.preset]
-            rows.append(measure(model, frames, name, args.rounds, args.remat, not args.no_torch))
+            rows.append(
+                measure(model, frames, name, args.rounds, not args.no_remat, not args.no_torch)
+            )
             results = {
                 "preset": args.preset,
                 "machine": machine(),
-                "remat": args.remat,
+                "remat": not args.no_remat,
                 "rows": rows,
             }
             write_atomically(args.out / "training.json", json.dumps(results, indent=1) + "\n")

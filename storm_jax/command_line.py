@@ -43,6 +43,16 @@ def compression_flags() -> dict[str, int]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def define_weights_flag() -> flags.FlagHolder:
+    """Defines how the weights are stored on the devices."""
+    return flags.DEFINE_enum(
+        "weights",
+        "",
+        ["", "int8"],
+        "int8 stores most kernels in half the memory; as trained by default.",
+    )
+
+
 def define_process_flags() -> None:
     """Defines how several processes find each other where JAX does not detect it."""
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; a free port.")

@@ -16,16 +16,29 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
 from storm_jax.config import ConfigError, ModelConfig
+from storm_jax.models.int8 import to_int8
 from storm_jax.models.storm import Storm
 
 
-def abstract_model(config: ModelConfig, *, remat: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract_model(
+    config: ModelConfig, *, remat: bool = False, int8: bool = False
+) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure and the shapes of its parameters; allocates nothing.
+
+    Args:
+      int8: with int8 kernels (see `storm_jax.models.int8`).
 
     Raises:
       ConfigError: if the projector has variables other than parameters.
     """
-    model = nnx.eval_shape(lambda: Storm(config, rngs=nnx.Rngs(0), remat=remat))
+
+    def make() -> Storm:
+        model = Storm(config, rngs=nnx.Rngs(0), remat=remat)
+        if int8:
+            to_int8(model)
+        return model
+
+    model = nnx.eval_shape(make)
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
     other = nnx.to_flat_state(rest[0])
     if other:
@@ -70,14 +83,18 @@ _MATRICES = ("/kernel", "/embedding", "/lm_head", "/position", "/lora/a", "/lora
 def compute_dtypes(
     params: Mapping[str, Any], model: ModelConfig
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes that the forward pass needs: matrices in the compute dtype, the rest in
-    float32."""
+    """Shapes and dtypes that the forward pass needs: matrices in the compute dtype or int8, the rest
+    in float32."""
     return {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, model.dtype if name.endswith(_MATRICES) else jnp.float32
-        )
+        name: jax.ShapeDtypeStruct(leaf.shape, _compute_dtype(name, leaf, model))
         for name, leaf in params.items()
     }
+
+
+def _compute_dtype(name: str, leaf: Any, model: ModelConfig) -> Any:
+    if leaf.dtype == jnp.int8:
+        return jnp.int8
+    return model.dtype if name.endswith(_MATRICES) else jnp.float32
 
 
 def with_sharding(tree: Any, shardings: Any) -> Any:

@@ -26,16 +26,22 @@ class LazyPredictor:
 
     Attributes:
       run, step: of the checkpoint; step defaults to the last one.
+      weights: "int8", or "" as trained.
     """
 
-    def __init__(self, run: str | pathlib.Path | Predictor, step: int | None = None):
+    def __init__(
+        self, run: str | pathlib.Path | Predictor, step: int | None = None, weights: str = ""
+    ):
+        self.weights = weights
         if isinstance(run, Predictor):
-            self.run, self.step = run.run, run.step
+            self.run, self.step, self.weights = run.run, run.step, run.weights
             self.load = lambda: run
         else:
             self.run = Run(run)
             self.step = self.run.checkpoints.resolve(step)
-            self.load = functools.cache(lambda: Predictor(self.run.path, self.step, is_timed=True))
+            self.load = functools.cache(
+                lambda: Predictor(self.run.path, self.step, weights=weights, is_timed=True)
+            )
 
 
 def evaluate(
@@ -45,6 +51,7 @@ def evaluate(
     data_root: str | pathlib.Path | None = None,
     split: str = "",
     step: int | None = None,
+    weights: str = "",
     settings: str = "",
     num_frames: int | None = None,
     temporal_pool: int | None = None,
@@ -75,6 +82,7 @@ def evaluate(
       data_root: folder of the benchmark's files. For "shapes" it defaults to that of the training data.
       split: defaults to the benchmark's first.
       step: checkpoint to load; defaults to the last one.
+      weights: "int8" stores the kernels of most layers in int8.
       settings: name of a row of the paper's Table 15, e.g. "storm_t_pool".
       num_frames, temporal_pool, spatial_pool, temporal_sample: compression; each defaults to `settings`,
         or else to the value used in training.
@@ -93,7 +101,7 @@ def evaluate(
       BenchmarkError: if the files cannot be used or the benchmark does not support an option.
       RunError: if there is no such checkpoint, or the folder contains replies made with other settings.
     """
-    model = run if isinstance(run, LazyPredictor) else LazyPredictor(run, step)
+    model = run if isinstance(run, LazyPredictor) else LazyPredictor(run, step, weights)
     found = BENCHMARKS[benchmark]
     split, style = found.pick_split(split), found.pick_prompt(prompt_style)
     found.pick_parser(parser, style)
@@ -129,6 +137,7 @@ def evaluate(
             "step": model.step,
             "checkpoint_written": model.run.checkpoints.written_at(model.step),
             **_media_settings(model.run.config),
+            **({"weights": model.weights} if model.weights else {}),
         },
         about={"config": config_hash(model.run.config), **about_this_machine()},
         parser=parser,
@@ -155,12 +164,8 @@ def report_folder(
     name = benchmark.name
     if settings.split != benchmark.pick_split(""):
         name += f"_{settings.split}"
-    return (
-        model.run.path
-        / "evals"
-        / name
-        / settings.folder_name(model.step, benchmark.pick_prompt(""))
-    )
+    folder = settings.folder_name(model.step, benchmark.pick_prompt(""))
+    return model.run.path / "evals" / name / "_".join(filter(None, (folder, model.weights)))
 
 
 def _media_settings(config: RunConfig) -> dict[str, Any]:

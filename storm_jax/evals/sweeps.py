@@ -40,6 +40,7 @@ def sweep(
     values: Mapping[str, Sequence[int]],
     *,
     step: int | None = None,
+    weights: str = "",
     **options: Any,
 ) -> Sweep:
     """Evaluates with every combination of `values`, the first field changing fastest.
@@ -50,9 +51,9 @@ def sweep(
 
     Args:
       values: by field of the compression.
-      step, options: as in `evaluate`.
+      step, weights, options: as in `evaluate`.
     """
-    model = LazyPredictor(run, step)
+    model = LazyPredictor(run, step, weights)
     overrides = {name: options.pop(name, None) for name in COMPRESSION_FIELDS}
     reports: list[Report | None] = []
     for combination in _combinations(values):

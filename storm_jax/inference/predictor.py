@@ -75,14 +75,21 @@ class Predictor:
       run: the run that the checkpoint belongs to.
       config: its configuration.
       step: step of the checkpoint.
+      weights: "int8", or "" as trained.
     """
 
     def __init__(
-        self, workdir: str | pathlib.Path, step: int | None = None, *, is_timed: bool = False
+        self,
+        workdir: str | pathlib.Path,
+        step: int | None = None,
+        *,
+        weights: str = "",
+        is_timed: bool = False,
     ):
         """Loads a checkpoint of a run, the last one by default.
 
         Args:
+          weights: "int8" stores the kernels of most layers in half the memory (see `storm_jax.models.int8`).
           is_timed: run each program once more before it is first timed, so that `Prediction.seconds` is what a
             later call takes.
 
@@ -93,10 +100,11 @@ class Predictor:
         self.run = Run(workdir)
         self.config = self.run.config
         self.step = self.run.checkpoints.resolve(step)
+        self.weights = weights
         self._text = ConversationEncoder(self.run.tokenizer(), self.config.data.system)
         self._stop_ids = stop_ids(self.run.tokenizer_path, self._text.tokenizer)
         self._pool = WorkerPool(self.config.data.num_workers)
-        self._programs = Programs(self.run, self.step, self._stop_ids, warms_up=is_timed)
+        self._programs = Programs(self.run, self.step, self._stop_ids, weights, warms_up=is_timed)
 
     @property
     def compression(self) -> CompressionConfig:

@@ -13,10 +13,10 @@ from flax.traverse_util import unflatten_dict
 
 from storm_jax.config import MeshConfig
 from storm_jax.inference.generate import Sampling, generate, score_first
+from storm_jax.inference.weights import load
 from storm_jax.models.storm import VisualShape
-from storm_jax.params import abstract_model, compute_dtypes, flat_params, with_sharding
 from storm_jax.run import Run
-from storm_jax.sharding import batch_sharding, constrain, make_mesh, param_shardings
+from storm_jax.sharding import batch_sharding, constrain, make_mesh
 
 _MIN_SLOTS = 64  # for new tokens; above that, powers of two: few programs fit every token limit
 
@@ -27,26 +27,24 @@ class Programs:
     Every method returns its result and the seconds that the devices took, without compilation.
     """
 
-    def __init__(self, run: Run, step: int, stop_ids: tuple[int, ...], warms_up: bool):
+    def __init__(
+        self, run: Run, step: int, stop_ids: tuple[int, ...], weights: str, warms_up: bool
+    ):
         """Restores the parameters of checkpoint `step`, sharded over all devices.
 
         Args:
           stop_ids: tokens that end an answer.
+          weights: one of `storm_jax.inference.weights.WEIGHTS`.
           warms_up: run every program once untimed, since a first run also allocates and autotunes.
 
         Raises:
           RunError: if the checkpoint cannot be read.
         """
-        config = run.config.model
         # Processes that evaluate together answer different questions.
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
         self._stop_ids, self._warms_up = stop_ids, warms_up
-        self._graphdef, abstract = abstract_model(config)
-        target = with_sharding(
-            compute_dtypes(flat_params(abstract), config),
-            param_shardings(abstract, self.mesh),
-        )
-        self._params = unflatten_dict(run.checkpoints.restore(target, step), sep="/")
+        self._graphdef, params = load(run, step, self.mesh, weights)
+        self._params = unflatten_dict(params, sep="/")
         self._compiled: dict[tuple, Callable] = {}
 
     def encode(

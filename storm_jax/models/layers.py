@@ -60,13 +60,22 @@ class Einsum(nnx.Module):
             else None
         )
         self.lora = Lora(equation, shape, axes, lora, rngs=rngs, dtype=dtype) if lora else None
+        self.scale: nnx.Param | None = nnx.data(
+            None
+        )  # of an int8 kernel (see `storm_jax.models.int8`)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.einsum(self.equation, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        if self.scale is not None:
+            y = (y * _like(self.scale[...], y)).astype(self.dtype)
         if self.bias is not None:
-            bias = self.bias[...].astype(self.dtype)
-            y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+            y += _like(self.bias[...].astype(self.dtype), y)
         return y if self.lora is None else y + self.lora(x)
+
+
+def _like(channels: jax.Array, y: jax.Array) -> jax.Array:
+    """Adds leading axes to a value per output channel."""
+    return channels.reshape((1,) * (y.ndim - channels.ndim) + channels.shape)
 
 
 class PairedLinear(nnx.Module):

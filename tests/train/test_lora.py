@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 from reference_models import load_model, logits_of, torch_logits
 
 from storm_jax.config import ConfigError, LoraConfig
+from storm_jax.inference.weights import load
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.lora import is_adapter, merge
 from storm_jax.params import flat_params
@@ -105,6 +106,19 @@ def test_a_merged_export_equals_the_trained_model(tuned, tmp_path):
     export_run(tuned, tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/decoder")
     assert np.abs(torch_logits(model, TOKENS) - ours).max() < 1e-5
+
+
+def test_adapters_are_merged_before_kernels_are_stored_in_int8(tuned):
+    mesh = make_mesh(tuned.config.mesh, jax.devices()[:1])
+    step = tuned.checkpoints.resolve(None)
+    _, params = load(tuned, step, mesh, "int8")
+    assert not any(map(is_adapter, params))
+    merged = merge(values(tuned), tuned.config.model.decoder.lora)
+    kernel, scale = (
+        np.asarray(params[f"decoder/layers/down/{name}"]) for name in ("kernel", "scale")
+    )
+    error = np.abs(kernel * scale[:, None] - merged["decoder/layers/down/kernel"])
+    assert (error <= 0.501 * scale[:, None]).all()
 
 
 def test_equal_adapters_are_loaded_and_others_merged(tuned, small_config):
