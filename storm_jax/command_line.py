@@ -91,7 +91,7 @@ def _reporting(
 ) -> Callable[[Sequence[str]], Any]:
     def report(argv: Sequence[str]) -> Any:
         logging.set_verbosity(logging.WARNING)
-        _keep_compiled_programs()
+        keep_compiled_programs()
         try:
             return main(argv)
         except app.UsageError as error:  # absl would print the whole help first
@@ -104,7 +104,7 @@ def _reporting(
     return report
 
 
-def _keep_compiled_programs() -> None:
+def keep_compiled_programs() -> None:
     """Lets JAX keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or
     JAX_ENABLE_COMPILATION_CACHE=0 disables it."""
     jax = sys.modules.get("jax")

@@ -21,21 +21,21 @@ def cross_entropy(
     """Returns the weighted sums of loss, weight and accuracy over all tokens.
 
     Sums rather than means, so that shards, accumulation steps and hosts combine exactly. Logits are
-    computed in chunks of TOKEN_CHUNK tokens and recomputed in the backward pass. Targets are not
-    one-hot encoded. On a mesh, each device cuts its own tokens into chunks and has a part of the vocabulary; the
+    computed in chunks of TOKEN_CHUNK tokens and recomputed in the backward pass. Chunks without an answer are skipped:
+    most of a row is video. Targets are not one-hot encoded. On a mesh, each device cuts its own tokens into chunks and has a part of the vocabulary; the
     gradient of the head is reduced once, not once per chunk.
 
     Args:
       hidden: [B, S, D].
       head: [D, V].
       targets: int [B, S].
-      weights: float [B, S]; 0 masks a token.
+      weights: float [B, S]; 0 masks a token. They get no gradient.
 
     Returns:
       Three fp32 scalars: the summed loss in nats, the summed weight, and the summed weight of the
       tokens whose target has the highest logit.
     """
-    arrays = (hidden, head, targets, weights)
+    arrays = (hidden, head, targets, jax.lax.stop_gradient(weights))
     shape = (*hidden.shape[:2], head.shape[1])
     rows, steps, columns = mesh_axes_in_context(shape, "batch", "sequence", "vocab")
     if not (rows or steps or columns):
@@ -77,9 +77,15 @@ def _sums(
         loss = jnp.log(total) + largest - target
         return jnp.sum(loss * weights), jnp.sum((target >= largest) * weights)
 
+    def sums_if_any(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        none = 0 * args[2].sum()
+        return jax.lax.cond(args[2].any(), chunk_sums, lambda _: (none, none), args)
+
+    # Devices that share the vocabulary exchange sums of every chunk.
+    sums = chunk_sums if vocab else sums_if_any
     size = min(TOKEN_CHUNK, hidden.shape[1])
     chunks = jax.tree.map(lambda x: to_chunks(x, size), (hidden, targets, weights))
-    loss, correct = jax.lax.map(jax.checkpoint(chunk_sums), chunks)
+    loss, correct = jax.lax.map(jax.checkpoint(sums), chunks)
     return loss.sum(), correct.sum()
 
 

@@ -21,11 +21,11 @@ sums = jax.jit(cross_entropy)
 def sums_and_gradients(hidden, head, targets, weights):
     """Returns the three sums, and the gradients of the summed loss."""
 
-    def loss(hidden, head, weights):
+    def loss(hidden, head):
         totals = cross_entropy(hidden, head, targets, weights)
         return totals[0], totals
 
-    grads, totals = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(hidden, head, weights)
+    grads, totals = jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
     return totals, grads
 
 
@@ -68,7 +68,7 @@ def test_sums_and_gradients_equal_log_softmax(rng, length):
         assert value.dtype == jnp.float32
         assert value.shape == ()
         np.testing.assert_allclose(value, wanted.detach(), **TOLERANCE)
-    for name, value in zip(("hidden", "head", "weights"), gradients, strict=True):
+    for name, value in zip(("hidden", "head"), gradients, strict=True):
         wanted = leaves[name].grad.numpy()
         scale = max(1.0, np.abs(wanted).max())
         np.testing.assert_allclose(value / scale, wanted / scale, **TOLERANCE, err_msg=name)
@@ -83,8 +83,8 @@ def test_tokens_of_weight_zero_count_nowhere(rng, length):
         "hidden": np.where(out[..., None], -3 * inputs["hidden"], inputs["hidden"]),
         "targets": np.where(out, (inputs["targets"] + 1) % VOCABULARY, inputs["targets"]),
     }
-    totals, (d_hidden, d_head, _) = sums_and_gradients(**inputs)
-    changed_totals, (_, changed_d_head, _) = sums_and_gradients(**changed)
+    totals, (d_hidden, d_head) = sums_and_gradients(**inputs)
+    changed_totals, (_, changed_d_head) = sums_and_gradients(**changed)
     np.testing.assert_array_equal(changed_totals, totals)
     assert not d_hidden[out].any()
     assert (np.abs(d_hidden[~out]).max(axis=-1) > 0).all()
@@ -94,10 +94,22 @@ def test_tokens_of_weight_zero_count_nowhere(rng, length):
 def test_no_weight_at_all_gives_zeros(rng):
     inputs = make_inputs(rng, 5)
     inputs["weights"][:] = 0
-    totals, (d_hidden, d_head, _) = sums_and_gradients(**inputs)
+    totals, (d_hidden, d_head) = sums_and_gradients(**inputs)
     np.testing.assert_array_equal(totals, [0, 0, 0])
     assert not d_hidden.any()
     assert not d_head.any()
+
+
+def test_chunks_without_an_answer_are_not_computed(rng):
+    """A NaN in one would spread through a product with zero."""
+    inputs = make_inputs(rng, 3 * TOKEN_CHUNK)
+    inputs["weights"][:, TOKEN_CHUNK : 2 * TOKEN_CHUNK] = 0
+    expected, (d_hidden, d_head) = sums_and_gradients(**inputs)
+    inputs["hidden"][:, TOKEN_CHUNK : 2 * TOKEN_CHUNK] = np.nan
+    totals, gradients = sums_and_gradients(**inputs)
+    np.testing.assert_array_equal(totals, expected)
+    np.testing.assert_array_equal(gradients[0], d_hidden)
+    np.testing.assert_array_equal(gradients[1], d_head)
 
 
 def test_sums_of_shards_add_up(rng):

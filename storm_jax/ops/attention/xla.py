@@ -26,9 +26,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, keys: KeyRange | None) -> j
     """As `storm_jax.ops.attention.attention`, on one device."""
     inputs = unify_varying_axes((q, k, v, keys))
     queries, length = _even(q.shape[1], BLOCK), k.shape[1]
-    if (
-        platform() != "cpu"
-    ):  # a loop over small blocks, whose end is not known, would wait for the host
+    # A loop over small blocks, whose end is not known, would wait for the host of a GPU.
+    if platform() != "cpu":
         return _flash(*inputs, _Blocks(queries, length))
     blocks = _Blocks(queries, _even(length, max(BLOCK, BLOCK**2 // q.shape[1])))
     if len(q) == 1:
