@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from storm_jax.ops.chunks import to_chunks
+from storm_jax.ops.spans import unify_varying_axes
 from storm_jax.sharding import mesh_axes_in_context
 
 TOKEN_CHUNK = 1024
@@ -61,6 +62,8 @@ def _sums(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and accuracy of the tokens of a device; `vocab` are the mesh axes that shard V."""
     first = jax.lax.axis_index(vocab) * head.shape[1] if vocab else 0  # of this device's tokens
+    # Devices sum their gradients of the head after the loop: in it, some of them skip a chunk that others do not.
+    head = unify_varying_axes((hidden, head))[1]
 
     def chunk_sums(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, weights = args
