@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from benchmarks import accelerator, latency, models, training
+from benchmarks import accelerator, latency, models, start, training
 from configs import storm_qwen2_7b
 from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import ModelConfig, RunConfig, from_dict
@@ -106,3 +106,13 @@ def test_parts_that_fail_lack_packages_or_run_late_do_not_stop_the_next(tmp_path
     found = [accelerator.run(part, tmp_path, False, 2.0)["ended"] for part in parts]
     late = "stopped at the time limit"
     assert found == ["failed with 3", "left out: no no_such_package", late]
+
+
+@pytest.mark.slow
+def test_the_first_answer_of_a_process(trained_run, shapes_folder, tmp_path, capsys):
+    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    start.main([f"--workdir={trained_run}", f"--video={video}", "--rounds=1", f"--out={tmp_path}"])
+    found = json.loads((tmp_path / "start.json").read_text())["seconds"]
+    assert found.keys() == {"cold", "warm"}
+    assert all(tuple(each) == start.PARTS for rounds in found.values() for each in rounds)
+    assert len(capsys.readouterr().out.splitlines()) == 3
