@@ -82,7 +82,10 @@ def run(part: Part, out: pathlib.Path, rehearses: bool, limit: float) -> dict[st
         return {"part": part.name, "ended": f"left out: no {', '.join(missing)}"}
     arguments = part.rehearsal if rehearses else part.arguments
     command = [sys.executable, "-m", part.module, f"--out={out / part.name}", *arguments]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"} if rehearses else dict(os.environ)
+    # torch needs some of a GPU's memory, which JAX would take at its start.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if rehearses:
+        environment["JAX_PLATFORMS"] = "cpu"
     began = time.monotonic()
     with (out / f"{part.name}.log").open("w") as log:
         try:

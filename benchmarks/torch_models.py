@@ -39,7 +39,6 @@ def torch_decoder(config: DecoderConfig, params: Mapping[str, Any]) -> torch.nn.
 
 
 def _weights(table: Table, params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        rule.tensor: torch.from_numpy(np.array(rule.to_tensor(np.asarray(params[rule.path]))))
-        for rule in table.rules
-    }
+    """In float32: torch does not take NumPy's bfloat16."""
+    tensors = ((rule.tensor, rule.to_tensor(np.asarray(params[rule.path]))) for rule in table.rules)
+    return {name: torch.from_numpy(np.array(tensor, np.float32)) for name, tensor in tensors}

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import accelerator, latency, models, start, training
+from benchmarks.torch_models import torch_decoder
 from configs import storm_qwen2_7b
 from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import ModelConfig, RunConfig, from_dict
@@ -69,6 +73,16 @@ def test_latencies_of_both_models(tiny, tmp_path, capsys):
     assert visual[0] == 4 * visual[1] == 8 * visual[2]
     assert (tmp_path / "latency.png").stat().st_size > 1000
     assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + 4
+
+
+def test_torch_takes_bfloat16_weights(small_model):
+    """As those of the large presets."""
+    config = dataclasses.replace(small_model, dtype="bfloat16")
+    params = jax.device_get(models.random_params(config))
+    assert params["decoder/embedding"].dtype == jnp.bfloat16
+    decoder = torch_decoder(config.decoder, params)
+    weight = decoder.get_input_embeddings().weight.detach().numpy()
+    np.testing.assert_array_equal(weight, params["decoder/embedding"].astype(np.float32))
 
 
 def test_training_steps_of_both_models(tiny, tmp_path, capsys):

@@ -58,11 +58,19 @@ def _load_int8(
         value, sharding = _read(run, step, name), target[name].sharding
         if name in kernels:
             shardings = (sharding, target[scales[name]].sharding)
-            make = functools.partial(quantize, axes=kernels[name])
+            make = functools.partial(_quantize, axes=kernels[name])
             params[name], params[scales[name]] = jax.jit(make, out_shardings=shardings)(value)
         else:
             params[name] = jax.device_put(value.astype(target[name].dtype), sharding)
     return params
+
+
+def _quantize(kernel: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Quantizes stacked layers one at a time: in float32, all of them take four times the result."""
+    if 0 in axes:
+        return quantize(kernel, axes)
+    of_layer = tuple(axis - 1 for axis in axes)
+    return jax.lax.map(lambda layer: quantize(layer, of_layer), kernel)
 
 
 def _read(run: Run, step: int, name: str) -> np.ndarray:
@@ -74,6 +82,6 @@ def _read(run: Run, step: int, name: str) -> np.ndarray:
         parts = {part: jnp.asarray(run.checkpoints.read(step, part)) for part in adapter}
         kernel = {name: jnp.asarray(value)}
         value = np.asarray(merge(kernel | parts, run.config.model.decoder.lora)[name])
-    if not np.isfinite(value.astype(np.float32)).all():
+    if not np.isfinite(value).all():
         raise run.checkpoints.damaged(step, f"contains {name} with values that are not finite")
     return value
