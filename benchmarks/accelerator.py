@@ -3,7 +3,7 @@
     python -m benchmarks.accelerator --out=runs/accelerator --minutes=9
     python -m benchmarks.accelerator --out=runs/rehearsal --rehearse            every part, tiny, on CPU
 
-The parts are programs of their own: one that fails, or lacks a package, does not stop the next. The last one is stopped
+Each part is a separate program: one that fails, or lacks a package, does not stop the next. The last one is stopped
 at the limit; what it has written stays. Writes OUT/PART/, OUT/PART.log and OUT/parts.json, and prints a line for each
 part and then the tables.
 """

@@ -19,7 +19,6 @@ Writes OUT/latency.json and OUT/latency.png after each number of frames, and pri
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import pathlib
@@ -45,13 +44,12 @@ from benchmarks.models import (
     random_params,
 )
 from benchmarks.timing import Call, seconds_by_round
-from benchmarks.torch_models import torch_decoder, torch_tower
+from benchmarks.torch_models import feature_tower, features, torch_decoder
 from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig, ModelConfig
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.files import write_atomically
 from storm_jax.inference.generate import Sampling, generate
-from storm_jax.models.siglip import FRAME_CHUNK
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model
 
@@ -88,7 +86,7 @@ class Prompt:
 
 
 class OurPrograms:
-    """The parts of our model, each compiled when it is first called."""
+    """The parts of our model."""
 
     def __init__(self, config: ModelConfig, params: dict[str, jax.Array]):
         self._graphdef, _ = abstract_model(config)
@@ -103,16 +101,17 @@ class OurPrograms:
         def vision(model: Storm, frames: jax.Array) -> jax.Array:
             return model.vision.encode_clips(frames)
 
-        see = self._compile(vision, first.frames["frames"])
-        features = see()
+        frames = first.frames["frames"]
+        see = functools.partial(self._compile(vision, frames), frames)
+        patches = see()
         found: dict[Key, Call] = {("storm", "vision", ""): see}
         for name, prompt in prompts.items():
 
             def project(
-                model: Storm, features: jax.Array, frames: dict, prompt: Prompt = prompt
+                model: Storm, patches: jax.Array, frames: dict, prompt: Prompt = prompt
             ) -> jax.Array:
                 return model.compress(
-                    features, frames["frame_clip"], frames["frame_group"], prompt.shape
+                    patches, frames["frame_clip"], frames["frame_group"], prompt.shape
                 )
 
             def answer(
@@ -128,15 +127,19 @@ class OurPrograms:
                     stop_ids=self._no_stop,
                 )
 
-            compress = self._compile(project, features, prompt.frames)
+            pool = self._compile(project, patches, prompt.frames)
+            compress = functools.partial(pool, patches, prompt.frames)
             table = compress()
             found["storm", "projector", name] = compress
-            one, more = (_arrays(Sampling(max_new_tokens=count)) for count in (1, 1 + NEW))
-            found["storm", "prefill", name] = self._compile(answer, prompt.batch, table, one)
-            found["storm", "answer", name] = self._compile(answer, prompt.batch, table, more)
+            one, more = (Sampling(max_new_tokens=count).as_arrays() for count in (1, 1 + NEW))
+            run = self._compile(answer, prompt.batch, table, one)
+            found["storm", "prefill", name] = functools.partial(run, prompt.batch, table, one)
+            found["storm", "answer", name] = functools.partial(run, prompt.batch, table, more)
         return found
 
-    def _compile(self, function: Callable[..., Any], *inputs: Any) -> Call:
+    def _compile(self, function: Callable[..., Any], *inputs: Any) -> Callable[..., Any]:
+        """The function of a model and inputs, for inputs like these."""
+
         def run(params: dict, *inputs: Any) -> Any:
             return function(nnx.merge(self._graphdef, params), *inputs)
 
@@ -146,25 +149,17 @@ class OurPrograms:
             self.bytes,
             memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
         )
-        return lambda: jax.block_until_ready(compiled(self._params, *inputs))
-
-
-def _arrays(sampling: Sampling) -> Sampling:
-    return jax.tree.map(lambda value: np.asarray(value, jnp.result_type(value)), sampling)
+        return lambda *inputs: jax.block_until_ready(compiled(self._params, *inputs))
 
 
 class TorchPrograms:
     """The tower and the decoder of transformers."""
 
     def __init__(self, config: ModelConfig, params: dict[str, Any]):
-        # The tower stops at our feature layer.
-        depth = config.vision.depth + 1 + config.vision.feature_layer
-        vision = dataclasses.replace(config.vision, depth=depth, feature_layer=-1)
-        used = {name: array for name, array in params.items() if "/unused/layers" not in name}
         device, dtype = (
             ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         )
-        self._tower = torch_tower(vision, used).to(device, dtype)
+        self._tower = feature_tower(config.vision, params).to(device, dtype)
         self._decoder: Any = torch_decoder(config.decoder, params).to(device, dtype)
         self._device, self._dtype = device, dtype
 
@@ -173,14 +168,7 @@ class TorchPrograms:
         frames = torch.from_numpy(np.array(first.frames["frames"][0])).to(self._device)
 
         def vision() -> Any:
-            pixels = frames.permute(0, 3, 1, 2).to(self._dtype) / 127.5 - 1
-            chunks = pixels.split(FRAME_CHUNK)
-            return torch.cat(
-                [
-                    self._tower(chunk, output_hidden_states=True).hidden_states[-1]
-                    for chunk in chunks
-                ]
-            )
+            return features(self._tower, frames, self._dtype)
 
         found: dict[Key, Call] = {("torch", "vision", ""): self._timed(vision)}
         width = self._decoder.config.hidden_size

@@ -3,7 +3,7 @@
     python -m benchmarks.start --workdir=runs/sft --video=clip.mp4 --out=runs/start
 
 Does what predict.py does: imports, loads the checkpoint, reads and encodes the video, answers. *Cold* compiles every
-program; *warm* finds them where an earlier process kept them. Each round runs both in processes of their own. Writes
+program; *warm* finds them where an earlier process kept them. Each round runs both, in separate processes. Writes
 OUT/start.json and prints medians and the range of the total.
 """
 
@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.machine import machine
 from storm_jax.files import write_atomically
 
-# Runs in a process of its own, whose start it is given; prints seconds by part.
+# Runs in a separate process, whose start it is given; prints seconds by part.
 _ANSWER = """
 import json, sys, time
 began, workdir, video = float(sys.argv[1]), *sys.argv[2:4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 
 from storm_jax.config import DecoderConfig, VisionConfig
+from storm_jax.models.siglip import FRAME_CHUNK
 from storm_jax.weights.architecture import decoder_json, vision_json
 from storm_jax.weights.mapping import Table, decoder_table, vision_table
 
@@ -25,6 +27,20 @@ def torch_tower(config: VisionConfig, params: Mapping[str, Any]) -> torch.nn.Mod
     assert [name for name in missing if "position_ids" not in name] == []
     assert unexpected == []
     return model
+
+
+def feature_tower(config: VisionConfig, params: Mapping[str, Any]) -> torch.nn.Module:
+    """SigLIP with as many layers as ours runs."""
+    depth = config.depth + 1 + config.feature_layer
+    used = {name: array for name, array in params.items() if "/unused/layers" not in name}
+    return torch_tower(dataclasses.replace(config, depth=depth, feature_layer=-1), used)
+
+
+def features(tower: Any, frames: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The features [F, P, D] of uint8 frames [F, H, W, 3], in chunks as large as ours."""
+    pixels = frames.permute(0, 3, 1, 2).to(dtype) / 127.5 - 1
+    chunks = pixels.split(FRAME_CHUNK)
+    return torch.cat([tower(each, output_hidden_states=True).hidden_states[-1] for each in chunks])
 
 
 def torch_decoder(config: DecoderConfig, params: Mapping[str, Any]) -> torch.nn.Module:

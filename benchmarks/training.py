@@ -15,7 +15,6 @@ every step once, after one round that is not counted. Prints medians, and writes
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import statistics
@@ -30,7 +29,7 @@ import transformers
 from benchmarks.machine import machine
 from benchmarks.models import COMPRESSIONS, PRESETS, parse_compressions, parse_numbers
 from benchmarks.timing import Call, seconds_by_round
-from benchmarks.torch_models import torch_decoder, torch_tower
+from benchmarks.torch_models import feature_tower, features, torch_decoder
 from storm_jax.chips import chip_of
 from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import (
@@ -48,7 +47,6 @@ from storm_jax.config import (
 from storm_jax.data.rows import RowSample, RowShape, empty_rows, fill_row
 from storm_jax.files import write_atomically
 from storm_jax.flops import train_work
-from storm_jax.models.siglip import FRAME_CHUNK
 from storm_jax.sharding import local_rows, make_mesh
 from storm_jax.text.conversation import Encoded
 from storm_jax.train.state import StateSpec
@@ -123,13 +121,7 @@ class TorchModel(torch.nn.Module):
 
     def __init__(self, model: ModelConfig, params: dict[str, Any], row: Row, remat: bool):
         super().__init__()
-        vision = dataclasses.replace(
-            model.vision,
-            depth=model.vision.depth + 1 + model.vision.feature_layer,
-            feature_layer=-1,
-        )
-        used = {name: array for name, array in params.items() if "/unused/layers" not in name}
-        tower: Any = torch_tower(vision, used)
+        tower: Any = feature_tower(model.vision, params)
         decoder: Any = torch_decoder(model.decoder, params)
         merged = model.vision.width * model.stem.downsample**2
         self.stem = torch.nn.Linear(merged, model.decoder.width)
@@ -142,12 +134,7 @@ class TorchModel(torch.nn.Module):
 
     def forward(self, frames: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
         """frames uint8 [F, H, W, 3]; tokens [1, S] whose first ones are visual; labels [1, S]."""
-        pixels = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
-        chunks = [
-            self.tower(chunk, output_hidden_states=True).hidden_states[-1]
-            for chunk in pixels.split(FRAME_CHUNK)
-        ]
-        x = torch.cat(chunks)  # [F, P, Dv]
+        x = features(self.tower, frames, torch.float32)  # [F, P, Dv]
         side, merge = self._side // self._merge, self._merge
         x = x[:, : self._side**2].reshape(self._frames, side, merge, side, merge, -1)
         x = x.permute(0, 1, 3, 2, 4, 5).reshape(self._frames, side * side, -1)

@@ -32,12 +32,11 @@ class LazyPredictor:
     def __init__(
         self, run: str | pathlib.Path | Predictor, step: int | None = None, weights: str = ""
     ):
-        self.weights = weights
         if isinstance(run, Predictor):
             self.run, self.step, self.weights = run.run, run.step, run.weights
             self.load = lambda: run
         else:
-            self.run = Run(run)
+            self.run, self.weights = Run(run), weights
             self.step = self.run.checkpoints.resolve(step)
             self.load = functools.cache(
                 lambda: Predictor(self.run.path, self.step, weights=weights, is_timed=True)

@@ -12,6 +12,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from storm_jax.models.decoder import Cache
 from storm_jax.models.storm import Storm
@@ -37,6 +38,10 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+
+    def as_arrays(self) -> Sampling:
+        """The values with the dtypes that compiled programs take."""
+        return jax.tree.map(lambda value: np.asarray(value, jnp.result_type(value)), self)
 
     def tree_flatten(self) -> tuple[tuple, None]:
         return (self.max_new_tokens, self.temperature, self.top_p), None

@@ -92,8 +92,7 @@ class Programs:
             )
 
         (seed,) = np.random.SeedSequence([each % 2**32 for each in seeds]).generate_state(1)
-        values = jax.tree.map(lambda value: np.asarray(value, jnp.result_type(value)), sampling)
-        inputs = (self._put(prompts), list(tables), seed, values)
+        inputs = (self._put(prompts), list(tables), seed, sampling.as_arrays())
         ids, seconds = self._call(answer, (slots,), inputs)
         return np.asarray(ids), seconds
 

@@ -78,7 +78,7 @@ def _read(run: Run, step: int, name: str) -> np.ndarray:
     value = run.checkpoints.read(step, name)
     module = name.removesuffix("/kernel")
     adapter = (f"{module}/lora/a", f"{module}/lora/b")
-    if adapter[0] in run.checkpoints.shapes(step):
+    if adapter[0] in run.checkpoints.stored_names(step):
         parts = {part: jnp.asarray(run.checkpoints.read(step, part)) for part in adapter}
         kernel = {name: jnp.asarray(value)}
         value = np.asarray(merge(kernel | parts, run.config.model.decoder.lora)[name])
