@@ -39,6 +39,7 @@ from benchmarks.machine import machine
 from benchmarks.models import (
     COMPRESSIONS,
     PRESETS,
+    TEXT,
     parse_compressions,
     parse_numbers,
     random_params,
@@ -53,7 +54,7 @@ from storm_jax.inference.generate import Sampling, generate
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model
 
-TEXT, NEW = 64, 32  # tokens of the prompt, and after the first new one
+NEW = 32  # tokens after the first one
 SLOTS = 64
 
 Key = tuple[str, str, str]  # whose ("storm" or "torch"), part, compression ("" = independent of it)
@@ -210,19 +211,13 @@ def cells(
     rows = []
     for name, prompt in prompts.items():
         row: dict[str, Any] = {"frames": frames, "compression": name, "tokens": prompt.tokens}
-        for whose in ("storm", "torch"):
-            parts = {
-                "vision": middle.get((whose, "vision", "")),
-                "projector": middle.get((whose, "projector", name)),
-                "prefill": middle.get((whose, "prefill", name)),
-            }
-            if parts["vision"] is None or parts["prefill"] is None:
-                continue
-            answer = middle[whose, "answer", name]
+        for whose in dict.fromkeys(key[0] for key in times):
+            keys = ((whose, "vision", ""), (whose, "projector", name), (whose, "prefill", name))
+            parts = {key[1]: middle[key] for key in keys if key in middle}
             row[whose] = {
-                **{part: value for part, value in parts.items() if value is not None},
-                "total": sum(value or 0.0 for value in parts.values()),
-                "token": (answer - parts["prefill"]) / NEW,
+                **parts,
+                "total": sum(parts.values()),
+                "token": (middle[whose, "answer", name] - parts["prefill"]) / NEW,
                 "spread": max(
                     value
                     for key, value in spread.items()

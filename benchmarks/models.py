@@ -57,6 +57,7 @@ COMPRESSIONS = {
     "4x": CompressionConfig(num_frames=1, temporal_pool=4),
     "8x": CompressionConfig(num_frames=1, temporal_pool=4, temporal_sample=2),
 }
+TEXT = 64  # tokens of a prompt, or of a row, that are not of its video
 
 
 def random_params(config: ModelConfig) -> dict[str, jax.Array]:

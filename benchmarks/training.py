@@ -27,7 +27,7 @@ import torch
 import transformers
 
 from benchmarks.machine import machine
-from benchmarks.models import COMPRESSIONS, PRESETS, parse_compressions, parse_numbers
+from benchmarks.models import COMPRESSIONS, PRESETS, TEXT, parse_compressions, parse_numbers
 from benchmarks.timing import Call, seconds_by_round
 from benchmarks.torch_models import feature_tower, features, torch_decoder
 from storm_jax.chips import chip_of
@@ -51,8 +51,6 @@ from storm_jax.sharding import local_rows, make_mesh
 from storm_jax.text.conversation import Encoded
 from storm_jax.train.state import StateSpec
 from storm_jax.train.step import make_train_step, place
-
-TEXT = 64  # tokens
 
 
 class Row:

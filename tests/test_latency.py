@@ -25,7 +25,7 @@ def flops_of_an_answer(model: ModelConfig, frames: int, name: str) -> dict[str, 
     config = from_dict(RunConfig, storm_qwen2_7b.get_config("stage=sft"))
     config = dataclasses.replace(config, model=model)
     clip = plan_clip(frames, Grid.of(model), compression)
-    tokens = clip.num_tokens + latency.TEXT
+    tokens = clip.num_tokens + models.TEXT
     encoded = encode_work(config, 1, frames, VisualShape(clip.num_groups, 1))
     prefill = sum(part.forward for part in prefill_work(config, 1, tokens, tokens).values())
     return {name: part.forward for name, part in encoded.items()} | {"prefill": prefill}
@@ -69,7 +69,7 @@ def test_latencies_of_both_models(tiny, tmp_path, capsys):
     for row in found["rows"]:
         assert row["storm"].keys() - row["torch"].keys() == {"projector"}
         assert row["storm"]["total"] > 0 < row["torch"]["total"]
-    visual = [row["tokens"] - latency.TEXT for row in found["rows"][1:]]
+    visual = [row["tokens"] - models.TEXT for row in found["rows"][1:]]
     assert visual[0] == 4 * visual[1] == 8 * visual[2]
     assert (tmp_path / "latency.png").stat().st_size > 1000
     assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + 4
