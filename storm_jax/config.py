@@ -507,9 +507,15 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Steps, batch size, and when to log, evaluate and save. `batch_size` is the global number of
-    rows per step, over all devices and accumulation steps. `checkpoint_dir` is where this run keeps its
-    checkpoints, a folder or gs://BUCKET/PATH; by default RUN/checkpoints."""
+    """Steps, batch size, and when to log, evaluate, save and profile.
+
+    Attributes:
+      batch_size: the global number of rows per step, over all devices and accumulation steps.
+      checkpoint_dir: where this run keeps its checkpoints, a folder or gs://BUCKET/PATH; by default RUN/checkpoints.
+      profile_steps: "A:B" traces the steps A to B, both included and numbered as they are printed, into RUN/profile. A
+        training that resumes within them traces the rest. The first step, and any with a new row shape, compiles in
+        the trace: leave A above 1. Empty: no profile.
+    """
 
     steps: int
     batch_size: int
@@ -523,9 +529,18 @@ class TrainConfig:
     keep_best: int = _at_least(0, 1)
     checkpoint_dir: str = ""
     tensorboard: bool = False
+    profile_steps: str = ""
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps to profile, numbered from 1."""
+        first, last = (self.profile_steps or "1:0").split(":")
+        return range(int(first), int(last) + 1)
 
     def problems(self) -> list[str]:
         found = []
+        if self.profile_steps:
+            found += self._profile_problems()
         if self.batch_size % self.accumulation:
             found.append(
                 f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}"
@@ -535,6 +550,17 @@ class TrainConfig:
                 f"checkpoint_dir={self.checkpoint_dir}: Orbax writes to folders and gs:// only; mount the bucket"
             )
         return found
+
+    def _profile_problems(self) -> list[str]:
+        name = f"profile_steps={self.profile_steps!r}"
+        if not re.fullmatch("[0-9]+:[0-9]+", self.profile_steps):
+            return [f"{name} must be 'A:B', the first and the last step to profile"]
+        steps = self.profiled_steps
+        if not steps:
+            return [f"{name}: the last step is before the first"]
+        if steps.start < 1 or steps[-1] > self.steps:
+            return [f"{name}: the steps must be from 1 to steps={self.steps}"]
+        return []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ RUN/digests.json           the SHA-256 of config.json; the tokenizer and each ch
 RUN/tokenizer/
 RUN/checkpoints/STEP/      params (always complete), opt_state, data, meta; elsewhere with train.checkpoint_dir
 RUN/metrics.jsonl  RUN/skipped.jsonl  RUN/curves.png
+RUN/profile/               with train.profile_steps
 RUN/lock                   names the process that trains it
 RUN/evals/BENCHMARK/SETTINGS/
 """
@@ -38,7 +39,7 @@ from storm_jax.text.tokenizer import check_tokenizer, load_tokenizer, read_token
 _MAY_CHANGE = (
     "mesh", "train.steps", "train.accumulation", "train.remat", "train.log_every",
     "train.eval_every", "train.save_every", "train.keep_last", "train.keep_best", "train.checkpoint_dir",
-    "train.tensorboard", "data.num_workers", "data.max_skip_fraction", "data.index_dir",
+    "train.tensorboard", "train.profile_steps", "data.num_workers", "data.max_skip_fraction", "data.index_dir",
     "data.frames.time_limit",
 )  # fmt: skip
 _VISIBLE_WITHIN = 20.0  # seconds until a network file system shows a new file

@@ -88,6 +88,20 @@ def test_arguments_of_a_projector_read_back_as_they_were():
             {"train__checkpoint_dir": "s3://bucket/run"},
             "checkpoint_dir=s3://bucket/run: Orbax writes to folders and gs:// only",
         ),
+        (
+            {"train__profile_steps": "3"},
+            "train.profile_steps='3' must be 'A:B', the first and the last step to profile",
+        ),
+        ({"train__profile_steps": "-3:4"}, "train.profile_steps='-3:4' must be 'A:B'"),
+        ({"train__profile_steps": "4:3"}, "profile_steps='4:3': the last step is before the first"),
+        (
+            {"train__profile_steps": "0:2"},
+            "profile_steps='0:2': the steps must be from 1 to steps=",
+        ),
+        (
+            {"train__steps": 9, "train__profile_steps": "8:10"},
+            "profile_steps='8:10': the steps must be from 1 to steps=9",
+        ),
         ({"optim__warmup_fraction": 1.0}, "warmup_fraction=1.0 must be below 1"),
         (
             {"optim__decay_pattern": "*kernel"},

@@ -32,6 +32,7 @@ from storm_jax.train.books import Books
 from storm_jax.train.checkpoint import Checkpointer
 from storm_jax.train.initialisation import Start, find_start
 from storm_jax.train.metrics import MetricsWriter, Progress, duration
+from storm_jax.train.profile import StepProfile
 from storm_jax.train.skip_log import SkipLog
 from storm_jax.train.state import StateSpec, TrainState
 from storm_jax.train.step import check_batch, make_train_step, place
@@ -148,6 +149,15 @@ class _Loop:
             sum(part.model for part in train_work(config, shape).values())
             for shape in mixture.shapes
         ]
+        asked = config.train.profiled_steps
+        profiled = range(max(asked.start, start.step + 1), asked.stop)
+        if asked and not profiled:
+            self._progress.print(
+                f"train.profile_steps={config.train.profile_steps}: nothing to profile after step {start.step}"
+            )
+        self._profile = StepProfile(
+            run.path / "profile", profiled, self._log_last_step, self._progress.print
+        )
 
     def run(self, state: TrainState) -> int | None:
         """Trains from the start step to the last one; returns the step if it is stopped before."""
@@ -156,6 +166,7 @@ class _Loop:
             stop.listening(),
             contextlib.closing(self._metrics),
             contextlib.closing(self._progress),
+            contextlib.closing(self._profile),
         ):
             for step in range(self._start_step, self._config.steps + 1):
                 if step > self._start_step:
@@ -166,8 +177,9 @@ class _Loop:
                     if stops:
                         return step
                 if step < self._config.steps:
-                    batch = self._next_batch(step + 1)
-                    state = self._step(step + 1, state, batch)
+                    with self._profile.step(step + 1):
+                        batch = self._next_batch(step + 1)
+                        state = self._step(step + 1, state, batch)
             self._books.exchange()
         print(self._books.table(), flush=True)
         return None
