@@ -72,6 +72,12 @@ PARTS = (
         ("--frames=16", "--compress=8x", "--rounds=1", "--no-torch"),
         LATENCY,
     ),
+    Part(
+        "tiny",
+        "benchmarks.tiny",
+        rehearsal=("--steps=6", "--clips=64"),
+        needs=("grain", "array_record", "ml_collections", "av"),
+    ),
 )
 
 
