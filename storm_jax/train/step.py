@@ -85,8 +85,9 @@ def make_train_step(spec: StateSpec, shape: RowShape) -> TrainStep:
         (grads, sums), _ = jax.lax.scan(accumulate, first, rest)
         weight = jnp.maximum(sums["weight"], 1.0)  # 0 if every sample of the batch failed
         grads = jax.tree.map(lambda g: g / weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
         metrics = {
             "loss": sums["loss"] / weight,
             "accuracy": sums["right"] / weight,
@@ -113,9 +114,10 @@ def make_loss_sums(graphdef: nnx.GraphDef, shape: RowShape) -> Callable[[dict, d
     def loss_sums(params: dict[str, Any], batch: dict[str, jax.Array]) -> Sums:
         model = nnx.merge(graphdef, unflatten_dict(params, sep="/"))
         hidden = model(batch, visual_shape)
-        loss, weight, right = cross_entropy(
-            hidden, model.decoder.head(), batch["targets"], batch["loss_weights"]
-        )
+        with jax.named_scope("loss"):
+            loss, weight, right = cross_entropy(
+                hidden, model.decoder.head(), batch["targets"], batch["loss_weights"]
+            )
         return {
             "loss": loss,
             "weight": weight,
