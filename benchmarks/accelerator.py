@@ -54,8 +54,8 @@ PARTS = (
     Part(
         "latency_7b",
         "benchmarks.latency",
-        ("--preset=storm_qwen2_7b", "--frames=32,128", "--rounds=3"),
-        ("--frames=8", "--compress=8x", "--rounds=1"),
+        ("--preset=storm_qwen2_7b", "--frames=32,128", "--rounds=3", "--torch-compile"),
+        ("--frames=8", "--compress=8x", "--rounds=1", "--torch-compile"),
         LATENCY,
     ),
     Part(

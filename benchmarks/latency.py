@@ -9,7 +9,8 @@ every second group. A token is the mean of 32 after the first one.
 
 transformers runs the same tower and decoder with the same weights, SDPA and the same number of tokens, in float32 on
 CPU and bfloat16 on GPU, with as many layers as ours. It has no temporal projector, so its total is that of a model which
-does not compress.
+does not compress. With `--torch-compile`, tower and prefill also run compiled by torch, and ratios are to the faster of
+the two.
 
 Each round runs every program once, so that all see the same load, after one round that is not counted.
 
@@ -36,6 +37,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from benchmarks.machine import machine
+from benchmarks.memory import program_bytes, torch_bytes
 from benchmarks.models import (
     COMPRESSIONS,
     PRESETS,
@@ -100,7 +102,8 @@ class OurPrograms:
         (first, *_) = prompts.values()
 
         def vision(model: Storm, frames: jax.Array) -> jax.Array:
-            return model.vision.encode_clips(frames)
+            with jax.named_scope("vision"):
+                return model.vision.encode_clips(frames)
 
         frames = first.frames["frames"]
         see = functools.partial(self._compile(vision, frames), frames)
@@ -145,51 +148,66 @@ class OurPrograms:
             return function(nnx.merge(self._graphdef, params), *inputs)
 
         compiled = jax.jit(run).lower(self._params, *inputs).compile()
-        memory: Any = compiled.memory_analysis()
-        self.bytes = max(
-            self.bytes,
-            memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
-        )
+        self.bytes = max(self.bytes, program_bytes(compiled))
         return lambda *inputs: jax.block_until_ready(compiled(self._params, *inputs))
 
 
 class TorchPrograms:
-    """The tower and the decoder of transformers."""
+    """The tower and the decoder of transformers, also compiled by torch if that is asked for and works."""
 
-    def __init__(self, config: ModelConfig, params: dict[str, Any]):
+    def __init__(self, config: ModelConfig, params: dict[str, Any], compiles: bool):
         device, dtype = (
             ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         )
         self._tower = feature_tower(config.vision, params).to(device, dtype)
         self._decoder: Any = torch_decoder(config.decoder, params).to(device, dtype)
         self._device, self._dtype = device, dtype
+        models = (self._tower, self._decoder)
+        self._compiled = [torch.compile(model) for model in models] if compiles else []
 
     def calls(self, prompts: dict[str, Prompt]) -> dict[Key, Call]:
         (first, *_) = prompts.values()
         frames = torch.from_numpy(np.array(first.frames["frames"][0])).to(self._device)
-
-        def vision() -> Any:
-            return features(self._tower, frames, self._dtype)
-
-        found: dict[Key, Call] = {("torch", "vision", ""): self._timed(vision)}
+        found: dict[Key, Call] = {("torch", "vision", ""): self._vision(self._tower, frames)}
         width = self._decoder.config.hidden_size
-        for name, prompt in prompts.items():
-            x = torch.randn(1, prompt.tokens, width, device=self._device, dtype=self._dtype)
-            found["torch", "prefill", name] = self._timed(functools.partial(self._answer, x, 1))
-            found["torch", "answer", name] = self._timed(
-                functools.partial(self._answer, x, 1 + NEW)
-            )
+        inputs = {
+            name: torch.randn(1, prompt.tokens, width, device=self._device, dtype=self._dtype)
+            for name, prompt in prompts.items()
+        }
+        for name, x in inputs.items():
+            found["torch", "prefill", name] = self._answer(self._decoder, x, 1)
+            found["torch", "answer", name] = self._answer(self._decoder, x, 1 + NEW)
+        if self._compiled:
+            tower, decoder = self._compiled
+            compiled = {("compiled", "vision", ""): self._vision(tower, frames)} | {
+                ("compiled", "prefill", name): self._answer(decoder, x, 1)
+                for name, x in inputs.items()
+            }
+            try:
+                for call in compiled.values():
+                    call()
+            except Exception as error:  # no C++ compiler, or a graph that it does not take
+                (reason, *_) = str(error).strip().splitlines() or [""]
+                print(f"without torch.compile: {type(error).__name__}: {reason}", flush=True)
+                self._compiled = []
+            else:
+                found |= compiled
         return found
 
-    def _answer(self, x: Any, count: int) -> None:
+    def _vision(self, tower: Any, frames: Any) -> Call:
+        return self._timed(lambda: features(tower, frames, self._dtype))
+
+    def _answer(self, decoder: Any, x: Any, count: int) -> Call:
         """Greedy tokens with a key-value cache."""
-        out = self._decoder(inputs_embeds=x, use_cache=True, logits_to_keep=1)
-        for _ in range(count - 1):
-            token = out.logits[:, -1:].argmax(-1)
-            out = self._decoder(
-                input_ids=token, past_key_values=out.past_key_values, use_cache=True
-            )
-        out.logits[:, -1:].argmax(-1)
+
+        def answer() -> None:
+            out = decoder(inputs_embeds=x, use_cache=True, logits_to_keep=1)
+            for _ in range(count - 1):
+                token = out.logits[:, -1:].argmax(-1)
+                out = decoder(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out.logits[:, -1:].argmax(-1)
+
+        return self._timed(answer)
 
     def _timed(self, function: Call) -> Call:
         def call() -> None:
@@ -217,33 +235,39 @@ def cells(
             row[whose] = {
                 **parts,
                 "total": sum(parts.values()),
-                "token": (middle[whose, "answer", name] - parts["prefill"]) / NEW,
                 "spread": max(
                     value
                     for key, value in spread.items()
                     if key[0] == whose and key[2] in ("", name)
                 ),
             }
+            if (whose, "answer", name) in middle:
+                token = (middle[whose, "answer", name] - parts["prefill"]) / NEW
+                row[whose]["token"] = token
         rows.append(row)
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds of each part; ratios of the total to 1x, and of every part to transformers'."""
+    """Milliseconds of each part; ratios of the total to 1x, and of every part to transformers', eager or compiled,
+    whichever is faster."""
     lines = [
         "frames        tokens    vision  projector   prefill     total   of 1x     token"
         "   torch: vision  prefill   token   spread"
     ]
     totals = {row["frames"]: row["storm"]["total"] for row in rows if row["compression"] == "1x"}
     for row in rows:
-        ours, theirs = row["storm"], row.get("torch")
+        ours, theirs = row["storm"], [row[each] for each in ("torch", "compiled") if each in row]
         parts = "".join(
             f"{1e3 * ours[part]:>10,.1f}" for part in ("vision", "projector", "prefill", "total")
         )
         of_1x = ours["total"] / totals[row["frames"]] if row["frames"] in totals else float("nan")
         line = f"{row['frames']:>6} {row['compression']:>4} {row['tokens']:>8,}{parts}{of_1x:>8.2f}{1e3 * ours['token']:>10.2f}"
         if theirs:
-            ratios = [ours[part] / theirs[part] for part in ("vision", "prefill", "token")]
+            ratios = [
+                ours[part] / min(each[part] for each in theirs if part in each)
+                for part in ("vision", "prefill", "token")
+            ]
             line += "        " + "".join(f"{ratio:>8.2f}" for ratio in ratios)
         lines.append(f"{line}{100 * ours['spread']:>7.0f} %")
     return "\n".join(lines)
@@ -284,6 +308,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true", help="only our model")
+    parser.add_argument(
+        "--torch-compile",
+        action="store_true",
+        help="also torch.compile of tower and prefill; minutes on a CPU",
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
@@ -291,7 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     config = PRESETS[args.preset]
     params = random_params(config)
     ours = OurPrograms(config, params)
-    theirs = None if args.no_torch else TorchPrograms(config, jax.device_get(params))
+    theirs = (
+        None if args.no_torch else TorchPrograms(config, jax.device_get(params), args.torch_compile)
+    )
     rows: list[dict[str, Any]] = []
     for frames in args.frames:
         print(f"{frames} frames", flush=True)
@@ -307,11 +338,15 @@ def main(arguments: list[str] | None = None) -> None:
             "machine": machine(),
             "rounds": args.rounds,
             "bytes": ours.bytes,
+            "torch_bytes": theirs and torch_bytes(),
             "rows": rows,
         }
         write_atomically(args.out / "latency.json", json.dumps(results, indent=1) + "\n")
         plot(rows, args.out / "latency.png")
     print(table(rows))
+    memory = {"our largest program": results["bytes"], "torch at most": results["torch_bytes"]}
+    listed = (f"{name} {value / 1e9:.2f} GB" for name, value in memory.items() if value)
+    print(f"memory: {', '.join(listed)}")
 
 
 if __name__ == "__main__":

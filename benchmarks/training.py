@@ -8,7 +8,8 @@ decoder of transformers with the same weights and SDPA, merges patches, projects
 groups of frames and updates with AdamW: our step without the Mamba layers. float32 on CPU, bfloat16 products on GPU.
 Both compute layers again in the backward pass, as train.py does by default; `--no-remat` stores all activations.
 
-FLOPs are those that the model needs, by formula. MFU is their part of the peak, where that is known. Each round runs
+FLOPs are those that the model needs, by formula. MFU is their part of the peak, where that is known. Memory is that of our
+compiled step, and the most that torch held on a GPU. Each round runs
 every step once, after one round that is not counted. Prints medians, and writes OUT/training.json.
 """
 
@@ -27,6 +28,7 @@ import torch
 import transformers
 
 from benchmarks.machine import machine
+from benchmarks.memory import program_bytes, torch_bytes
 from benchmarks.models import COMPRESSIONS, PRESETS, TEXT, parse_compressions, parse_numbers
 from benchmarks.timing import Call, seconds_by_round
 from benchmarks.torch_models import feature_tower, features, torch_decoder
@@ -95,15 +97,16 @@ def run_config(model: ModelConfig, row: Row, remat: bool) -> RunConfig:
     )
 
 
-def our_step(config: RunConfig, row: Row) -> tuple[Call, dict[str, Any]]:
-    """A step of train.py, and the parameters that it starts from."""
+def our_step(config: RunConfig, row: Row) -> tuple[Call, dict[str, Any], int]:
+    """A step of train.py, the parameters that it starts from, and the bytes that it needs."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     spec = StateSpec.make(config, mesh)
     state = spec.init()
     params = jax.device_get(state.params())
     with jax.set_mesh(mesh):
         batch = place(row.arrays, mesh, local_rows(mesh, 1))
-        step = make_train_step(spec, row.shape)
+        jitted: Any = make_train_step(spec, row.shape)
+        step = jitted.lower(state, batch).compile()
 
     def call() -> None:
         nonlocal state
@@ -111,7 +114,7 @@ def our_step(config: RunConfig, row: Row) -> tuple[Call, dict[str, Any]]:
             state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
 
-    return call, params
+    return call, params, program_bytes(step)
 
 
 class TorchModel(torch.nn.Module):
@@ -174,8 +177,10 @@ def measure(
     """One row of the table."""
     row = Row(model, frames, COMPRESSIONS[name])
     config = run_config(model, row, remat)
-    step, params = our_step(config, row)
+    step, params, size = our_step(config, row)
     calls = {"storm": step}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if with_torch:
         calls["torch"] = torch_step(TorchModel(model, params, row, remat), row)
     times = seconds_by_round(calls, rounds)
@@ -186,13 +191,15 @@ def measure(
         "tokens": row.shape.tokens,
         "flops": flops,
         "seconds": times,
+        "bytes": {"storm": size, "torch": torch_bytes() if with_torch else None},
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     chip = chip_of(jax.devices()[0])
     lines = [
-        "frames        tokens   seconds   tokens/s    TFLOP/s     MFU   torch: seconds   ratio"
+        "frames        tokens   seconds   tokens/s    TFLOP/s     MFU      GB"
+        "   torch: seconds   ratio      GB"
     ]
     for row in rows:
         seconds = {whose: statistics.median(times) for whose, times in row["seconds"].items()}
@@ -201,10 +208,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         mfu = f"{speed / chip.flops:.1%}" if chip and chip.flops else "-"
         line = (
             f"{row['frames']:>6} {row['compression']:>4} {row['tokens']:>8,} {ours:>9.2f} "
-            f"{row['tokens'] / ours:>10,.0f} {speed / 1e12:>10.3f} {mfu:>7}"
+            f"{row['tokens'] / ours:>10,.0f} {speed / 1e12:>10.3f} {mfu:>7} {row['bytes']['storm'] / 1e9:>7.2f}"
         )
         if "torch" in seconds:
             line += f" {seconds['torch']:>16.2f} {ours / seconds['torch']:>7.2f}"
+            theirs = row["bytes"]["torch"]
+            line += f" {theirs / 1e9:>7.2f}" if theirs else f" {'-':>7}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import accelerator, latency, models, start, training
 from benchmarks.torch_models import torch_decoder
@@ -72,7 +73,39 @@ def test_latencies_of_both_models(tiny, tmp_path, capsys):
     visual = [row["tokens"] - models.TEXT for row in found["rows"][1:]]
     assert visual[0] == 4 * visual[1] == 8 * visual[2]
     assert (tmp_path / "latency.png").stat().st_size > 1000
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + 4
+    assert found["bytes"] > 0 and found["torch_bytes"] is None  # measured on GPUs only
+    *lines, memory = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 1 + 4
+    assert memory.startswith("memory: our largest program 0.") and "torch" not in memory
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_ratios_are_to_the_faster_of_eager_and_compiled_torch(
+    works, tiny, tmp_path, monkeypatch, capsys
+):
+    """Compilation, which takes long, is replaced."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nat a long path")
+
+    monkeypatch.setattr(torch, "compile", lambda model: model if works else fail)
+    latency.main([f"--out={tmp_path}", "--frames=4", "--rounds=1", "--torch-compile"])
+    rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
+    assert [set(row.get("compiled", ())) for row in rows] == [
+        {"vision", "prefill", "total", "spread"} if works else set()
+    ] * 2
+    reason = "without torch.compile: RuntimeError: no C++ compiler\n"
+    assert (reason in capsys.readouterr().out) != works
+    slow = {"vision": 2.0, "prefill": 2.0, "total": 4.0, "token": 2.0, "spread": 0.0}
+    row = {
+        "frames": 4,
+        "compression": "1x",
+        "tokens": 9,
+        "storm": {"projector": 1.0, **dict.fromkeys(slow, 1.0)},
+        "torch": slow,
+        "compiled": {"vision": 4.0, "prefill": 1.0},
+    }
+    assert latency.table([row]).split()[-5:-2] == ["0.50", "1.00", "0.50"]
 
 
 def test_torch_takes_bfloat16_weights(small_model):
@@ -89,6 +122,7 @@ def test_training_steps_of_both_models(tiny, tmp_path, capsys):
     training.main([f"--out={tmp_path}", "--frames=8", "--compress=4x", "--rounds=1"])
     (row,) = json.loads((tmp_path / "training.json").read_text())["rows"]
     assert row["flops"] > 0 and row["seconds"].keys() == {"storm", "torch"}
+    assert row["bytes"]["storm"] > 0 and row["bytes"]["torch"] is None  # measured on GPUs only
     assert "TFLOP/s" in capsys.readouterr().out
 
 
