@@ -11,11 +11,13 @@ part and then the tables.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -93,20 +95,21 @@ def run(part: Part, out: pathlib.Path, rehearses: bool, limit: float) -> dict[st
     if rehearses:
         environment["JAX_PLATFORMS"] = "cpu"
     began = time.monotonic()
-    with (out / f"{part.name}.log").open("w") as log:
+    with (
+        (out / f"{part.name}.log").open("w") as log,
+        subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        ) as process,
+    ):
         try:
-            done = subprocess.run(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-                env=environment,
-                check=False,
-            )
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
             ended = "stopped at the time limit"
         else:
-            ended = "done" if done.returncode == 0 else f"failed with {done.returncode}"
+            ended = "done" if code == 0 else f"failed with {code}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the programs that it started
     return {"part": part.name, "ended": ended, "seconds": round(time.monotonic() - began, 1)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,14 @@ def test_the_parts_for_an_accelerator_are_rehearsed(tmp_path, capsys):
 
 def test_parts_that_fail_lack_packages_or_run_late_do_not_stop_the_next(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("raise SystemExit(3)")
-    (tmp_path / "endless.py").write_text("import time\ntime.sleep(60)")
+    (tmp_path / "endless.py").write_text(
+        "import subprocess, sys, time\n"
+        "if sys.argv[1] != 'inner':\n"
+        "    subprocess.run([sys.executable, __file__, 'inner'])\n"
+        "for _ in range(60):\n"
+        "    print('.', flush=True)\n"
+        "    time.sleep(0.5)\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     parts = (
         accelerator.Part("fails", "broken"),
@@ -154,6 +162,9 @@ def test_parts_that_fail_lack_packages_or_run_late_do_not_stop_the_next(tmp_path
     found = [accelerator.run(part, tmp_path, False, 2.0)["ended"] for part in parts]
     late = "stopped at the time limit"
     assert found == ["failed with 3", "left out: no no_such_package", late]
+    written = (tmp_path / "late.log").read_text()
+    time.sleep(1.5)
+    assert written and (tmp_path / "late.log").read_text() == written  # its own program has ended
 
 
 @pytest.mark.slow
