@@ -5,6 +5,11 @@
 Trains each projector with the same data, seeds, steps and rates at 1x, at 4x by temporal pooling and at 4x by
 spatial pooling, evaluates the 4x weights also at 8x (with temporal sampling), and writes results.json and
 results.md. Finished runs are skipped, so it can be interrupted and resumed.
+
+Last, the runs of the first seed are timed from frames to first token, in rounds of all of them, and
+accuracy_latency.png shows accuracy against milliseconds. One clip does not fill a machine with a model this
+small, so a call answers about 32, and its time is divided by 32.
+
 `--projectors=storm,storm_mamba2` compares the mixers; `--settings=4x,8x` selects columns.
 """
 
@@ -12,26 +17,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.accuracy_latency import FirstTokens, Point, plot
+from benchmarks.machine import machine
+from benchmarks.timing import seconds_by_round
 from configs import tiny
 from configs.tiny import MODEL as TINY
 from storm_jax.compression import Grid, plan_clip
-from storm_jax.config import CompressionConfig, ModelConfig, from_dict
+from storm_jax.config import CompressionConfig, ModelConfig, SourceConfig, from_dict
+from storm_jax.data.sources import open_source
 from storm_jax.evals.report.text import markdown
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.files import write_atomically
 from storm_jax.params import abstract_model, flat_params
 from storm_jax.run import Run
 from storm_jax.tasks import shapes
+from storm_jax.text.sample import Sample
 
 # Images of places teach the tower positions.
 FAMILIES = ("order", "motion", "needle", "place")
@@ -44,6 +56,12 @@ PROJECTORS: dict[str, dict[str, Any]] = {
 }
 TITLES = {"storm": "STORM", "mlp": "MLP", "storm_mamba2": "STORM, Mamba-2"}
 PLATEAU = 0.03
+# Latency: clips of a call, and how often each run is timed.
+BATCH = 32
+ROUNDS = 30
+
+Accuracies = Mapping[tuple[str, str, int], Mapping[str, float]]  # by projector, setting and seed
+Seconds = Mapping[tuple[str, str], Sequence[float]]  # of a clip, in each round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +91,7 @@ SETTINGS = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.shapes",
         description=__doc__,
@@ -99,17 +117,20 @@ def main() -> None:
         default=",".join(SETTINGS),
         help=f"comma-separated, of {', '.join(SETTINGS)}; default all",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     data = render(args.out, args.clips)
     accuracies = {}
     for seed in seeds:
         for setting in (SETTINGS[name] for name in args.settings):
             for projector in args.projectors:
-                workdir = args.out / f"{projector}_{setting.run_name}_steps{args.steps}_seed{seed}"
+                workdir = run_folder(args, projector, setting, seed)
                 train(workdir, data, projector, setting.trained, seed, args.steps)
                 accuracies[projector, setting.name, seed] = evaluate(workdir, data, setting.tested)
-                write_results(args, data, accuracies)
+                write_results(args, data, accuracies, {})
+    seconds = time_clips(args, data, seeds[0])
+    write_results(args, data, accuracies, seconds)
+    plot(points(args, data, accuracies, seconds), args.out / "accuracy_latency.png")
     print((args.out / "results.md").read_text())
 
 
@@ -123,6 +144,12 @@ def names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
         return names
 
     return read
+
+
+def run_folder(
+    args: argparse.Namespace, projector: str, setting: Setting, seed: int
+) -> pathlib.Path:
+    return args.out / f"{projector}_{setting.run_name}_steps{args.steps}_seed{seed}"
 
 
 def render(out: pathlib.Path, clips: int) -> pathlib.Path:
@@ -188,6 +215,50 @@ def evaluate(
     return {group["group"]: group["accuracy"]["value"] for group in groups}
 
 
+def time_clips(args: argparse.Namespace, data: pathlib.Path, seed: int) -> Seconds:
+    """Times every run of a seed, a call each in every round; other seeds take as long."""
+    samples = video_questions(data, BATCH)
+    calls = {
+        (projector, setting.name): FirstTokens(
+            run_folder(args, projector, setting, seed), samples, setting.tested
+        )
+        for setting in (SETTINGS[name] for name in args.settings)
+        for projector in args.projectors
+    }
+    return {
+        key: [each / BATCH for each in found]
+        for key, found in seconds_by_round(calls, ROUNDS).items()
+    }
+
+
+def video_questions(data: pathlib.Path, count: int) -> list[Sample]:
+    """The first questions about videos of the test split; fewer than `count` are repeated."""
+    source = open_source(SourceConfig(name="shapes", path=str(data / "test.json")))
+    samples = (source.sample(index) for index in range(len(source)))
+    videos = [each.prompt() for each in samples if each.media[0].kind == "video"]
+    return list(itertools.islice(itertools.cycle(videos), count))
+
+
+def points(
+    args: argparse.Namespace, data: pathlib.Path, accuracies: Accuracies, seconds: Seconds
+) -> list[Point]:
+    """What the plot shows: families of videos only, since latency is that of a video."""
+    task = shapes.read_settings(data)
+    families = [family for family in FAMILIES if not shapes.FAMILIES[family].is_image]
+    return [
+        Point(
+            projector=TITLES[projector],
+            setting=setting.name,
+            is_spatial=setting.tested.spatial_pool > 1,
+            seconds=seconds[projector, setting.name],
+            accuracies={f: _values(accuracies, projector, setting.name, f) for f in families},
+            ceilings={f: _ceiling(f, task, setting) for f in families},
+        )
+        for projector in args.projectors
+        for setting in (SETTINGS[name] for name in args.settings)
+    ]
+
+
 def run_script(script: str, *arguments: str) -> None:
     print(f"$ python {script} {' '.join(arguments)}", flush=True)
     subprocess.run([sys.executable, script, *arguments], check=True)
@@ -198,46 +269,71 @@ def run_module(module: str, *arguments: str) -> None:
 
 
 def write_results(
-    args: argparse.Namespace,
-    data: pathlib.Path,
-    accuracies: Mapping[tuple[str, str, int], Mapping[str, float]],
+    args: argparse.Namespace, data: pathlib.Path, accuracies: Accuracies, seconds: Seconds
 ) -> None:
     """Writes results.json with every number and results.md with means and spread."""
     task = shapes.read_settings(data)
-    about = (
-        f"Command: `python -m benchmarks.shapes --out=OUT --seeds={args.seeds} --steps={args.steps} "
+    command = (
+        f"python -m benchmarks.shapes --out=OUT --seeds={args.seeds} --steps={args.steps} "
         f"--clips={args.clips} --projectors={','.join(args.projectors)} "
-        f"--settings={','.join(args.settings)}`; {platform.machine()}, {os.cpu_count()} CPU cores, "
-        f"{time.strftime('%Y-%m-%d')}. Test clips per family: {task.eval_clips}. Mean over seeds, "
-        f"minimum and maximum in brackets."
+        f"--settings={','.join(args.settings)}"
+    )
+    date = time.strftime("%Y-%m-%d")
+    about = (
+        f"Command: `{command}`; {platform.machine()}, {os.cpu_count()} CPU cores, {date}. Test clips per family: {task.eval_clips}. "
+        f"Mean over seeds, minimum and maximum in brackets."
     )
     titles = [TITLES[p] for p in args.projectors]
     table = [["family", "tokens", "chance", "ceiling without temporal mixing", *titles]]
     for family in FAMILIES:
         for setting in (SETTINGS[name] for name in args.settings):
-            k, s = setting.tested.temporal_pool, setting.tested.temporal_sample
             cells = [
                 family,
                 setting.name,
                 f"{shapes.FAMILIES[family].chance:.0%}",
-                f"{shapes.ceiling(family, task, k, s):.1%}",
+                f"{_ceiling(family, task, setting):.1%}",
                 *(_cell(accuracies, p, setting.name, family) for p in args.projectors),
             ]
             table.append(cells)
-    lines = [about, "", markdown(table), "", *_verdicts(accuracies, task), "", *_costs(args)]
+    lines = [about, "", markdown(table), "", *_verdicts(accuracies, task), ""]
+    lines += _costs(args, seconds)
     write_atomically(args.out / "results.md", "\n".join(lines) + "\n")
-    rows = [
-        {"projector": p, "setting": s, "seed": seed, "accuracy": dict(value)}
-        for (p, s, seed), value in accuracies.items()
-    ]
-    write_atomically(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
+    results: dict[str, Any] = {
+        "command": command,
+        "date": date,
+        "test clips per family": task.eval_clips,
+        "accuracy": [
+            {"projector": p, "setting": s, "seed": seed, "accuracy": dict(value)}
+            for (p, s, seed), value in accuracies.items()
+        ],
+    }
+    if seconds:
+        results["latency"] = {
+            "machine": machine(),
+            "clips of a call": BATCH,
+            "milliseconds a clip": [
+                {
+                    "projector": p,
+                    "setting": s,
+                    "median": round(1e3 * statistics.median(found), 4),
+                    "rounds": [round(1e3 * each, 4) for each in found],
+                }
+                for (p, s), found in seconds.items()
+            ],
+        }
+    write_atomically(args.out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def _values(accuracies: Mapping, projector: str, setting: str, family: str) -> list[float]:
+def _ceiling(family: str, task: shapes.Settings, setting: Setting) -> float:
+    tested = setting.tested
+    return shapes.ceiling(family, task, tested.temporal_pool, tested.temporal_sample)
+
+
+def _values(accuracies: Accuracies, projector: str, setting: str, family: str) -> list[float]:
     return [v[family] for (p, s, _), v in accuracies.items() if (p, s) == (projector, setting)]
 
 
-def _cell(accuracies: Mapping, projector: str, setting: str, family: str) -> str:
+def _cell(accuracies: Accuracies, projector: str, setting: str, family: str) -> str:
     values = _values(accuracies, projector, setting, family)
     if not values:
         return "-"
@@ -245,7 +341,7 @@ def _cell(accuracies: Mapping, projector: str, setting: str, family: str) -> str
     return f"{sum(values) / len(values):.1%}{spread}"
 
 
-def _verdicts(accuracies: Mapping, task: shapes.Settings) -> list[str]:
+def _verdicts(accuracies: Accuracies, task: shapes.Settings) -> list[str]:
     """Compares at 4x; conclusive only if the baseline has reached its ceiling."""
     lines = []
     for family in ("order", "motion"):
@@ -266,17 +362,27 @@ def _verdicts(accuracies: Mapping, task: shapes.Settings) -> list[str]:
     return lines
 
 
-def _costs(args: argparse.Namespace) -> list[str]:
-    """Tables of parameters and of forward FLOPs for a clip with a 22-token question."""
+def _costs(args: argparse.Namespace, seconds: Seconds) -> list[str]:
+    """Parameters, forward FLOPs for a clip with a 22-token question, and milliseconds once they are known."""
     titles = [TITLES[p] for p in args.projectors]
     models = [_model(p) for p in args.projectors]
     table = [["tokens", "visual tokens", *(f"{title} GFLOPs a clip" for title in titles)]]
+    if seconds:
+        table[0] += [f"{title} ms a clip" for title in titles]
     for setting in (SETTINGS[name] for name in args.settings):
         visual = plan_clip(FRAMES, Grid.of(TINY), setting.tested).num_tokens
-        flops = [f"{forward_flops(model, FRAMES, visual + 22) / 1e9:.3f}" for model in models]
-        table.append([setting.name, str(visual), *flops])
+        cells = [f"{forward_flops(model, FRAMES, visual + 22) / 1e9:.3f}" for model in models]
+        if seconds:
+            cells += [_milliseconds(seconds[p, setting.name]) for p in args.projectors]
+        table.append([setting.name, str(visual), *cells])
     counts = (f"{t} {parameter_count(m):,}" for t, m in zip(titles, models, strict=True))
     return [markdown(table), "", f"Parameters: {', '.join(counts)}."]
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    """The median, and the quartiles in brackets."""
+    low, middle, high = statistics.quantiles((1e3 * each for each in seconds), n=4)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _model(projector: str) -> ModelConfig:

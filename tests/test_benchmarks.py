@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import data, eval_throughput, scan, scan_compile
+from benchmarks import accuracy_latency, data, eval_throughput, scan, scan_compile
+from benchmarks import shapes as shapes_benchmark
+from storm_jax.compression import Grid
+from storm_jax.config import CompressionConfig
+from storm_jax.inference.generate import Sampling
+from storm_jax.inference.predictor import Predictor
 from storm_jax.media.media import Media
 from storm_jax.media.read import read_media
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
@@ -131,3 +136,47 @@ def test_shared_and_separate_videos_get_the_same_replies(tmp_path, capsys):
     results = json.loads((tmp_path / "eval_throughput.json").read_text())
     assert results["ratio"] > 0 and len(results["ratio of each round"]) == 1
     assert set(results["questions a second"]) == {"shared", "not shared"}
+
+
+def test_the_timed_first_tokens_are_those_of_the_predictor(trained_run, shapes_folder):
+    """So that what is timed is what answers."""
+    samples = shapes_benchmark.video_questions(shapes_folder, 8)
+    compression = CompressionConfig(num_frames=8, temporal_pool=2)
+    first = accuracy_latency.FirstTokens(trained_run, samples, compression)
+    predictor = Predictor(trained_run)
+    expected = predictor.predict(samples, compression=compression, sampling=Sampling(1))
+    texts = [prediction.text for _, prediction in sorted(expected)]
+    tokenizer = predictor.run.tokenizer()
+    assert [tokenizer.decode([token]).strip() for token in first()] == texts
+    assert first.visual_tokens == 4 * Grid.of(predictor.config.model).video ** 2
+
+
+def test_accuracy_against_latency_of_trained_runs(
+    trained_run, shapes_folder, tmp_path, monkeypatch
+):
+    accuracies = dict.fromkeys(shapes_benchmark.FAMILIES, 0.5)
+    monkeypatch.setattr(shapes_benchmark, "render", lambda *_: shapes_folder)
+    monkeypatch.setattr(shapes_benchmark, "train", lambda *_: None)
+    monkeypatch.setattr(shapes_benchmark, "evaluate", lambda *_: accuracies)
+    monkeypatch.setattr(shapes_benchmark, "run_folder", lambda *_: trained_run)
+    monkeypatch.setattr(shapes_benchmark, "BATCH", 8)
+    monkeypatch.setattr(shapes_benchmark, "ROUNDS", 2)
+    drawn = []
+    monkeypatch.setattr(shapes_benchmark, "plot", lambda points, path: drawn.extend(points))
+    shapes_benchmark.main(
+        [f"--out={tmp_path}", "--seeds=0,1", "--projectors=storm", "--settings=4x,spatial"]
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["accuracy"]) == 2 * 2
+    timed = results["latency"]["milliseconds a clip"]
+    assert [(row["setting"], len(row["rounds"])) for row in timed] == [("4x", 2), ("spatial 4x", 2)]
+    assert "STORM ms a clip" in (tmp_path / "results.md").read_text()
+    assert [(point.setting, point.is_spatial) for point in drawn] == [
+        ("4x", False),
+        ("spatial 4x", True),
+    ]
+    for point, row in zip(drawn, timed, strict=True):
+        assert point.accuracies == {key: [0.5, 0.5] for key in ("order", "motion", "needle")}
+        assert point.milliseconds()[1] == pytest.approx(row["median"], abs=1e-4)
+    accuracy_latency.plot(drawn, tmp_path / "accuracy_latency.png")
+    assert (tmp_path / "accuracy_latency.png").stat().st_size > 1000

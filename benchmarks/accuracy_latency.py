@@ -1,0 +1,177 @@
+"""Time to the first token of trained runs, and the plot of accuracy against it (see `benchmarks.shapes`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from storm_jax.compression import Grid, plan_clip
+from storm_jax.config import CompressionConfig
+from storm_jax.data.encoder import SampleEncoder
+from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
+from storm_jax.inference.generate import Sampling
+from storm_jax.inference.programs import Programs
+from storm_jax.media.read import read_media
+from storm_jax.models.storm import VisualShape
+from storm_jax.run import Run
+from storm_jax.text.conversation import ConversationEncoder
+from storm_jax.text.sample import Sample
+from storm_jax.text.tokenizer import stop_ids
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class FirstTokens:
+    """The first token of each answer about a batch of decoded videos, by the last checkpoint of a run.
+
+    Attributes:
+      visual_tokens: of one clip.
+    """
+
+    def __init__(
+        self, workdir: pathlib.Path, samples: Sequence[Sample], compression: CompressionConfig
+    ):
+        """Reads the videos.
+
+        Args:
+          samples: questions, each about one video with at least `compression.num_frames` frames.
+
+        Raises:
+          MediaError: a video cannot be read.
+        """
+        run = Run(workdir)
+        config = run.config
+        text = ConversationEncoder(run.tokenizer(), config.data.system)
+        stops = stop_ids(run.tokenizer_path, text.tokenizer)
+        step = run.checkpoints.resolve(None)
+        self._programs = Programs(run, step, stops, weights="", warms_up=False)
+        grid, size = Grid.of(config.model), config.model.vision.image_size
+        encoder = SampleEncoder(
+            text=text,
+            grid=grid,
+            compression=compression,
+            frames=config.data.frames,
+            layout=config.model.layout,
+        )
+        plan = plan_clip(compression.num_frames, grid, compression)
+        self.visual_tokens = plan.num_tokens
+        self._visual = VisualShape(plan.num_groups, compression.spatial_pool)
+        self._rows = empty_frames(len(samples), compression.num_frames, size)
+        encoded, entries = [], []
+        for slot, sample in enumerate(samples):
+            (medium,) = sample.media
+            clip = read_media(medium, compression.num_frames, size, max_damage=0.0)
+            row = {name: array[slot] for name, array in self._rows.items()}
+            entries += place_clips(
+                row, [clip.frames], plan.num_groups, grid, compression, UsedSlots()
+            )
+            encoded.append(encoder.encode(sample, [clip.times]))
+        slots = (len(samples), max(map(len, encoded)))
+        tokens = np.full(slots, text.tokenizer.pad_token_id, np.int32)
+        index = np.full(slots, -1, np.int32)
+        for slot, (prompt, places) in enumerate(zip(encoded, entries, strict=True)):
+            tokens[slot, : len(prompt)] = prompt.tokens
+            index[slot, : len(prompt)][prompt.media == 0] = places
+        self._prompts = {
+            "tokens": tokens,
+            "visual_index": index,
+            "lengths": np.array([len(prompt) for prompt in encoded], np.int32),
+            "scenes": np.arange(len(samples), dtype=np.int32),
+        }
+
+    def __call__(self) -> np.ndarray:
+        """Encodes all clips and returns the first tokens, int [B]; compiles on the first call."""
+        table, _ = self._programs.encode(self._rows, self._visual)
+        ids, _ = self._programs.generate(self._prompts, [table], (0,), Sampling(max_new_tokens=1))
+        return ids[:, 0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One projector at one compression.
+
+    Attributes:
+      is_spatial: it pools within frames; only points that do not are joined by the projector's line.
+      seconds: of a clip, in each round.
+      accuracies: by family, of each seed.
+      ceilings: by family, without temporal mixing.
+    """
+
+    projector: str
+    setting: str
+    is_spatial: bool
+    seconds: Sequence[float]
+    accuracies: Mapping[str, Sequence[float]]
+    ceilings: Mapping[str, float]
+
+    def milliseconds(self) -> tuple[float, float, float]:
+        """The first quartile, the median and the third quartile."""
+        low, middle, high = np.percentile(self.seconds, (25, 50, 75)) * 1e3
+        return float(low), float(middle), float(high)
+
+
+def plot(points: Sequence[Point], path: pathlib.Path) -> None:
+    """Accuracy over milliseconds, a panel for each family."""
+    from matplotlib.figure import Figure
+
+    families = list(points[0].accuracies)
+    figure = Figure(figsize=(4.2 * len(families), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    for axis, family in zip(axes, families, strict=True):
+        for number, projector in enumerate(dict.fromkeys(point.projector for point in points)):
+            own = [point for point in points if point.projector == projector]
+            _draw_projector(axis, own, family, f"C{number}")
+        for setting in dict.fromkeys(point.setting for point in points):
+            _draw_ceiling(axis, [point for point in points if point.setting == setting], family)
+        axis.plot([], [], color="0.6", linewidth=1, label="ceiling without temporal mixing")
+        axis.set(title=family, xlabel="milliseconds a clip, to the first token", ylim=(0, 1.1))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_projector(axis: Axes, points: Sequence[Point], family: str, colour: str) -> None:
+    """A line through the points that pool over time, and hollow marks for those that do not."""
+    line = []
+    for point in points:
+        low, x, high = point.milliseconds()
+        values = point.accuracies[family]
+        y = statistics.fmean(values)
+        axis.errorbar(
+            x,
+            y,
+            xerr=[[x - low], [high - x]],
+            yerr=[[y - min(values)], [max(values) - y]],
+            fmt="o",
+            color=colour,
+            markerfacecolor="white" if point.is_spatial else colour,
+        )
+        axis.annotate(
+            point.setting,
+            (x, y),
+            xytext=(0, -14 if point.is_spatial else 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=colour,
+        )
+        if not point.is_spatial:
+            line.append((x, y))
+    line.sort()
+    axis.plot([x for x, _ in line], [y for _, y in line], color=colour, label=points[0].projector)
+
+
+def _draw_ceiling(axis: Axes, points: Sequence[Point], family: str) -> None:
+    """A thin mark across the points of one compression."""
+    middles = [point.milliseconds()[1] for point in points]
+    span = 0.98 * min(middles), 1.02 * max(middles)
+    axis.hlines(points[0].ceilings[family], *span, color="0.6", linewidth=1)
