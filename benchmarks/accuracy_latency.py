@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
 
 class FirstTokens:
-    """The first token of each answer about a batch of decoded videos, by the last checkpoint of a run.
-
-    Attributes:
-      visual_tokens: of one clip.
-    """
+    """The first token of each answer about a batch of decoded videos, by the last checkpoint of a run."""
 
     def __init__(
         self, workdir: pathlib.Path, samples: Sequence[Sample], compression: CompressionConfig
@@ -60,7 +56,6 @@ class FirstTokens:
             layout=config.model.layout,
         )
         plan = plan_clip(compression.num_frames, grid, compression)
-        self.visual_tokens = plan.num_tokens
         self._visual = VisualShape(plan.num_groups, compression.spatial_pool)
         self._rows = empty_frames(len(samples), compression.num_frames, size)
         encoded, entries = [], []
@@ -97,6 +92,7 @@ class Point:
     """One projector at one compression.
 
     Attributes:
+      visual_tokens: of a clip.
       is_spatial: it pools within frames; only points that do not are joined by the projector's line.
       seconds: of a clip, in each round.
       accuracies: by family, of each seed.
@@ -105,6 +101,7 @@ class Point:
 
     projector: str
     setting: str
+    visual_tokens: int
     is_spatial: bool
     seconds: Sequence[float]
     accuracies: Mapping[str, Sequence[float]]
@@ -142,7 +139,7 @@ def plot(points: Sequence[Point], path: pathlib.Path) -> None:
 def _draw_projector(axis: Axes, points: Sequence[Point], family: str, colour: str) -> None:
     """A line through the points that pool over time, and hollow marks for those that do not."""
     line = []
-    for point in points:
+    for point in sorted(points, key=lambda point: point.visual_tokens):
         low, x, high = point.milliseconds()
         values = point.accuracies[family]
         y = statistics.fmean(values)
@@ -166,7 +163,6 @@ def _draw_projector(axis: Axes, points: Sequence[Point], family: str, colour: st
         )
         if not point.is_spatial:
             line.append((x, y))
-    line.sort()
     axis.plot([x for x, _ in line], [y for _, y in line], color=colour, label=points[0].projector)
 
 

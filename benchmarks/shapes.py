@@ -249,6 +249,7 @@ def points(
         Point(
             projector=TITLES[projector],
             setting=setting.name,
+            visual_tokens=_visual_tokens(setting),
             is_spatial=setting.tested.spatial_pool > 1,
             seconds=seconds[projector, setting.name],
             accuracies={f: _values(accuracies, projector, setting.name, f) for f in families},
@@ -370,13 +371,17 @@ def _costs(args: argparse.Namespace, seconds: Seconds) -> list[str]:
     if seconds:
         table[0] += [f"{title} ms a clip" for title in titles]
     for setting in (SETTINGS[name] for name in args.settings):
-        visual = plan_clip(FRAMES, Grid.of(TINY), setting.tested).num_tokens
+        visual = _visual_tokens(setting)
         cells = [f"{forward_flops(model, FRAMES, visual + 22) / 1e9:.3f}" for model in models]
         if seconds:
             cells += [_milliseconds(seconds[p, setting.name]) for p in args.projectors]
         table.append([setting.name, str(visual), *cells])
     counts = (f"{t} {parameter_count(m):,}" for t, m in zip(titles, models, strict=True))
     return [markdown(table), "", f"Parameters: {', '.join(counts)}."]
+
+
+def _visual_tokens(setting: Setting) -> int:
+    return plan_clip(FRAMES, Grid.of(TINY), setting.tested).num_tokens
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
