@@ -17,6 +17,7 @@ from benchmarks import shapes as shapes_benchmark
 from storm_jax.config import CompressionConfig
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
+from storm_jax.inference.programs import Programs
 from storm_jax.media.media import Media
 from storm_jax.media.read import read_media
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
@@ -137,16 +138,42 @@ def test_shared_and_separate_videos_get_the_same_replies(tmp_path, capsys):
     assert set(results["questions a second"]) == {"shared", "not shared"}
 
 
-def test_the_timed_first_tokens_are_those_of_the_predictor(trained_run, shapes_folder):
-    """So that what is timed is what answers."""
+def test_what_is_timed_is_what_the_predictor_runs(trained_run, shapes_folder, monkeypatch):
+    """The same prompts and visual tokens, and the same first tokens."""
+    prompts_of_call = []
+
+    def record(programs, prompts, tables, *rest):
+        visual = np.concatenate(tables)[prompts["scenes"]]
+        prompts_of_call.append(
+            [
+                (tokens[:length].tolist(), table[index[index >= 0]])
+                for tokens, index, length, table in zip(
+                    prompts["tokens"],
+                    prompts["visual_index"],
+                    prompts["lengths"],
+                    visual,
+                    strict=True,
+                )
+            ]
+        )
+        return generate(programs, prompts, tables, *rest)
+
+    generate = Programs.generate
+    monkeypatch.setattr(Programs, "generate", record)
     samples = shapes_benchmark.video_questions(shapes_folder, 8)
     compression = CompressionConfig(num_frames=8, temporal_pool=2)
-    first = accuracy_latency.FirstTokens(trained_run, samples, compression)
+    tokens = accuracy_latency.FirstTokens(trained_run, samples, compression)()
     predictor = Predictor(trained_run)
     expected = predictor.predict(samples, compression=compression, sampling=Sampling(1))
-    texts = [prediction.text for _, prediction in sorted(expected)]
+    texts = [prediction.text for _, prediction in sorted(expected, key=lambda pair: pair[0])]
     tokenizer = predictor.run.tokenizer()
-    assert [tokenizer.decode([token]).strip() for token in first()] == texts
+    assert [tokenizer.decode([token]).strip() for token in tokens] == texts
+    ours, theirs = prompts_of_call
+    ours.sort(key=lambda prompt: len(prompt[0]))  # as the predictor does
+    for (our_tokens, our_visual), (their_tokens, their_visual) in zip(ours, theirs, strict=False):
+        assert our_tokens == their_tokens
+        assert len(our_visual) == 4 * predictor.config.model.side**2
+        np.testing.assert_allclose(our_visual, their_visual, rtol=1e-5, atol=1e-5)
 
 
 def test_accuracy_against_latency_of_trained_runs(
