@@ -37,7 +37,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from benchmarks.machine import machine
-from benchmarks.memory import program_bytes, torch_bytes
+from benchmarks.memory import program_bytes, reset_torch_bytes, torch_bytes
 from benchmarks.models import (
     COMPRESSIONS,
     PRESETS,
@@ -95,10 +95,11 @@ class OurPrograms:
         self._graphdef, _ = abstract_model(config)
         self._params = unflatten_dict(params, sep="/")
         self._no_stop = (config.decoder.vocab_size,)  # a token that is never generated
-        self.bytes = 0  # the most that a program needed
+        self._bytes: list[int] = []  # of each program
 
-    def calls(self, prompts: dict[str, Prompt]) -> dict[Key, Call]:
-        """The parts of a latency by compression."""
+    def calls(self, prompts: dict[str, Prompt]) -> tuple[dict[Key, Call], int]:
+        """The parts of a latency by compression, and the bytes of the largest program."""
+        self._bytes.clear()
         (first, *_) = prompts.values()
 
         def vision(model: Storm, frames: jax.Array) -> jax.Array:
@@ -139,7 +140,7 @@ class OurPrograms:
             run = self._compile(answer, prompt.batch, table, one)
             found["storm", "prefill", name] = functools.partial(run, prompt.batch, table, one)
             found["storm", "answer", name] = functools.partial(run, prompt.batch, table, more)
-        return found
+        return found, max(self._bytes)
 
     def _compile(self, function: Callable[..., Any], *inputs: Any) -> Callable[..., Any]:
         """The function of a model and inputs, for inputs like these."""
@@ -148,7 +149,7 @@ class OurPrograms:
             return function(nnx.merge(self._graphdef, params), *inputs)
 
         compiled = jax.jit(run).lower(self._params, *inputs).compile()
-        self.bytes = max(self.bytes, program_bytes(compiled))
+        self._bytes.append(program_bytes(compiled))
         return lambda *inputs: jax.block_until_ready(compiled(self._params, *inputs))
 
 
@@ -250,10 +251,10 @@ def cells(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Milliseconds of each part; ratios of the total to 1x, and of every part to transformers', eager or compiled,
-    whichever is faster."""
+    whichever is faster; memory of our largest program, and the most that torch held, for a number of frames."""
     lines = [
         "frames        tokens    vision  projector   prefill     total   of 1x     token"
-        "   torch: vision  prefill   token   spread"
+        "     GB   torch: vision  prefill   token      GB   spread"
     ]
     totals = {row["frames"]: row["storm"]["total"] for row in rows if row["compression"] == "1x"}
     for row in rows:
@@ -262,13 +263,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{1e3 * ours[part]:>10,.1f}" for part in ("vision", "projector", "prefill", "total")
         )
         of_1x = ours["total"] / totals[row["frames"]] if row["frames"] in totals else float("nan")
-        line = f"{row['frames']:>6} {row['compression']:>4} {row['tokens']:>8,}{parts}{of_1x:>8.2f}{1e3 * ours['token']:>10.2f}"
+        line = f"{row['frames']:>6} {row['compression']:>4} {row['tokens']:>8,}{parts}{of_1x:>8.2f}{1e3 * ours['token']:>10.2f}{row['bytes']['storm'] / 1e9:>7.2f}"
         if theirs:
             ratios = [
                 ours[part] / min(each[part] for each in theirs if part in each)
                 for part in ("vision", "prefill", "token")
             ]
             line += "        " + "".join(f"{ratio:>8.2f}" for ratio in ratios)
+            size = row["bytes"]["torch"]
+            line += f"{size / 1e9:>8.2f}" if size else f"{'-':>8}"
         lines.append(f"{line}{100 * ours['spread']:>7.0f} %")
     return "\n".join(lines)
 
@@ -331,22 +334,21 @@ def main(arguments: list[str] | None = None) -> None:
             for name in args.compress
             if frames >= COMPRESSIONS[name].temporal_pool * COMPRESSIONS[name].temporal_sample
         }
-        calls = ours.calls(prompts) | (theirs.calls(prompts) if theirs else {})
-        rows += cells(seconds_by_round(calls, args.rounds), prompts, frames)
+        reset_torch_bytes()
+        calls, size = ours.calls(prompts)
+        calls |= theirs.calls(prompts) if theirs else {}
+        found = cells(seconds_by_round(calls, args.rounds), prompts, frames)
+        memory = {"storm": size, "torch": torch_bytes() if theirs else None}
+        rows += [row | {"bytes": memory} for row in found]
         results = {
             "preset": args.preset,
             "machine": machine(),
             "rounds": args.rounds,
-            "bytes": ours.bytes,
-            "torch_bytes": theirs and torch_bytes(),
             "rows": rows,
         }
         write_atomically(args.out / "latency.json", json.dumps(results, indent=1) + "\n")
         plot(rows, args.out / "latency.png")
     print(table(rows))
-    memory = {"our largest program": results["bytes"], "torch at most": results["torch_bytes"]}
-    listed = (f"{name} {value / 1e9:.2f} GB" for name, value in memory.items() if value)
-    print(f"memory: {', '.join(listed)}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,12 @@ def program_bytes(compiled: Any) -> int:
     )
 
 
+def reset_torch_bytes() -> None:
+    """Starts to measure what `torch_bytes` returns."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def torch_bytes() -> int | None:
     """The most bytes that torch held on the GPU since its statistics were reset; None on a CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

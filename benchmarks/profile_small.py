@@ -37,7 +37,7 @@ def answer() -> Call:
     """The first token and the 32 after it."""
     model = PRESETS[PRESET]
     prompt = Prompt(model, FRAMES, COMPRESSIONS[COMPRESSION])
-    calls = OurPrograms(model, random_params(model)).calls({COMPRESSION: prompt})
+    calls, _ = OurPrograms(model, random_params(model)).calls({COMPRESSION: prompt})
     parts = (("vision", ""), ("projector", COMPRESSION), ("answer", COMPRESSION))
 
     def call() -> None:

@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from benchmarks.machine import machine
-from benchmarks.memory import program_bytes, torch_bytes
+from benchmarks.memory import program_bytes, reset_torch_bytes, torch_bytes
 from benchmarks.models import COMPRESSIONS, PRESETS, TEXT, parse_compressions, parse_numbers
 from benchmarks.timing import Call, seconds_by_round
 from benchmarks.torch_models import feature_tower, features, torch_decoder
@@ -179,8 +179,7 @@ def measure(
     config = run_config(model, row, remat)
     step, params, size = our_step(config, row)
     calls = {"storm": step}
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    reset_torch_bytes()
     if with_torch:
         calls["torch"] = torch_step(TorchModel(model, params, row, remat), row)
     times = seconds_by_round(calls, rounds)
