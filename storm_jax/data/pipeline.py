@@ -1,7 +1,7 @@
 """From planned steps to batches.
 
 Each step is one element of a Grain dataset, whose value is the step's batch. Grain prefetches steps; the rows
-of a step are read in parallel by threads, and frames are decoded straight into the batch.
+of a step are read in parallel by threads, and workers decode frames straight into the batch.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def batches(
     def load_batch(step: int) -> Batch:
         planned = plan[step]
         shape = mixture.shapes[planned.shape]
-        arrays = empty_rows(local, mixture.encoder.text.tokenizer.pad_token_id, shape)
+        pad_id = mixture.encoder.text.tokenizer.pad_token_id
+        arrays = empty_rows(local, pad_id, shape, reader.empty(local, shape.frames))
 
         def load_row(number: int) -> list[Outcome]:
             refs = planned.rows[rows[number]] if rows[number] < len(planned.rows) else []
@@ -106,8 +107,7 @@ def _load_row(
         free_frames = free_frames[outcome.frames :]
         samples.append(sample)
         outcomes.append(outcome)
-    if None in samples:
-        free_frames[:] = 0  # a sample that failed may have left frames here
+    free_frames[:] = 0  # of an earlier batch, or of a sample that failed
     fill_row(row, samples, shape)
     return outcomes
 
@@ -118,8 +118,7 @@ def read_sample(
     """Parses, reads and encodes one sample; returns None for a sample that must be skipped.
 
     Args:
-      out: uint8 [F, H, W, 3], the row's free frame slots. Frames decoded in a worker process are written
-        to its start.
+      out: uint8 [F, H, W, 3], the row's free frame slots. Frames are written to its start.
     """
     part = mixture.parts[ref.source]
     largest = mixture.shapes[-1].tokens

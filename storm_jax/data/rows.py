@@ -68,8 +68,14 @@ class RowSample:
     clips: Sequence[np.ndarray]
 
 
-def empty_rows(count: int, pad_id: int, shape: RowShape) -> dict[str, np.ndarray]:
-    """Returns a batch of `count` rows of padding."""
+def empty_rows(
+    count: int, pad_id: int, shape: RowShape, frames: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Returns a batch of `count` rows of padding.
+
+    Args:
+      frames: uint8 [B, F, H, W, 3] to be used as its `frames`, as it is.
+    """
     tokens = (count, shape.tokens)
     return {
         "tokens": np.full(tokens, pad_id, np.int32),
@@ -78,16 +84,20 @@ def empty_rows(count: int, pad_id: int, shape: RowShape) -> dict[str, np.ndarray
         "positions": np.zeros(tokens, np.int32),
         "segment_ids": np.zeros(tokens, np.int32),
         "visual_index": np.full(tokens, -1, np.int32),
-        **empty_frames(count, shape.frames, shape.image_size),
+        **empty_frames(count, shape.frames, shape.image_size, frames),
     }
 
 
-def empty_frames(count: int, frames: int, size: int) -> dict[str, np.ndarray]:
-    """Returns `frames`, `frame_clip` and `frame_group` of `count` rows, filled with padding."""
+def empty_frames(
+    count: int, slots: int, size: int, frames: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Returns `frames`, `frame_clip` and `frame_group` of `count` rows, as `empty_rows` does."""
+    if frames is None:
+        frames = np.zeros((count, slots, size, size, 3), np.uint8)
     return {
-        "frames": np.zeros((count, frames, size, size, 3), np.uint8),
-        "frame_clip": np.zeros((count, frames), np.int32),
-        "frame_group": np.full((count, frames), -1, np.int32),
+        "frames": frames,
+        "frame_clip": np.zeros((count, slots), np.int32),
+        "frame_group": np.full((count, slots), -1, np.int32),
     }
 
 

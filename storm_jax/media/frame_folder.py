@@ -12,10 +12,19 @@ from storm_jax.media.image import IMAGE_SUFFIXES, read_image
 from storm_jax.media.media import Media, MediaError
 
 
-def read_folder(medium: Media, num_frames: int, image_size: int, max_damage: float = 0.0) -> Clip:
+def read_folder(
+    medium: Media,
+    num_frames: int,
+    image_size: int,
+    max_damage: float = 0.0,
+    out: np.ndarray | None = None,
+) -> Clip:
     """Samples frames from a folder of images, ordered by the numbers in their names.
 
     Frames are `1 / medium.fps` seconds apart, by default one second.
+
+    Args:
+      out: uint8 [F, H, W, 3] to write the frames to.
 
     Raises:
       MediaError: the folder contains no image, or too many of the sampled ones are unreadable.
@@ -23,15 +32,16 @@ def read_folder(medium: Media, num_frames: int, image_size: int, max_damage: flo
     files = frame_files(medium)
     seconds = np.arange(len(files)) / (medium.fps or 1.0)
     picks = nearest_frames(seconds, sample_times(medium, float(seconds[-1]), num_frames))
-    frames = np.empty((num_frames, image_size, image_size, 3), np.uint8)
+    if out is None:
+        out = np.empty((num_frames, image_size, image_size, 3), np.uint8)
     readable, problem = np.ones(num_frames, bool), ""
     for pick in np.unique(picks):
         try:
-            frames[picks == pick] = read_image(Media.file("image", files[pick]), image_size)
+            out[picks == pick] = read_image(Media.file("image", files[pick]), image_size)
         except MediaError as error:
             readable[picks == pick] = False
             problem = problem or str(error)
-    return fill_damage(medium, frames, picks, seconds, readable, max_damage, "unreadable", problem)
+    return fill_damage(medium, out, picks, seconds, readable, max_damage, "unreadable", problem)
 
 
 def folder_duration(medium: Media) -> float:

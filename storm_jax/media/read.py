@@ -12,17 +12,36 @@ from storm_jax.media.image import read_image
 from storm_jax.media.media import Media
 
 
-def read_media(medium: Media, num_frames: int, image_size: int, max_damage: float) -> Clip:
+def read_media(
+    medium: Media,
+    num_frames: int,
+    image_size: int,
+    max_damage: float,
+    out: np.ndarray | None = None,
+) -> Clip:
     """Reads `num_frames` frames of a video file or a folder of frames, or the one frame of an image.
+
+    Args:
+      out: uint8 [F, H, W, 3] to write the frames to.
 
     Raises:
       MediaError: the medium cannot be read.
     """
     if medium.kind == "image":
-        return Clip(read_image(medium, image_size)[None], np.zeros(1))
-    if medium.is_folder():
-        return frame_folder.read_folder(medium, num_frames, image_size, max_damage)
-    return video.read_video(medium, num_frames, image_size, max_damage)
+        image = read_image(medium, image_size)
+        if out is None:
+            return Clip(image[None], np.zeros(1))
+        out[0] = image
+        return Clip(out, np.zeros(1))
+    read = frame_folder.read_folder if medium.is_folder() else video.read_video
+    return read(medium, num_frames, image_size, max_damage, out)
+
+
+def fill_from(medium: Media, max_damage: float, out: np.ndarray) -> tuple[np.ndarray, int]:
+    """Reads a medium into `out` [F, H, W, 3]; returns `times` and `damaged` of its clip."""
+    num_frames, image_size = out.shape[:2]
+    clip = read_media(medium, num_frames, image_size, max_damage, out)
+    return clip.times, clip.damaged
 
 
 def count_frames(medium: Media, num_frames: int, config: FramesConfig) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from storm_jax.config import FramesConfig
 from storm_jax.media.frames import Clip
 from storm_jax.media.media import Media, MediaError
-from storm_jax.media.read import read_media
+from storm_jax.media.read import fill_from
 from storm_jax.media.workers import WorkerCrashError, WorkerPool, WorkerTimeoutError
 
 # Media that failed for these causes are not retried, not even after a run is resumed.
@@ -52,6 +52,10 @@ class MediaReader:
             num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0
         )
 
+    def empty(self, *shape: int) -> np.ndarray:
+        """Returns a uint8 array [*shape, H, W, 3] for frames, whose contents are arbitrary."""
+        return self._pool.memory.empty((*shape, self._size, self._size, 3))
+
     def read_all(
         self, media: Sequence[Media], counts: Sequence[int], out: np.ndarray | None = None
     ) -> list[Clip]:
@@ -69,7 +73,7 @@ class MediaReader:
         """Reads a medium as `read_media` does, in a worker process.
 
         Args:
-          out: uint8 [F, H, W, 3] buffer. Frames that come from a worker process are written to it.
+          out: uint8 [F, H, W, 3] to write the frames to: a part of an array from `empty`.
 
         Raises:
           MediaError: as `read_media`, or with cause "timeout" or "crashed".
@@ -80,9 +84,10 @@ class MediaReader:
             problem = "it failed before and is not retried (skipped.jsonl)"
             raise MediaError(medium, self._before[medium.name], problem)
         limit, max_damage = self._config.time_limit, self._config.max_damage
+        frames = self.empty(num_frames) if out is None else out
         try:
-            return self._pool.call(
-                read_media, medium, num_frames, self._size, max_damage, limit=limit, out=out
+            return Clip(
+                frames, *self._pool.call(fill_from, medium, max_damage, limit=limit, out=frames)
             )
         except WorkerTimeoutError:
             failure = "timeout", f"not decoded within data.frames.time_limit={limit:g} s"

@@ -65,13 +65,22 @@ class _Timeline:
         return {stamp: number for number, stamp in enumerate(self.stamps.tolist())}
 
 
-def read_video(medium: Media, num_frames: int, image_size: int, max_damage: float = 0.0) -> Clip:
+def read_video(
+    medium: Media,
+    num_frames: int,
+    image_size: int,
+    max_damage: float = 0.0,
+    out: np.ndarray | None = None,
+) -> Clip:
     """Reads exactly `num_frames` frames, evenly spaced in time between `medium.start` and `medium.end`.
 
     The frame nearest to each time is used, so short videos repeat frames. Frames are rotated upright and
     resized (bicubic) to `image_size` x `image_size` regardless of aspect ratio, as in SigLIP's
     preprocessing. Up to a fraction `max_damage` of unreadable frames is replaced by the nearest readable
     one.
+
+    Args:
+      out: uint8 [F, H, W, 3] to write the frames to.
 
     Raises:
       MediaError: the file is missing, broken, empty or truncated, or ends before `medium.start`.
@@ -86,7 +95,9 @@ def read_video(medium: Media, num_frames: int, image_size: int, max_damage: floa
         lost = times > seconds[-1] + timeline.step + 0.1
         for begin, end in timeline.gaps - timeline.first:
             lost |= (times >= begin) & (times < end)
-        found = _FrameBuffer(picks, image_size)
+        if out is None:
+            out = np.empty((num_frames, image_size, image_size, 3), np.uint8)
+        found = _FrameBuffer(picks, out)
         errors = _decode(video, timeline, found)
     cause = "unreadable" if errors else "truncated"
     readable = np.isin(picks, list(found.numbers)) & ~lost
@@ -279,9 +290,8 @@ def _declared_end(stream: av.VideoStream) -> float | None:
 class _FrameBuffer:
     """Buffer for the sampled frames; a frame number may occur several times in `picks`."""
 
-    def __init__(self, picks: np.ndarray, size: int):
-        self.picks, self.size = picks, size
-        self.frames = np.empty((len(picks), size, size, 3), np.uint8)
+    def __init__(self, picks: np.ndarray, frames: np.ndarray):
+        self.picks, self.frames = picks, frames
         self.numbers: set[int] = set()
         self._reformat = (
             av.video.reformatter.VideoReformatter().reformat
@@ -293,7 +303,8 @@ class _FrameBuffer:
             # The scaler would resize each field by itself and keep the combs. Without the flag it blends
             # the fields, as ffmpeg does.
             image = av.VideoFrame.from_ndarray(frame.reformat(format="rgb24").to_ndarray(), "rgb24")
-        image = self._reformat(image, self.size, self.size, "rgb24", interpolation="BICUBIC")
+        _, height, width, _ = self.frames.shape
+        image = self._reformat(image, width, height, "rgb24", interpolation="BICUBIC")
         first, last = np.searchsorted(self.picks, [number, number + 1])
         self.frames[first:last] = _upright(image.to_ndarray(), frame)
         self.numbers.add(number)

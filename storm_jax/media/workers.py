@@ -1,14 +1,13 @@
 """A pool of worker processes with a time limit per call, so that a hang or a crash costs one call.
 
 Workers are separate programs: forking is unsafe because JAX starts threads, and multiprocessing's spawned
-children would import the main script, and JAX with it. Calls and small results go through a socket,
-arrays through shared memory.
+children would import the main script, and JAX with it. Calls and results go through a socket, except for
+frames, which workers write to memory that is shared with them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import multiprocessing
 import os
 import pickle
@@ -16,7 +15,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,10 +23,15 @@ from typing import Any
 
 import numpy as np
 
+from storm_jax.media.shared_memory import MappedMemory, SharedMemory
+
 START_LIMIT = 120.0  # seconds
 # A worker is replaced after this many calls: decoders leak 1 to 2 kB per file.
 CALLS = 4000
 _PATIENCE = 10.0  # seconds
+# For glibc: keep freed memory for the next file. By default it returns buffers as large as a frame to the
+# kernel, which has to clear their pages again.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 
 
 class WorkerTimeoutError(TimeoutError):
@@ -43,12 +46,16 @@ class WorkerPool:
     """A pool of `count` processes. With 0, calls run in the calling thread without a time limit.
 
     `call` is thread-safe; each caller waits for a free process.
+
+    Attributes:
+      memory: allocates the arrays that processes can write to.
     """
 
     def __init__(self, count: int):
         self.count = count
+        self.memory = SharedMemory()
         self._closed = False
-        self._workers = [_Worker() for _ in range(count)]
+        self._workers = [_Worker(self.memory) for _ in range(count)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -60,22 +67,22 @@ class WorkerPool:
         limit: float | None = None,
         out: np.ndarray | None = None,
     ) -> Any:
-        """Returns `function(*args)`, evaluated in a worker process.
+        """Returns `function(*args)`, or `function(*args, out=out)`, evaluated in a worker process.
 
         The function must be importable by name, and its arguments and result picklable. Its exceptions
         are raised here.
 
         Args:
           limit: time limit in seconds; None disables it.
-          out: contiguous buffer for the first array of the result. If the sizes match and the result
-            comes from a worker process, the array is written to `out` and shares its memory.
+          out: array of `memory`, or a contiguous view of one, that the function gets as the keyword `out`
+            and may write to. If the call raises, its contents are arbitrary.
 
         Raises:
           WorkerTimeoutError: the call took longer than `limit`.
           WorkerCrashError: two processes died of the call. One may have been killed from outside.
         """
         if not self.count:
-            return function(*args)
+            return function(*args) if out is None else function(*args, out=out)
         try:
             return self._call(function, args, limit, out)
         except WorkerCrashError:
@@ -122,10 +129,10 @@ class WorkerPool:
 class _Worker:
     """One process, started by the first call and restarted after a call that killed it."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
-        self._shared: _SharedMemory | None = None
         self._calls = 0
         self._is_closed = False
 
@@ -134,12 +141,13 @@ class _Worker:
     ) -> Any:
         if self._process is None:
             self._start()
-        assert self._connection is not None and self._shared is not None
+        assert self._connection is not None
+        span = None if out is None else self._memory.span(out)
         try:
-            self._connection.send_bytes(pickle.dumps((function, args)))
+            self._connection.send_bytes(pickle.dumps((function, args, span)))
             if not self._connection.poll(limit):
                 raise WorkerTimeoutError
-            raised, payload, sizes = pickle.loads(self._connection.recv_bytes())
+            raised, result = pickle.loads(self._connection.recv_bytes())
         except WorkerTimeoutError:
             self.stop()
             raise
@@ -149,7 +157,6 @@ class _Worker:
         except BaseException:  # Ctrl-C: the pending answer must not go to the next call
             self.stop()
             raise
-        result = pickle.loads(payload, buffers=self._shared.read(sizes, out))
         self._calls += 1
         if self._calls >= CALLS:
             self.stop()
@@ -170,13 +177,16 @@ class _Worker:
 
     def _try_to_start(self) -> bool:
         ours, theirs = multiprocessing.Pipe()
-        self._shared = _SharedMemory(_anonymous_file())
-        descriptors = (theirs.fileno(), self._shared.descriptor)
+        descriptors = (theirs.fileno(), self._memory.descriptor)
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *map(str, descriptors)],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **os.environ,
+                **_KEEP_MEMORY,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
         )
         theirs.close()
         self._connection, self._calls = ours, 0
@@ -199,7 +209,7 @@ class _Worker:
         """
         code = None
         if self._process is not None:
-            assert self._connection is not None and self._shared is not None
+            assert self._connection is not None
             with contextlib.suppress(
                 subprocess.TimeoutExpired
             ):  # keeps the status of one that already died
@@ -207,69 +217,11 @@ class _Worker:
             self._process.kill()
             self._process.wait()
             self._connection.close()
-            self._shared.close()
         self._process = None
         return code
 
     def __del__(self) -> None:
         self.kill()
-
-
-class _SharedMemory:
-    """An anonymous file that both processes map; it grows to the size of the largest result."""
-
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-        self._map: mmap.mmap | None = None
-
-    def write(self, buffers: list[pickle.PickleBuffer]) -> list[int]:
-        """Writes buffers one after another and returns their sizes."""
-        raw = [buffer.raw() for buffer in buffers]
-        total = sum(view.nbytes for view in raw)
-        if total:
-            if os.fstat(self.descriptor).st_size < total:
-                os.ftruncate(self.descriptor, total)
-            mapped, offset = self._mapped(total), 0
-            for view in raw:
-                mapped[offset : offset + view.nbytes] = view
-                offset += view.nbytes
-        return [view.nbytes for view in raw]
-
-    def read(self, sizes: list[int], out: np.ndarray | None) -> list[np.ndarray]:
-        """Returns copies of buffers of these sizes; the first is copied to `out` if the size matches."""
-        if not sum(sizes):
-            return [np.empty(0, np.uint8) for _ in sizes]
-        data = np.frombuffer(self._mapped(sum(sizes)), np.uint8)
-        ends = np.cumsum(sizes)
-        copies = []
-        for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-            if number == 0 and out is not None and out.nbytes == size:
-                copy = out.reshape(-1).view(np.uint8)
-            else:
-                copy = np.empty(size, np.uint8)
-            copy[:] = data[end - size : end]
-            copies.append(copy)
-        return copies
-
-    def _mapped(self, size: int) -> mmap.mmap:
-        if self._map is None or len(self._map) < size:
-            if self._map is not None:
-                self._map.close()
-            self._map = mmap.mmap(self.descriptor, os.fstat(self.descriptor).st_size)
-        return self._map
-
-    def close(self) -> None:
-        if self._map is not None:
-            self._map.close()
-        os.close(self.descriptor)
-
-
-def _anonymous_file() -> int:
-    # Unlike /dev/shm, which is small in containers, this has no size limit.
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("storm-frames")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def _status(code: int | None) -> str:
@@ -278,21 +230,20 @@ def _status(code: int | None) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
 
 
-def _serve(connection: Connection, shared: _SharedMemory) -> None:
+def _serve(connection: Connection, memory: MappedMemory) -> None:
     """Answers calls until the parent closes the connection."""
     connection.send_bytes(b"ready")
     while True:
         try:
-            function, args = pickle.loads(connection.recv_bytes())
+            function, args, span = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            raised, result = False, function(*args)
+            out = {} if span is None else {"out": memory.array(span)}
+            raised, result = False, function(*args, **out)
         except Exception as error:
             raised, result = True, error
-        buffers: list[pickle.PickleBuffer] = []
-        payload = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
-        connection.send_bytes(pickle.dumps((raised, payload, shared.write(buffers))))
+        connection.send_bytes(pickle.dumps((raised, result)))
 
 
 def _end_with(parent: int) -> None:
@@ -307,7 +258,7 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection, descriptor = (int(text) for text in sys.argv[1:])
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        _serve(Connection(connection), _SharedMemory(descriptor))
+        _serve(Connection(connection), MappedMemory(descriptor))
 
 
 if __name__ == "__main__":

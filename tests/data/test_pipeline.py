@@ -22,6 +22,7 @@ from storm_jax.data.mixture import Mixture
 from storm_jax.data.pipeline import Batch, batches
 from storm_jax.data.plan import EvalPlan, StepPlan, TrainPlan
 from storm_jax.data.rows import RowShape
+from storm_jax.media.media import MediaError
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 
@@ -155,6 +156,51 @@ def test_timestamps_are_in_the_text(make_mixture, tmp_path: pathlib.Path):
     assert [f"{t} s: " in text for t in ("0.0", "0.8", "1.7", "2.5")] == [True] * 4
     assert (batch.arrays["visual_index"] >= 0).sum() == 4
     assert batch.outcomes[0].tokens <= mixture.lengths(mixture.draw(0))[0, 0]
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_held_are_never_overwritten(
+    mixture: Mixture, expected: list[Batch], workers: int
+):
+    """A training holds two batches, JAX arrays that share their memory, and a batch that it saves."""
+    held, places = {}, Counter()
+    with WorkerPool(workers) as pool:
+        reader = MediaReader(pool, 32, mixture.encoder.frames)
+        stream = batches(mixture, TrainPlan(mixture, BATCH), range(40), range(BATCH), reader)
+        for step, batch in enumerate(stream):
+            frames = batch.arrays["frames"]
+            places[frames.__array_interface__["data"][0]] += 1
+            assert not frames[batch.arrays["frame_clip"] == 0].any()
+            if step < STEPS:
+                np.testing.assert_array_equal(frames, expected[step].arrays["frames"])
+            if step % 10 == 0:
+                held[step] = frames[1], frames[1].copy()
+    for view, copy in held.values():
+        np.testing.assert_array_equal(view, copy)
+    assert max(places.values()) > 1 and len(places) < 20  # the memory of the others is reused
+
+
+def test_frames_of_earlier_batches_and_failed_samples_do_not_stay(
+    mixture: Mixture, expected: list[Batch]
+):
+    """A process may die after it wrote some frames, to memory that was used before."""
+
+    class Fails(MediaReader):
+        def read(self, medium, num_frames, out=None):
+            super().read(medium, num_frames, out)
+            out[:] = 255
+            raise MediaError(medium, "crashed", "signal SIGKILL")
+
+    with WorkerPool(0) as pool:
+        shape = expected[0].arrays["frames"].shape
+        pool.memory.empty(shape)[:] = 255
+        reader = Fails(pool, 32, mixture.encoder.frames)
+        (batch,) = batches(mixture, TrainPlan(mixture, BATCH), range(1), range(BATCH), reader)
+    assert {skip.cause for skip in batch.skips} == {"crashed"}
+    assert not batch.arrays["frames"].any() and not batch.arrays["frame_clip"].any()
 
 
 # Broken media.

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -23,6 +24,18 @@ from storm_jax.media.workers import WorkerCrashError, WorkerPool, WorkerTimeoutE
 
 def array(size: int, value: int) -> dict:
     return {"a": np.full((size, 3), value, np.uint8), "b": [np.arange(size)], "pid": os.getpid()}
+
+
+def fill(value: int, out: np.ndarray) -> int:
+    out[:] = value
+    return os.getpid()
+
+
+def write_forever(how: str, out: np.ndarray) -> None:
+    if how == "killed":
+        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    while True:
+        out += 1
 
 
 def hang() -> None:
@@ -64,20 +77,33 @@ def pool():
 @pytest.mark.parametrize("size", [0, 1, 5, 200_000, 7])
 def test_arrays_are_returned_unchanged_and_stay_valid(pool: WorkerPool, size: int):
     got = pool.call(array, size, 7)
-    pool.call(array, size, 9)  # reuses the shared memory
+    pool.call(array, size, 9)
     np.testing.assert_array_equal(got["a"], np.full((size, 3), 7))
     np.testing.assert_array_equal(got["b"][0], np.arange(size))
-    got["a"][:] = 1  # the array is a writable copy
+    got["a"][:] = 1
 
 
-def test_the_first_array_is_written_to_out_if_its_size_matches(pool: WorkerPool):
-    out = np.zeros((4, 10, 3), np.uint8)
-    got = pool.call(array, 10, 7, out=out[1])
-    assert np.shares_memory(got["a"], out) and (out[1] == 7).all()
-    assert not out[[0, 2, 3]].any()
-    np.testing.assert_array_equal(got["b"][0], np.arange(10))
-    other = pool.call(array, 9, 5, out=out[2])  # of another size
-    assert (other["a"] == 5).all() and not out[2].any()
+def test_out_is_written_by_the_process_and_nothing_else_is(pool: WorkerPool):
+    arrays = pool.memory.empty((4, 10, 3))
+    arrays[:] = 0
+    assert pool.call(fill, 7, out=arrays[1]) != os.getpid()
+    assert (arrays[1] == 7).all() and not arrays[[0, 2, 3]].any()
+    with WorkerPool(0) as here:
+        assert here.call(fill, 5, out=arrays[2]) == os.getpid()
+    assert (arrays[2] == 5).all() and not arrays[[0, 3]].any()
+
+
+@pytest.mark.parametrize("how", ["hang", "killed"])
+def test_a_process_that_failed_while_it_wrote_writes_no_more(pool: WorkerPool, how: str):
+    """Its slots are given to the next sample of the row."""
+    out = pool.memory.empty((2**22,))
+    with pytest.raises((WorkerTimeoutError, WorkerCrashError)):
+        pool.call(write_forever, how, limit=0.3, out=out)
+    assert out.any()
+    out[:] = 0
+    pool.call(fill, 3, out=out[:10])
+    time.sleep(0.05)
+    assert (out[:10] == 3).all() and not out[10:].any()
 
 
 def test_calls_from_many_threads_do_not_mix():
