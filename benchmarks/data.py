@@ -49,6 +49,7 @@ from storm_jax.text.tokenizer import load_tokenizer
 
 FRAMES, SIZE = 32, 448  # the paper's
 BATCH = 4
+WARM_UP = 8  # batches: those prefetched while the workers start, and the first use of memory
 KINDS = ("json", "tar", "parquet")
 QUESTION = "What happens in this video, and in which order do the things in it come and go?"
 
@@ -222,7 +223,7 @@ def run_ours(files: Files, source: SourceConfig, workers: int, samples: int) -> 
         mixture = open_files(files, source, pool, SIZE, FRAMES)
         reader = MediaReader(pool, SIZE, FramesConfig())
         stream = batches(mixture, TrainPlan(mixture, BATCH), range(1_000_000), range(BATCH), reader)
-        for _ in range(3):  # prefetched while the workers started
+        for _ in range(WARM_UP):
             next(stream)
         began, done = time.perf_counter(), 0
         while done < samples:
@@ -304,7 +305,7 @@ def run_torch(paths: Sequence[pathlib.Path], workers: int, samples: int) -> tupl
         multiprocessing_context="spawn" if workers else None,
     )
     stream = iter(loader)
-    for _ in range(3):
+    for _ in range(WARM_UP):
         next(stream)
     began, done = time.perf_counter(), 0
     while done < samples:
