@@ -58,13 +58,13 @@ def compare(run: Run, text: str) -> dict[str, Any]:
         raise SystemExit(f"the text has {len(tokens)} tokens: at least {WINDOW} are needed")
     read, size = reader(run, "")
     read_int8, int8_size = reader(run, "int8")
-    divergence, is_same, losses = [], [], []
-    for window in windows:
+    divergences, is_same, losses = [], [], []
+    for window in map(jnp.asarray, windows):
         p, q = read(window), read_int8(window)
-        divergence.append(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+        divergences.append(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
         is_same.append(p.argmax(-1) == q.argmax(-1))
         losses.append([-each[np.arange(WINDOW - 1), window[1:]].mean() for each in (p, q)])
-    divergence = np.concatenate(divergence)
+    divergence = np.concatenate(divergences)
     loss, int8_loss = np.mean(losses, axis=0)
     return {
         "tokens": windows.size,
