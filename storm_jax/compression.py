@@ -107,6 +107,11 @@ def plan_clip(num_frames: int, grid: Grid, compression: CompressionConfig) -> Cl
     group = np.arange(num_frames, dtype=np.int32) // compression.temporal_pool
     emitted = group % compression.temporal_sample == 0
     frame_group = np.where(emitted, group // compression.temporal_sample, -1).astype(np.int32)
+    return plan_groups(frame_group, grid, compression)
+
+
+def plan_groups(frame_group: np.ndarray, grid: Grid, compression: CompressionConfig) -> ClipPlan:
+    """The plan of a video whose frames have these groups, int32 [T], ascending from 0; -1 drops a frame."""
     return ClipPlan(
         frame_group=frame_group,
         num_groups=int(frame_group.max()) + 1,
@@ -127,17 +132,27 @@ def visual_index(
     """
     pooled = num_group_slots * pooled_side(grid.video, spatial_pool) ** 2
     images = num_group_slots * grid.image**2 if _has_images_apart(grid, spatial_pool) else 0
-    start = first_group * plan.side**2 + (0 if plan.pooled else pooled)
-    shape = plan.num_groups, plan.side, plan.side
-    table = np.arange(start, start + np.prod(shape), dtype=np.int32).reshape(shape)
-    newline = np.int32(pooled + images)
+    first = first_group * plan.side**2 + (0 if plan.pooled else pooled)
+    starts = first + np.arange(plan.num_groups) * plan.side**2
+    return index_of_groups(plan, starts, pooled + images)
+
+
+def index_of_groups(plan: ClipPlan, starts: np.ndarray, newline: int) -> np.ndarray:
+    """Returns the indices of a clip's tokens in a visual table, int32 [plan.num_tokens].
+
+    Args:
+      starts: int [G], the index of the first token of each group.
+      newline: the index of the newline.
+    """
+    tokens = np.arange(plan.side**2).reshape(plan.side, plan.side)
+    table = (starts[:, None, None] + tokens[None]).astype(np.int32)  # [G, side, side]
     if plan.newline == "row":
         table = np.pad(table, ((0, 0), (0, 0), (0, 1)), constant_values=newline)
     groups = table.reshape(plan.num_groups, -1)
     if plan.newline == "group":
         groups = np.pad(groups, ((0, 0), (0, 1)), constant_values=newline)
     index = groups.reshape(-1)
-    return np.append(index, newline) if plan.newline == "clip" else index
+    return np.append(index, np.int32(newline)) if plan.newline == "clip" else index
 
 
 def _has_images_apart(grid: Grid, spatial_pool: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storm_jax.compression import Grid, plan_clip
+from storm_jax.compression import ClipPlan, Grid, plan_clip
 from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import count_frames
@@ -61,23 +61,35 @@ class SampleEncoder:
         ]
         return self._encode(sample, pieces)
 
-    def encode(self, sample: Sample, times: Sequence[np.ndarray]) -> Encoded:
-        """Encodes a sample whose n-th medium has frames at `times[n]` seconds."""
-        return self._encode(sample, self._pieces(sample, times))
+    def encode(
+        self,
+        sample: Sample,
+        times: Sequence[np.ndarray],
+        plans: Sequence[ClipPlan] | None = None,
+    ) -> Encoded:
+        """Encodes a sample whose n-th medium has frames at `times[n]` seconds, and is compressed as in `plans[n]`."""
+        return self._encode(sample, self._pieces(sample, times, plans))
 
     def _encode(self, sample: Sample, pieces: Sequence[Pieces]) -> Encoded:
         is_trimmed = self.layout.trim and bool(sample.media)
         return self.text.encode(_trimmed(sample) if is_trimmed else sample, pieces)
 
-    def _pieces(self, sample: Sample, times: Sequence[np.ndarray]) -> list[Pieces]:
+    def _pieces(
+        self,
+        sample: Sample,
+        times: Sequence[np.ndarray],
+        plans: Sequence[ClipPlan] | None = None,
+    ) -> list[Pieces]:
         captions = sample.captions if len(sample.media) == 1 else ()
-        return [self._medium(m, t, captions) for m, t in zip(sample.media, times, strict=True)]
+        if plans is None:
+            plans = [plan_clip(len(each), self.grid, self.compression) for each in times]
+        media = zip(sample.media, times, plans, strict=True)
+        return [self._medium(*medium, captions) for medium in media]
 
     def _medium(
-        self, medium: Media, times: np.ndarray, captions: Sequence[Caption]
+        self, medium: Media, times: np.ndarray, plan: ClipPlan, captions: Sequence[Caption]
     ) -> list[Text | int]:
         """Returns the slots of the pooled groups, with the layout's text, timestamps and captions."""
-        plan = plan_clip(len(times), self.grid, self.compression)
         groups = [
             float(times[int(np.argmax(plan.frame_group == group))])
             for group in range(plan.num_groups)

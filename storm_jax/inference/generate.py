@@ -8,7 +8,7 @@ query.
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,64 @@ class Sampling:
         return sampling
 
 
+class Generation(NamedTuple):
+    """Answers that are being written.
+
+    Attributes:
+      step: number of tokens so far.
+      tokens: int32 [B, N], padded with the first stop token.
+      is_done: bool [B].
+      lengths: int [B], of the prompts.
+    """
+
+    step: jax.Array
+    tokens: jax.Array
+    is_done: jax.Array
+    lengths: jax.Array
+    cache: Cache
+
+
+def begin(
+    model: Storm,
+    batch: dict[str, jax.Array],
+    visual: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    *,
+    slots: int,
+    stop_ids: tuple[int, ...],
+) -> Generation:
+    """Reads the prompts and chooses the first token of each answer; arguments as in `generate`."""
+    lengths = batch["lengths"]
+    logits, cache = prefill(model, batch, visual, batch["tokens"].shape[1] + slots)
+    tokens = jnp.full((len(lengths), slots), stop_ids[0], jnp.int32)
+    start = Generation(jnp.int32(0), tokens, lengths == 0, lengths, cache)
+    return _add(start, logits, key, sampling, stop_ids)
+
+
+def extend(
+    model: Storm,
+    generation: Generation,
+    key: jax.Array,
+    sampling: Sampling,
+    limit: int | jax.Array,
+    *,
+    stop_ids: tuple[int, ...],
+) -> Generation:
+    """Adds tokens until each answer ends or has `limit` tokens; other arguments as in `begin`."""
+
+    def unfinished(state: Generation) -> jax.Array:
+        return (state.step < limit) & ~state.is_done.all()
+
+    def decode(state: Generation) -> Generation:
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
+        positions = state.lengths + state.step - 1
+        logits, cache = decode_step(model, last, positions, state.cache)
+        return _add(state._replace(cache=cache), logits, key, sampling, stop_ids)
+
+    return jax.lax.while_loop(unfinished, decode, generation)
+
+
 def generate(
     model: Storm,
     batch: dict[str, jax.Array],
@@ -77,30 +135,26 @@ def generate(
     Returns:
       int32 [B, slots].
     """
-    lengths = batch["lengths"]
-    total = batch["tokens"].shape[1] + slots
-    logits, cache = prefill(model, batch, visual, total)
+    first = begin(model, batch, visual, key, sampling, slots=slots, stop_ids=stop_ids)
+    return extend(model, first, key, sampling, sampling.max_new_tokens, stop_ids=stop_ids).tokens
+
+
+def _add(
+    state: Generation,
+    logits: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+) -> Generation:
+    """Adds the next token of each answer, from fp32 logits [B, V]."""
     stops = jnp.array(stop_ids, jnp.int32)
-
-    def add(step: int | jax.Array, logits: jax.Array, tokens: jax.Array, done: jax.Array) -> tuple:
-        chosen = choose(logits, jax.random.fold_in(key, step), sampling)
-        chosen = jnp.where(done, stops[0], chosen).astype(jnp.int32)
-        done |= (chosen[:, None] == stops[None]).any(axis=1)
-        return step + 1, tokens.at[:, step].set(chosen), done
-
-    def unfinished(carry: tuple) -> jax.Array:
-        step, _, done, _ = carry
-        return (step < sampling.max_new_tokens) & ~done.all()
-
-    def extend(carry: tuple) -> tuple:
-        step, tokens, done, cache = carry
-        last = jax.lax.dynamic_index_in_dim(tokens, step - 1, axis=1, keepdims=False)
-        logits, cache = decode_step(model, last, lengths + step - 1, cache)
-        return *add(step, logits, tokens, done), cache
-
-    tokens = jnp.full((len(lengths), slots), stops[0])
-    start = (*add(0, logits, tokens, lengths == 0), cache)
-    return jax.lax.while_loop(unfinished, extend, start)[1]
+    chosen = choose(logits, jax.random.fold_in(key, state.step), sampling)
+    chosen = jnp.where(state.is_done, stops[0], chosen).astype(jnp.int32)
+    return state._replace(
+        step=state.step + 1,
+        tokens=state.tokens.at[:, state.step].set(chosen),
+        is_done=state.is_done | (chosen[:, None] == stops[None]).any(axis=1),
+    )
 
 
 def score_first(

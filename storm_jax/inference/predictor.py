@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from storm_jax.compression import Grid
+from storm_jax.compression import Grid, plan_groups
 from storm_jax.config import CompressionConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.inference.encoding import EncodedBatch, SceneEncoder
@@ -31,6 +31,8 @@ from storm_jax.media.media import Media, MediaError
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run
+from storm_jax.streaming.stream import Stream
+from storm_jax.streaming.video import RecurrentVideo, Shown, Video, WindowVideo
 from storm_jax.text.conversation import ConversationEncoder, Encoded
 from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 from storm_jax.text.tokenizer import stop_ids
@@ -199,13 +201,7 @@ class Predictor:
             of the devices. Defaults to 32, or fewer if that exceeds 131,072 visual tokens per device.
           preview_frames: how many frames of each medium are returned in `EncodedScene.previews`.
         """
-        encoder = SampleEncoder(
-            text=self._text,
-            grid=Grid.of(self.config.model),
-            compression=compression or self.compression,
-            frames=self.config.data.frames,
-            layout=self.config.model.layout,
-        )
+        encoder = self._encoder(compression)
         size = self.config.model.vision.image_size
         scenes = [plan_scene(each, encoder) for each in media]
         largest = max((scene.visual_tokens for scene in scenes), default=0)
@@ -282,6 +278,99 @@ class Predictor:
                     ),
                 )
 
+    def stream(
+        self,
+        *,
+        compression: CompressionConfig | None = None,
+        fps: float = 1.0,
+        budget_tokens: int = 8192,
+        policy: str = "window",
+        recent: int = 16,
+    ) -> Stream:
+        """A video that is asked about while it arrives (see `storm_jax.streaming.stream`).
+
+        With `mamba.direction="forward"`, each frame is encoded once, and memory does not grow with the video. Other
+        models encode the newest frames that fit into the budget again before a question.
+
+        Args:
+          compression: pooling and sampling; its `num_frames` is not used.
+          fps: frames per second to use; 0 uses all that are pushed.
+          budget_tokens: visual tokens of a prompt at most.
+          policy: what makes room when they are used up: "window" keeps the newest groups, "stride" drops every
+            second old one, "merge" averages neighbours of the old ones.
+          recent: how many of the newest groups stride and merge leave alone.
+
+        Raises:
+          ValueError: a policy that the model does not support, or a budget that is too small or too large.
+        """
+        encoder, model = self._encoder(compression), self.config.model
+        grid, factors = encoder.grid, encoder.compression
+        self._check_visual_tokens(budget_tokens)
+        capacity = budget_tokens // plan_groups(np.zeros(1, np.int32), grid, factors).num_tokens
+        is_recurrent = model.mixer in ("mamba1", "mamba2") and model.mamba.direction == "forward"
+        if not is_recurrent and policy != "window":
+            raise ValueError(
+                f"policy={policy!r} needs a model with mamba.direction='forward'; this one encodes a window of frames "
+                f"again: use policy='window'"
+            )
+
+        def make_video() -> Video:
+            if is_recurrent:
+                return RecurrentVideo(self._programs, grid, factors, capacity, policy, recent)
+            return WindowVideo(self._programs, grid, factors, capacity, model.vision.image_size)
+
+        def answer(shown: Shown, question: str, sampling: Sampling, seed: int) -> Iterator[str]:
+            return self._answer_about(shown, question, encoder, sampling, seed)
+
+        settings = {
+            "run": str(self.run.path),
+            "step": self.step,
+            "weights": self.weights,
+            "compression": dataclasses.replace(factors, num_frames=1),
+            "budget_tokens": budget_tokens,
+            "policy": policy,
+            "recent": recent,
+        }
+        return Stream(make_video, answer, model.vision.image_size, fps, settings)
+
+    def _answer_about(
+        self, shown: Shown, question: str, encoder: SampleEncoder, sampling: Sampling, seed: int
+    ) -> Iterator[str]:
+        """The answer to a question about a stream, in pieces."""
+        turn = Turn("user", f"<video>\n{PLACEHOLDER.sub('', question)}")
+        medium = Media(kind="video", name="stream")
+        sample = Sample(id="question", turns=(turn,), media=(medium,), extra={})
+        encoded = encoder.encode(sample, [shown.times], [shown.plan])
+        self._check_length(sample, len(encoded), sampling.max_new_tokens)
+        slots = round_up(
+            len(encoded), 3, 32
+        )  # a stream passes through all lengths up to its budget
+        arrays = self._prompt_rows([(encoded, [shown.entries])], 1, slots)
+        arrays["scenes"] = np.zeros(1, np.int32)
+        ids = self._programs.write(arrays, [shown.table], (seed, 0, 0), sampling)
+        return self._pieces(ids)
+
+    def _pieces(self, chunks: Iterator[np.ndarray]) -> Iterator[str]:
+        """The text of an answer as its ids arrive; together, what `_decode` returns."""
+        ids, shown = np.zeros(0, np.int32), ""
+        for chunk in chunks:
+            ids = np.concatenate([ids, chunk])
+            text = self._decode(ids).rstrip("\ufffd")  # a character may need the next tokens
+            if len(text) > len(shown) and text.startswith(shown):
+                yield text[len(shown) :]
+                shown = text
+        if (text := self._decode(ids)) != shown and text.startswith(shown):
+            yield text[len(shown) :]
+
+    def _encoder(self, compression: CompressionConfig | None) -> SampleEncoder:
+        return SampleEncoder(
+            text=self._text,
+            grid=Grid.of(self.config.model),
+            compression=compression or self.compression,
+            frames=self.config.data.frames,
+            layout=self.config.model.layout,
+        )
+
     def _check_length(self, sample: Sample, prompt: int, new: int) -> None:
         """Raises SampleError if a prompt and its answer exceed the decoder's positions."""
         limit = self.config.model.decoder.max_positions
@@ -326,16 +415,28 @@ class Predictor:
         self, prompts: Sequence[_Prompt], batch: EncodedBatch
     ) -> dict[str, np.ndarray]:
         """Prompts as rows, padded with empty ones: int [B, S], [B, S], [B] and [B]."""
-        slots = (batch.rows, prompt_slots(max(len(prompt.encoded) for prompt in prompts)))
-        tokens = np.full(slots, self._text.tokenizer.pad_token_id, np.int32)
-        index = np.full(slots, -1, np.int32)
-        lengths, scenes = np.zeros(batch.rows, np.int32), np.zeros(batch.rows, np.int32)
-        for row, prompt in enumerate(prompts):
-            lengths[row], scenes[row] = len(prompt.encoded), prompt.scene
-            tokens[row, : lengths[row]] = prompt.encoded.tokens
-            for medium, entries in enumerate(batch.scenes[prompt.scene].entries):
-                index[row, : lengths[row]][prompt.encoded.media == medium] = entries
-        return {"tokens": tokens, "visual_index": index, "lengths": lengths, "scenes": scenes}
+        scenes = np.zeros(batch.rows, np.int32)
+        scenes[: len(prompts)] = [prompt.scene for prompt in prompts]
+        rows = [(prompt.encoded, batch.scenes[prompt.scene].entries) for prompt in prompts]
+        slots = prompt_slots(max(len(prompt.encoded) for prompt in prompts))
+        return self._prompt_rows(rows, batch.rows, slots) | {"scenes": scenes}
+
+    def _prompt_rows(
+        self,
+        prompts: Sequence[tuple[Encoded, Sequence[np.ndarray]]],
+        rows: int,
+        slots: int,
+    ) -> dict[str, np.ndarray]:
+        """Tokens and `visual_index` [B, S], and lengths [B], of prompts with the table entries of their media."""
+        tokens = np.full((rows, slots), self._text.tokenizer.pad_token_id, np.int32)
+        index = np.full((rows, slots), -1, np.int32)
+        lengths = np.zeros(rows, np.int32)
+        for row, (encoded, entries) in enumerate(prompts):
+            lengths[row] = len(encoded)
+            tokens[row, : lengths[row]] = encoded.tokens
+            for medium, positions in enumerate(entries):
+                index[row, : lengths[row]][encoded.media == medium] = positions
+        return {"tokens": tokens, "visual_index": index, "lengths": lengths}
 
     def _decode(self, ids: np.ndarray) -> str:
         answer = itertools.takewhile(lambda token: token not in self._stop_ids, ids.tolist())

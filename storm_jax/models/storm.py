@@ -10,16 +10,18 @@ Training composes the three (`__call__`); inference calls them separately.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from storm_jax.config import ModelConfig
+from storm_jax.config import CompressionConfig, ModelConfig
 from storm_jax.models.decoder import Cache, Decoder
+from storm_jax.models.mamba import State
 from storm_jax.models.siglip import SigLIP
 from storm_jax.models.temporal_projector import TemporalProjector
-from storm_jax.ops.pooling import spatial_pool, temporal_pool
+from storm_jax.ops.pooling import PartialGroup, spatial_pool, temporal_pool, temporal_pool_block
 from storm_jax.sharding import constrain
 
 
@@ -31,6 +33,13 @@ class VisualShape:
     spatial_pool: int
 
 
+class StreamState(NamedTuple):
+    """What is kept of the frames of a video that is still arriving: it does not grow with their number."""
+
+    mixer: State
+    group: PartialGroup
+
+
 class Storm(nnx.Module):
     """The complete model.
 
@@ -40,6 +49,7 @@ class Storm(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, remat: bool = False):
         dtype = jnp.dtype(config.dtype)
+        self.video_tokens = config.video_side**2  # of a frame, before pooling
         self.vision = SigLIP(config.vision, rngs=rngs, dtype=dtype, remat=remat)
         self.projector = TemporalProjector(config, rngs=rngs, dtype=dtype, remat=remat)
         self.decoder = Decoder(config.decoder, rngs=rngs, dtype=dtype, remat=remat)
@@ -87,6 +97,37 @@ class Storm(nnx.Module):
                 newline = self.projector.newline[...].astype(videos.dtype)
                 tables.append(jnp.broadcast_to(newline, (batch, 1, width)))
         return constrain(jnp.concatenate(tables, axis=1), "batch", None, None)
+
+    def start_stream(self, rows: int) -> StreamState:
+        """The state before the first frame of a video in each row.
+
+        Raises:
+          ValueError: the projector cannot process a video in blocks.
+        """
+        mixer = self.projector.initial_state(rows)
+        width = self.decoder.config.width
+        return StreamState(mixer, PartialGroup.empty(rows, self.video_tokens, width))
+
+    def extend_stream(
+        self, frames: jax.Array, state: StreamState, compression: CompressionConfig
+    ) -> tuple[jax.Array, jax.Array, jax.Array, StreamState]:
+        """Encodes the next frames of a video. All of its frames, in blocks of any sizes, give what `encode` does.
+
+        Args:
+          frames: uint8 [B, F, H, W, 3].
+          state: that of the frames before, from `start_stream` or this method.
+
+        Returns:
+          The groups that these frames complete, [B, G, N', D], of which the first few are valid; their number,
+          int [B]; the mean of the frames of the group that is not complete, [B, N', D]; and the new state.
+        """
+        features = self.vision.encode_clips(frames)  # [B, F, P, Dv]
+        tokens, mixer = self.projector.extend(features, state.mixer)  # [B, F, Nv, D]
+        size, factor = compression.temporal_pool, compression.spatial_pool
+        groups, count, group = temporal_pool_block(tokens, state.group, size)  # [B, G, Nv, D]
+        partial = group.mean().astype(groups.dtype)  # [B, Nv, D]
+        pooled = spatial_pool(groups, factor), spatial_pool(partial, factor)
+        return pooled[0], count, pooled[1], StreamState(mixer, group)
 
     def merge(self, tokens: jax.Array, visual: jax.Array, visual_index: jax.Array) -> jax.Array:
         """Embeds the text and inserts the visual tokens.
