@@ -3,13 +3,18 @@
     python predict.py --workdir=runs/sft --video=clip.mp4 --question="Which flash came first?"
     python predict.py --workdir=runs/sft --image=a.png --image=b.png --question="What changed?"
     python predict.py --workdir=runs/sft --video=clip.mp4
+    python predict.py --workdir=runs/sft --stream=rtsp://camera/stream --question="What is happening?" --ask_every=10
 
 Without --question, it asks for questions until an empty line; the media are encoded once. Compression may
 differ from training; the weights stay the same.
+
+--stream watches a network stream, a camera (/dev/video0) or a file as it arrives, in constant memory (docs/streaming.md).
+Questions may be typed while it runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,10 +22,14 @@ from collections.abc import Iterator, Sequence
 from absl import app, flags
 
 from storm_jax import command_line
+from storm_jax.config import CompressionConfig
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 from storm_jax.media.media import Media
 from storm_jax.run import Run, RunError
+from storm_jax.streaming.conversation import Conversation
+from storm_jax.streaming.groups import POLICIES
+from storm_jax.streaming.sources import Source, is_live
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of a run written by train.py.", required=True
@@ -28,6 +37,32 @@ WORKDIR = flags.DEFINE_string(
 VIDEO = flags.DEFINE_multi_string("video", [], "A video, or a folder of frames; repeatable.")
 IMAGE = flags.DEFINE_multi_string("image", [], "An image, shown before the videos; repeatable.")
 QUESTION = flags.DEFINE_multi_string("question", [], "What to ask about them; repeatable.")
+STREAM = flags.DEFINE_string(
+    "stream", None, "Video to watch as it arrives: rtsp://..., tcp://..., /dev/video0 or a file."
+)
+FPS = flags.DEFINE_float(
+    "fps", 1.0, "Frames per second of --stream to use; 0 uses all.", lower_bound=0
+)
+BUDGET_TOKENS = flags.DEFINE_integer(
+    "budget_tokens", 8192, "Visual tokens of --stream in a prompt at most.", lower_bound=1
+)
+POLICY = flags.DEFINE_enum(
+    "policy",
+    "window",
+    POLICIES,
+    "What makes room when the budget of --stream is used up: keep the newest groups of frames, drop every second old "
+    "one, or average neighbours of the old ones.",
+)
+RECENT = flags.DEFINE_integer(
+    "recent", 16, "Newest groups that stride and merge leave alone.", lower_bound=0
+)
+ASK_EVERY = flags.DEFINE_float(
+    "ask_every",
+    0.0,
+    "Seconds of --stream after which --question is asked again; 0 asks at the end.",
+    lower_bound=0,
+)
+JSONL = flags.DEFINE_bool("jsonl", False, "Write answers about --stream as JSON, one per line.")
 command_line.define_compression_flags("training")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; defaults to the last one.")
 WEIGHTS = command_line.define_weights_flag()
@@ -49,14 +84,21 @@ def main(argv: Sequence[str]) -> None:
     sampling = Sampling(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value)
     media = [*(Media.file("image", path) for path in IMAGE.value),
              *(Media.file("video", path) for path in VIDEO.value)]  # fmt: skip
-    if not media:
-        raise ValueError("--video or --image is missing: the files to ask about")
+    if STREAM.value is not None and media:
+        raise ValueError(
+            "--stream cannot be combined with --video and --image: ask about them separately"
+        )
+    if STREAM.value is None and not media:
+        raise ValueError("--video, --image or --stream is missing: what to ask about")
     trained = Run(WORKDIR.value).config.compression
     chosen = dataclasses.replace(trained, **command_line.compression_flags())
     for medium in media:  # mistakes are found before the model is loaded
         medium.check_exists()
     for question in QUESTION.value:
         check_text(question)
+    if STREAM.value is not None:
+        watch_stream(STREAM.value, chosen, sampling)
+        return
     watched = Predictor(WORKDIR.value, STEP.value, weights=WEIGHTS.value).watch(
         media, compression=chosen
     )
@@ -67,6 +109,23 @@ def main(argv: Sequence[str]) -> None:
             if QUESTION.value:
                 raise
             print(f"predict.py: {error}", file=sys.stderr)  # the next question may be better
+
+
+def watch_stream(url: str, compression: CompressionConfig, sampling: Sampling) -> None:
+    """Asks about a video while it arrives; Ctrl-C ends it."""
+    size = Run(WORKDIR.value).config.model.vision.image_size
+    if not is_live(url):  # mistakes are found before the model is loaded
+        Media.file("video", url.removeprefix("file://")).check_exists()
+    stream = Predictor(WORKDIR.value, STEP.value, weights=WEIGHTS.value).stream(
+        compression=compression,
+        fps=FPS.value,
+        budget_tokens=BUDGET_TOKENS.value,
+        policy=POLICY.value,
+        recent=RECENT.value,
+    )
+    with Source(url, FPS.value, size) as source, contextlib.suppress(KeyboardInterrupt):
+        conversation = Conversation(stream, source, sampling, SEED.value, JSONL.value)
+        conversation.run(QUESTION.value, ASK_EVERY.value, questions_from_stdin)
 
 
 def questions_from_stdin() -> Iterator[str]:

@@ -287,26 +287,37 @@ def _declared_end(stream: av.VideoStream) -> float | None:
         return None
 
 
+class Scaler:
+    """Scales decoded frames to uint8 [size, size, 3], upright."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._reformat = (
+            av.video.reformatter.VideoReformatter().reformat
+        )  # reused, because setting it up is slow
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        image = frame
+        if frame.interlaced_frame:
+            # The scaler would resize each field by itself and keep the combs. Without the flag it blends
+            # the fields, as ffmpeg does.
+            image = av.VideoFrame.from_ndarray(frame.reformat(format="rgb24").to_ndarray(), "rgb24")
+        size = self._size
+        image = self._reformat(image, size, size, "rgb24", interpolation="BICUBIC")
+        return _upright(image.to_ndarray(), frame)
+
+
 class _FrameBuffer:
     """Buffer for the sampled frames; a frame number may occur several times in `picks`."""
 
     def __init__(self, picks: np.ndarray, frames: np.ndarray):
         self.picks, self.frames = picks, frames
         self.numbers: set[int] = set()
-        self._reformat = (
-            av.video.reformatter.VideoReformatter().reformat
-        )  # reused, because setting it up is slow
+        self._scale = Scaler(frames.shape[1])
 
     def put(self, number: int, frame: av.VideoFrame) -> None:
-        image = frame
-        if frame.interlaced_frame:
-            # The scaler would resize each field by itself and keep the combs. Without the flag it blends
-            # the fields, as ffmpeg does.
-            image = av.VideoFrame.from_ndarray(frame.reformat(format="rgb24").to_ndarray(), "rgb24")
-        _, height, width, _ = self.frames.shape
-        image = self._reformat(image, width, height, "rgb24", interpolation="BICUBIC")
         first, last = np.searchsorted(self.picks, [number, number + 1])
-        self.frames[first:last] = _upright(image.to_ndarray(), frame)
+        self.frames[first:last] = self._scale(frame)
         self.numbers.add(number)
 
 

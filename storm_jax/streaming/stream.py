@@ -18,9 +18,8 @@ import numpy as np
 from PIL import Image
 
 from storm_jax.inference.generate import Sampling
+from storm_jax.streaming.time_grid import TimeGrid
 from storm_jax.streaming.video import Shown, Video
-
-_EPSILON = 1e-6  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,6 @@ class Stream:
           answer: the text that follows a question about a video, in pieces.
           settings: those that a snapshot must have been made with.
         """
-        if not (fps >= 0 and math.isfinite(fps)):
-            raise ValueError(f"fps={fps} must be at least 0; 0 uses every frame")
         self._make_video, self._answer = make_video, answer
         self._size, self._fps = image_size, fps
         self._settings = {"fps": fps, **settings}
@@ -74,9 +71,9 @@ class Stream:
     def reset(self) -> None:
         """Forgets all frames."""
         self._video = self._make_video()
+        self._grid = TimeGrid(self._fps)
         self._received = self._used = 0
-        self._first = self._last = -math.inf  # times of the first and the newest frame
-        self._next = -math.inf  # time from which a frame is used
+        self._last = -math.inf  # time of the newest frame
 
     def push(self, frames: np.ndarray, times: float | Sequence[float] | np.ndarray) -> int:
         """Adds the next frames. Of those, the first one in each 1/fps seconds is used.
@@ -94,7 +91,7 @@ class Stream:
         frames, seconds = self._checked(frames, times)
         if not len(frames):
             return 0
-        picks = self._select(seconds)
+        picks = [number for number, time in enumerate(seconds) if self._grid.takes(float(time))]
         self._received += len(frames)
         self._used += len(picks)
         self._last = float(seconds[-1])
@@ -128,7 +125,7 @@ class Stream:
             groups=plan.num_groups if plan else 0,
             visual_tokens=plan.num_tokens if plan else 0,
             lost=video.lost,
-            seconds=self._last - self._first if self._used else 0.0,
+            seconds=self._last - self._grid.first if self._used else 0.0,
             device_bytes=video.device_bytes,
         )
 
@@ -139,7 +136,8 @@ class Stream:
             "settings": self._settings,
             "received": self._received,
             "used": self._used,
-            "times": (self._first, self._last, self._next),
+            "last": self._last,
+            "grid": dataclasses.replace(self._grid),
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -153,7 +151,8 @@ class Stream:
                 raise ValueError(f"the snapshot has {name}={other!r}, and this stream {mine!r}")
         self._video.restore(copy.copy(snapshot["video"]))
         self._received, self._used = snapshot["received"], snapshot["used"]
-        self._first, self._last, self._next = snapshot["times"]
+        self._last = snapshot["last"]
+        self._grid = dataclasses.replace(snapshot["grid"])
 
     def _checked(self, frames: np.ndarray, times: Any) -> tuple[np.ndarray, np.ndarray]:
         frames = np.asarray(frames)
@@ -175,20 +174,6 @@ class Stream:
                 f"times must ascend"
             )
         return frames, seconds
-
-    def _select(self, seconds: np.ndarray) -> list[int]:
-        """The frames to use: the first one in each interval of 1/fps, counted from the first frame."""
-        picks = []
-        for number, time in enumerate(seconds.tolist()):
-            if self._first == -math.inf:
-                self._first = time
-            if time < self._next - _EPSILON:
-                continue
-            picks.append(number)
-            if self._fps:
-                passed = math.floor((time - self._first) * self._fps + _EPSILON)
-                self._next = self._first + (passed + 1) / self._fps
-        return picks
 
     def _resized(self, frame: np.ndarray) -> np.ndarray:
         size = (self._size, self._size)
