@@ -94,7 +94,9 @@ def test_questions_are_read_from_standard_input_about_several_files(trained_run,
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--question=What?"], "--video or --image is missing"),
+        (["--question=What?"], "--video, --image or --stream is missing"),
+        (["--stream=no.mp4"], "video no.mp4 is missing: no such file"),
+        (["--stream=no.mp4", "--video=no.mp4"], "--stream cannot be combined with --video"),
         (["--image=no.png", "--question=What?"], "image no.png is missing: no such file"),
         (["--image=.", "--question=\udcff"], r"the question .* is not valid UTF-8"),
     ],
@@ -105,6 +107,25 @@ def test_mistakes_are_found_before_the_model_is_loaded(flags, problem, trained_r
     refused = call("predict.py", f"--workdir={run}", *flags)
     assert refused.returncode == 1
     assert re.fullmatch(rf"predict.py: {problem}.*\n", refused.stderr)
+
+
+def test_a_file_is_watched_as_it_arrives(trained_run, shapes_folder):
+    """Bidirectional models encode it again: the last answer is that of a prompt about all of its frames."""
+    video = next((shapes_folder / "media/test").glob("*.mp4"))
+    common = ("predict.py", f"--workdir={trained_run}", f"--stream={video}", "--fps=8")
+    command = (*common, "--question=Which came first?", "--ask_every=0.5")
+    told = call(*command, "--jsonl")
+    assert told.returncode == 0, told.stderr
+    answers = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [answer["time"] for answer in answers] == sorted(answer["time"] for answer in answers)
+    assert answers[-1]["frames"] == 8 and answers[-1]["visual_tokens"] > 0
+    assert {answer["question"] for answer in answers} == {"Which came first?"}
+    assert "8 frames in 0.9 s of video" in told.stderr and "0 frames dropped" in told.stderr
+    whole = call("predict.py", f"--workdir={trained_run}", f"--video={video}", "--num_frames=8",
+                 "--question=Which came first?")  # fmt: skip
+    assert answers[-1]["answer"] == whole.stdout.rstrip("\n")
+    typed = call(*common, stdin="Which came first?\n\n")
+    assert typed.stdout == f"[0.9 s] {whole.stdout}"
 
 
 @pytest.mark.parametrize("content", [None, b"not a video"], ids=["missing", "broken"])

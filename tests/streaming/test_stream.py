@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import pickle
+import re
 import time
 
 import jax
@@ -298,3 +300,10 @@ def test_bidirectional_models_encode_a_window_of_frames_again(trained_run, frame
     restored.restore(stream.snapshot())
     answers = {"".join(each.ask(QUESTION, sampling=SHORT)) for each in (stream, other, restored)}
     assert len(answers) == 1
+
+
+def test_the_example_of_the_guide(trained_run, capsys):
+    guide = pathlib.Path(__file__).parents[2] / "docs/streaming.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    exec(code.replace("runs/sft", str(trained_run)), {})
+    assert capsys.readouterr().out
