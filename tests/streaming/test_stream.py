@@ -185,15 +185,17 @@ def test_a_snapshot_of_other_settings_is_refused(storm, frames):
 
 @pytest.mark.parametrize("policy", ["window", "stride", "merge"])
 def test_past_the_budget_memory_and_programs_stay_constant(storm, frames, policy):
-    check_constant(storm, frames, policy, pushes=300)
+    check_constant(storm, frames, policy, pushes=90)
 
 
 @pytest.mark.slow
 def test_ten_hours_in_constant_memory(storm, frames):
-    check_constant(storm, frames, "merge", pushes=36_000)
+    seconds = check_constant(storm, frames, "merge", pushes=36_000)
+    assert np.median(seconds[-1000:]) < 2 * np.median(seconds[1000:2000])
 
 
-def check_constant(storm, frames, policy, pushes):
+def check_constant(storm, frames, policy, pushes) -> list[float]:
+    """Compares two moments after the budget is used up; returns the seconds of each push."""
     budget = 8 * tokens_per_group(storm)
     stream = storm.stream(budget_tokens=budget, policy=policy, recent=3)
     seen, seconds = [], []
@@ -208,8 +210,7 @@ def check_constant(storm, frames, policy, pushes):
             assert stream.stats.visual_tokens <= budget
     assert seen[0] == seen[1]
     assert np.isfinite(tokens_of(stream)).all()
-    third = pushes // 3
-    assert np.median(seconds[-third:]) < 2 * np.median(seconds[third : 2 * third])
+    return seconds
 
 
 def tokens_per_group(storm) -> int:
