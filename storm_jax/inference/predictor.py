@@ -113,6 +113,11 @@ class Predictor:
         """The compression used in training, the default of every method."""
         return self.config.compression
 
+    @property
+    def num_programs(self) -> int:
+        """Programs that were compiled so far."""
+        return self._programs.count
+
     def answer(
         self,
         media: Path | Sequence[Path],

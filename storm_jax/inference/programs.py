@@ -56,6 +56,11 @@ class Programs:
         self._params = unflatten_dict(params, sep="/")
         self._compiled: dict[tuple, Callable] = {}
 
+    @property
+    def count(self) -> int:
+        """Programs that were compiled so far."""
+        return len(self._compiled)
+
     def encode(
         self, rows: Mapping[str, np.ndarray], visual: VisualShape
     ) -> tuple[jax.Array, float]:

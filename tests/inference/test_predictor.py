@@ -236,12 +236,12 @@ def test_a_question_longer_than_the_decoders_positions_is_refused(storm, video):
 def test_other_temperatures_and_token_limits_compile_nothing(storm, video):
     watched = storm.watch(video)
     watched.answer("Why?", sampling=SHORT)
-    programs = len(storm._programs._compiled)
+    programs = storm.num_programs
     longest = watched.answer("Why?", sampling=Sampling(64, temperature=0.7, top_p=0.9), seed=1)
     for limit in (1, 5, 33):
         cut = watched.answer("Why?", sampling=Sampling(limit, temperature=0.7, top_p=0.9), seed=1)
         assert longest.startswith(cut)
-    assert len(storm._programs._compiled) == programs
+    assert storm.num_programs == programs
 
 
 def test_no_samples_have_no_predictions(storm):

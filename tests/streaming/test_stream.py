@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import pickle
 import re
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import storm_jax
+from benchmarks import stream as benchmark
 from storm_jax.inference.generate import Sampling
 from storm_jax.media.media import Media
 from storm_jax.media.video import read_video
@@ -206,7 +208,7 @@ def check_constant(storm, frames, policy, pushes) -> list[float]:
         if number in (pushes // 3, pushes - 1):
             assert "".join(stream.ask(QUESTION, sampling=SHORT)) is not None
             arrays = sum(array.nbytes for array in jax.live_arrays())
-            seen.append((stream.stats.device_bytes, arrays, len(storm._programs._compiled)))
+            seen.append((stream.stats.device_bytes, arrays, storm.num_programs))
             assert stream.stats.visual_tokens <= budget
     assert seen[0] == seen[1]
     assert np.isfinite(tokens_of(stream)).all()
@@ -308,3 +310,12 @@ def test_the_example_of_the_guide(trained_run, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
     exec(code.replace("runs/sft", str(trained_run)), {})
     assert capsys.readouterr().out
+
+
+def test_the_benchmark_of_long_streams(trained_run, tmp_path, capsys):
+    arguments = [f"--workdir={trained_run}", f"--out={tmp_path}", "--policy=window"]
+    benchmark.main([*arguments, "--hours=0.01", "--budget_tokens=64"])
+    rows = json.loads((tmp_path / "stream.json").read_text())["rows"]
+    assert [row["frames"] for row in rows] == list(range(3, 37, 3))
+    assert rows[-1]["visual_tokens"] <= 64 and rows[-1]["lost"] > 0
+    assert capsys.readouterr().out.count("\n|") >= 12
