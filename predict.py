@@ -29,7 +29,7 @@ from storm_jax.media.media import Media
 from storm_jax.run import Run, RunError
 from storm_jax.streaming.conversation import Conversation
 from storm_jax.streaming.groups import POLICIES
-from storm_jax.streaming.sources import Source, is_live
+from storm_jax.streaming.sources import Source
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of a run written by train.py.", required=True
@@ -114,8 +114,7 @@ def main(argv: Sequence[str]) -> None:
 def watch_stream(url: str, compression: CompressionConfig, sampling: Sampling) -> None:
     """Asks about a video while it arrives; Ctrl-C ends it."""
     size = Run(WORKDIR.value).config.model.vision.image_size
-    if not is_live(url):  # mistakes are found before the model is loaded
-        Media.file("video", url.removeprefix("file://")).check_exists()
+    source = Source(url, FPS.value, size)  # mistakes are found before the model is loaded
     stream = Predictor(WORKDIR.value, STEP.value, weights=WEIGHTS.value).stream(
         compression=compression,
         fps=FPS.value,
@@ -123,7 +122,7 @@ def watch_stream(url: str, compression: CompressionConfig, sampling: Sampling) -
         policy=POLICY.value,
         recent=RECENT.value,
     )
-    with Source(url, FPS.value, size) as source, contextlib.suppress(KeyboardInterrupt):
+    with source, contextlib.suppress(KeyboardInterrupt):
         conversation = Conversation(stream, source, sampling, SEED.value, JSONL.value)
         conversation.run(QUESTION.value, ASK_EVERY.value, questions_from_stdin)
 

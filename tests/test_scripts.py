@@ -95,7 +95,7 @@ def test_questions_are_read_from_standard_input_about_several_files(trained_run,
     ("flags", "problem"),
     [
         (["--question=What?"], "--video, --image or --stream is missing"),
-        (["--stream=no.mp4"], "video no.mp4 is missing: no such file"),
+        (["--stream=no.mp4"], "--stream=no.mp4 cannot be read: No such file"),
         (["--stream=no.mp4", "--video=no.mp4"], "--stream cannot be combined with --video"),
         (["--image=no.png", "--question=What?"], "image no.png is missing: no such file"),
         (["--image=.", "--question=\udcff"], r"the question .* is not valid UTF-8"),

@@ -100,5 +100,8 @@ class Conversation:
 
 
 def _collect(typed: Callable[[], Iterator[str]], waiting: queue.Queue[str]) -> None:
-    for question in typed():
-        waiting.put(question)
+    try:
+        for question in typed():
+            waiting.put(question)
+    except ValueError as error:  # not UTF-8
+        print(f"predict.py: {error}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import queue
 import re
@@ -57,7 +58,7 @@ class Source:
     """
 
     def __init__(self, url: str, fps: float, size: int):
-        """Starts to read.
+        """Opens a file; reading and connections begin with `with`.
 
         Args:
           fps: frames per second to take; 0 takes all.
@@ -73,20 +74,19 @@ class Source:
             _AHEAD
         )
         self._stop = threading.Event()
-        self._began = time.monotonic()
+        self._began = 0.0
         self._last = 0.0  # time of the newest frame
-        container = None if self.is_live else _open_file(url)
-        self._thread = threading.Thread(target=self._run, args=(container,), daemon=True)
-        self._thread.start()
+        read = (
+            self._read_live if self.is_live else functools.partial(self._read_file, _open_file(url))
+        )
+        self._thread = threading.Thread(target=read, daemon=True)
 
     def __enter__(self) -> Source:
+        self._began = time.monotonic()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops reading."""
         self._stop.set()
         self._thread.join(_STALL)
 
@@ -120,45 +120,46 @@ class Source:
             if end is None:
                 return
 
-    def _run(self, container: Any) -> None:
-        if not self.is_live:
-            try:
+    def _read_file(self, container: Any) -> None:
+        try:
+            with contextlib.closing(container):
                 self._read(container)
-                self._put(None)
-            except av.error.FFmpegError as error:
-                self._put(SourceError(f"{self._url} is damaged after {self._last:.2f} s: {error}"))
-            return
+        except Exception as error:  # decoders can raise anything
+            self._put(SourceError(f"{self._url} is damaged after {self._last:.2f} s: {error}"))
+        else:
+            self._put(None)
+
+    def _read_live(self) -> None:
         wait = _FIRST_WAIT
         while not self._stop.is_set():
+            before = self._last
             try:
                 with contextlib.closing(_connect(self._url)) as container:
-                    frames = self._read(container)
-                wait = _FIRST_WAIT if frames else wait
+                    self._read(container)
                 self.counts.problem = "the stream ended"
-            except (av.error.FFmpegError, OSError) as error:
+            except Exception as error:  # decoders can raise anything
                 self.counts.problem = str(error)
+            wait = _FIRST_WAIT if self._last > before else min(2 * wait, _LONGEST_WAIT)
             self.counts.reconnects += 1
             self._stop.wait(wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
 
-    def _read(self, container: Any) -> int:
-        """Reads until the end; returns the number of frames."""
+    def _read(self, container: Any) -> None:
+        """Reads until the end."""
+        if not container.streams.video:
+            raise SourceError("it has no video")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        # After a new connection, time goes on where the clock is.
-        offset, count = None, 0
+        offset = None  # a new connection continues at the time of the clock
         for frame in container.decode(stream):
             if self._stop.is_set():
-                break
-            shown = frame.time if frame.time is not None else time.monotonic() - self._began
+                return
+            now = time.monotonic() - self._began if self.is_live else 0.0
+            shown = now if frame.time is None else frame.time
             if offset is None:
-                now = time.monotonic() - self._began if self.is_live else 0.0
                 offset = max(now, self._last) - shown
             self._last = max(self._last, shown + offset)
-            count += 1
             if self._grid.takes(self._last):
                 self._put((self._scale(frame), self._last))
-        return count
 
     def _put(self, item: tuple[np.ndarray, float] | SourceError | None) -> None:
         while not self._stop.is_set():
@@ -182,7 +183,7 @@ def _open_file(url: str) -> Any:
         raise SourceError(f"--stream={url} cannot be read: {reason}") from error
     if not container.streams.video:
         container.close()
-        raise SourceError(f"--stream={url} has no video")
+        raise SourceError(f"--stream={url} cannot be read: it has no video")
     return container
 
 
