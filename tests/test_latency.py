@@ -104,8 +104,9 @@ def test_ratios_are_to_the_faster_of_eager_and_compiled_torch(
         "storm": {"projector": 1.0, **dict.fromkeys(slow, 1.0)},
         "torch": slow,
         "compiled": {"vision": 4.0, "prefill": 1.0},
+        "bytes": {"storm": 1, "torch": 2e9},
     }
-    assert latency.table([row]).split()[-5:-2] == ["0.50", "1.00", "0.50"]
+    assert latency.table([row]).split()[-6:-2] == ["0.50", "1.00", "0.50", "2.00"]
 
 
 def test_torch_takes_bfloat16_weights(small_model):

@@ -180,7 +180,7 @@ def test_first_runs_of_a_program_are_not_timed_if_it_warms_up(storm, monkeypatch
             time.sleep(0.2 if len(calls) == 1 else 0)
             return x
 
-    monkeypatch.setattr(jax, "jit", lambda function: Slow())
+    monkeypatch.setattr(jax, "jit", lambda function, **_: Slow())
     monkeypatch.setattr(storm._programs, "_warms_up", warms_up)
     inputs = (jax.numpy.zeros(1),)
     _, seconds = storm._programs._call(lambda params, x: x, ("slow", warms_up), inputs)
