@@ -20,7 +20,7 @@ def traced(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
 
     @jax.jit
-    def step(w, x):
+    def traced_step(w, x):
         def loss(w):
             with jax.named_scope("vision"):
                 y = jnp.tanh(x @ w)
@@ -33,11 +33,11 @@ def traced(tmp_path_factory):
             return w - 1e-3 * grads
 
     w, x = jnp.eye(384), jnp.ones((256, 384))
-    step(w, x).block_until_ready()
+    traced_step(w, x).block_until_ready()
     with jax.profiler.trace(folder):
         began = time.perf_counter()
         for _ in range(3):
-            w = step(w, x).block_until_ready()
+            w = traced_step(w, x).block_until_ready()
         seconds = time.perf_counter() - began
     return folder, seconds
 
@@ -65,9 +65,9 @@ def test_operations_without_a_scope_have_that_of_their_loop(traced):
     kernels = [
         scope
         for (program, name), scope in found.items()
-        if program.startswith("jit_step") and "fusion" in name
+        if program.startswith("jit_traced_step") and "fusion" in name
     ]
-    assert kernels and all(scope.startswith("jit(step)/") for scope in kernels)
+    assert kernels and all(scope.startswith("jit(traced_step)/") for scope in kernels)
 
 
 def test_operations_that_run_at_the_same_time_share_it():
