@@ -25,11 +25,11 @@ from storm_jax import command_line
 from storm_jax.config import CompressionConfig
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
+from storm_jax.inference.streaming.conversation import Conversation
+from storm_jax.inference.streaming.groups import POLICIES
+from storm_jax.inference.streaming.sources import Source
 from storm_jax.media.media import Media
 from storm_jax.run import Run, RunError
-from storm_jax.streaming.conversation import Conversation
-from storm_jax.streaming.groups import POLICIES
-from storm_jax.streaming.sources import Source
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of a run written by train.py.", required=True

@@ -25,7 +25,7 @@ from benchmarks.machine import machine
 from storm_jax.files import write_atomically
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
-from storm_jax.streaming.groups import POLICIES
+from storm_jax.inference.streaming.groups import POLICIES
 
 QUESTION = "Which flash came first?"
 PARTS = 10

@@ -26,13 +26,13 @@ from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
 from storm_jax.inference.programs import Programs
 from storm_jax.inference.scenes import default_rows, plan_scene, prompt_slots, round_up
+from storm_jax.inference.streaming.stream import Stream
+from storm_jax.inference.streaming.video import RecurrentVideo, Shown, Video, WindowVideo
 from storm_jax.media.image import IMAGE_SUFFIXES
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run
-from storm_jax.streaming.stream import Stream
-from storm_jax.streaming.video import RecurrentVideo, Shown, Video, WindowVideo
 from storm_jax.text.conversation import ConversationEncoder, Encoded
 from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 from storm_jax.text.tokenizer import stop_ids
@@ -292,7 +292,7 @@ class Predictor:
         policy: str = "window",
         recent: int = 16,
     ) -> Stream:
-        """A video that is asked about while it arrives (see `storm_jax.streaming.stream`).
+        """A video that is asked about while it arrives (see `storm_jax.inference.streaming.stream`).
 
         With `mamba.direction="forward"`, each frame is encoded once, and memory does not grow with the video. Other
         models encode the newest frames that fit into the budget again before a question.

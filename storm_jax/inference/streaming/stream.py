@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from storm_jax.inference.generate import Sampling
-from storm_jax.streaming.time_grid import TimeGrid
-from storm_jax.streaming.video import Shown, Video
+from storm_jax.inference.streaming.time_grid import TimeGrid
+from storm_jax.inference.streaming.video import Shown, Video
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from storm_jax.inference.generate import Sampling
-from storm_jax.streaming.sources import Source
-from storm_jax.streaming.stream import Stream
+from storm_jax.inference.streaming.sources import Source
+from storm_jax.inference.streaming.stream import Stream
 
 
 class Conversation:

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 import storm_jax
 from benchmarks import stream as benchmark
 from storm_jax.inference.generate import Sampling
+from storm_jax.inference.streaming.video import WindowVideo
 from storm_jax.media.media import Media
 from storm_jax.media.video import read_video
 from storm_jax.params import abstract_model, flat_params
-from storm_jax.streaming.video import WindowVideo
 
 SHORT = Sampling(max_new_tokens=12)
 QUESTION = "Which flash came first?"
@@ -306,7 +306,7 @@ def test_bidirectional_models_encode_a_window_of_frames_again(trained_run, frame
 
 
 def test_the_example_of_the_guide(trained_run, capsys):
-    guide = pathlib.Path(__file__).parents[2] / "docs/streaming.md"
+    guide = pathlib.Path(__file__).parents[3] / "docs/streaming.md"
     (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
     exec(code.replace("runs/sft", str(trained_run)), {})
     assert capsys.readouterr().out

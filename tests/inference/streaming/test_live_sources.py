@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from storm_jax.inference.streaming.sources import Source, SourceError, is_live
+from storm_jax.inference.streaming.time_grid import TimeGrid
 from storm_jax.media.video import write_video
-from storm_jax.streaming.sources import Source, SourceError, is_live
-from storm_jax.streaming.time_grid import TimeGrid
 
 SIZE = 32
 SENDER = pathlib.Path(__file__).with_name("sender.py")
@@ -111,7 +111,7 @@ def test_a_broken_connection_is_opened_again_and_time_ascends(port):
 
 
 def test_live_input_that_is_read_too_slowly_loses_its_oldest_frames(port, monkeypatch):
-    monkeypatch.setattr("storm_jax.streaming.sources._AHEAD", 4)
+    monkeypatch.setattr("storm_jax.inference.streaming.sources._AHEAD", 4)
     with (
         serving(port, 40),
         Source(f"tcp://127.0.0.1:{port}", fps=0, size=SIZE) as source,

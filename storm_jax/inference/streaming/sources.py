@@ -23,9 +23,9 @@ from typing import Any
 import av
 import numpy as np
 
+from storm_jax.inference.streaming.time_grid import TimeGrid
+from storm_jax.inference.streaming.video import BLOCK
 from storm_jax.media.video import Scaler
-from storm_jax.streaming.time_grid import TimeGrid
-from storm_jax.streaming.video import BLOCK
 
 _AHEAD = 4 * BLOCK  # frames that wait to be used
 _STALL = 10.0  # seconds without data, after which a connection counts as broken

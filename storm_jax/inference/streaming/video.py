@@ -16,8 +16,8 @@ from storm_jax.compression import ClipPlan, Grid, index_of_groups, plan_clip, pl
 from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.inference.programs import Programs
+from storm_jax.inference.streaming.groups import Frame, GroupMemory
 from storm_jax.models.storm import VisualShape
-from storm_jax.streaming.groups import Frame, GroupMemory
 
 # Frames of a block that is encoded at once; the rest of a push is encoded one by one. Each size is one program.
 BLOCK = 16

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storm_jax.streaming.groups import POLICIES, Frame, GroupMemory
+from storm_jax.inference.streaming.groups import POLICIES, Frame, GroupMemory
 
 
 class Model:
