@@ -16,6 +16,7 @@ from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.programs import Programs
+from storm_jax.inference.prompts import prompt_rows
 from storm_jax.media.read import read_media
 from storm_jax.models.storm import VisualShape
 from storm_jax.run import Run
@@ -48,37 +49,23 @@ class FirstTokens:
         step = run.checkpoints.resolve(None)
         self._programs = Programs(run, step, stops, weights="", warms_up=False)
         grid, size = Grid.of(config.model), config.model.vision.image_size
-        encoder = SampleEncoder(
-            text=text,
-            grid=grid,
-            compression=compression,
-            frames=config.data.frames,
-            layout=config.model.layout,
-        )
+        encoder = SampleEncoder.of(config, text, compression)
         plan = plan_clip(compression.num_frames, grid, compression)
         self._visual = VisualShape(plan.num_groups, compression.spatial_pool)
         self._rows = empty_frames(len(samples), compression.num_frames, size)
-        encoded, entries = [], []
+        prompts = []
         for slot, sample in enumerate(samples):
             (medium,) = sample.media
             clip = read_media(medium, compression.num_frames, size, max_damage=0.0)
             row = {name: array[slot] for name, array in self._rows.items()}
-            entries += place_clips(
+            entries = place_clips(
                 row, [clip.frames], plan.num_groups, grid, compression, UsedSlots()
             )
-            encoded.append(encoder.encode(sample, [clip.times]))
-        slots = (len(samples), max(map(len, encoded)))
-        tokens = np.full(slots, text.tokenizer.pad_token_id, np.int32)
-        index = np.full(slots, -1, np.int32)
-        for slot, (prompt, places) in enumerate(zip(encoded, entries, strict=True)):
-            tokens[slot, : len(prompt)] = prompt.tokens
-            index[slot, : len(prompt)][prompt.media == 0] = places
-        self._prompts = {
-            "tokens": tokens,
-            "visual_index": index,
-            "lengths": np.array([len(prompt) for prompt in encoded], np.int32),
-            "scenes": np.arange(len(samples), dtype=np.int32),
-        }
+            prompts.append((encoder.encode(sample, [clip.times]), entries))
+        count, slots = len(samples), max(len(encoded) for encoded, _ in prompts)
+        pad_id = text.tokenizer.pad_token_id
+        scenes = np.arange(count, dtype=np.int32)
+        self._prompts = prompt_rows(prompts, count, slots, pad_id) | {"scenes": scenes}
 
     def __call__(self) -> np.ndarray:
         """Encodes all clips and returns the first tokens, int [B]; compiles on the first call."""

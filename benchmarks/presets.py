@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.preflights import preflight
 from configs.storm_qwen2_7b import MODEL, SETUPS, stages
+from storm_jax.evals.report.text import markdown
 from storm_jax.files import write_atomically
 
 GIB = 2**30
@@ -50,10 +51,11 @@ def rows(stage: str, hardware: str) -> list[dict[str, Any]]:
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     found = [
-        "| stage | row: tokens, frames | hardware | mesh | microbatches | memory, GiB | compute, s | memory traffic, s | "
-        "interconnect, s | MFU at the bound |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        [
+            "stage", "row: tokens, frames", "hardware", "mesh", "microbatches", "memory, GiB", "compute, s",
+            "memory traffic, s", "interconnect, s", "MFU at the bound",
+        ]
+    ]  # fmt: skip
     for line in lines:
         mesh = " x ".join(str(size) for size in line["mesh"].values())
         fits = "" if line["fits"] else ": does not fit"
@@ -64,8 +66,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             line["stage"], f"{line['tokens']:,}, {line['frames']}", line["hardware"], mesh,
             str(line["accumulation"]), memory, *seconds, f"{line['mfu'] or float('nan'):.0%}",
         ]  # fmt: skip
-        found.append(f"| {' | '.join(cells)} |")
-    return "\n".join(found)
+        found.append(cells)
+    return markdown(found)
 
 
 def main() -> None:

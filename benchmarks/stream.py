@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.data import resident
 from benchmarks.machine import machine
+from storm_jax.evals.report.text import markdown
 from storm_jax.files import write_atomically
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
@@ -70,20 +71,20 @@ def measure(storm: Predictor, frames: int, fps: float, budget: int, policy: str)
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| hours | frames | ms a frame | ms to the first token | visual tokens | groups lost | stream, kB | "
-        "all on the device, MB | process, MB | programs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = [
+    head = [
+        "hours", "frames", "ms a frame", "ms to the first token", "visual tokens", "groups lost", "stream, kB",
+        "all on the device, MB", "process, MB", "programs",
+    ]  # fmt: skip
+    cells = [
+        [
             f"{row['hours']:.1f}", f"{row['frames']:,}", f"{1e3 * row['push_seconds']:.2f}",
             f"{1e3 * row['first_token_seconds']:.0f}", f"{row['visual_tokens']:,}", f"{row['lost']:,}",
             f"{row['stream_bytes'] / 1e3:,.0f}", f"{row['device_bytes'] / 1e6:.2f}",
             f"{row['resident_megabytes']:.0f}", str(row["programs"]),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown([head, *cells])
 
 
 def main(arguments: list[str] | None = None) -> None:

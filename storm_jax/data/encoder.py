@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from storm_jax.compression import ClipPlan, Grid, plan_clip
-from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig
+from storm_jax.config import CompressionConfig, FramesConfig, LayoutConfig, RunConfig
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import count_frames
 from storm_jax.text.conversation import ConversationEncoder, Encoded, Pieces, Text
@@ -30,6 +30,20 @@ class SampleEncoder:
     compression: CompressionConfig
     frames: FramesConfig
     layout: LayoutConfig = dataclasses.field(default_factory=LayoutConfig)
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, text: ConversationEncoder, compression: CompressionConfig
+    ) -> SampleEncoder:
+        """The encoder of a run's samples."""
+        model = config.model
+        return cls(
+            text=text,
+            grid=Grid.of(model),
+            compression=compression,
+            frames=config.data.frames,
+            layout=model.layout,
+        )
 
     def frame_counts(self, media: Sequence[Media]) -> list[int]:
         """Returns the number of frames of each medium.

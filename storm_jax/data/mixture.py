@@ -42,12 +42,8 @@ def open_mixture(
     data, shapes = config.data, row_shapes(config)
     return Mixture(
         sources,
-        SampleEncoder(
-            text=ConversationEncoder(tokenizer, data.system),
-            grid=shapes[-1].grid,
-            compression=shapes[-1].compression,
-            frames=data.frames,
-            layout=config.model.layout,
+        SampleEncoder.of(
+            config, ConversationEncoder(tokenizer, data.system), shapes[-1].compression
         ),
         shapes,
         seed=config.train.seed,

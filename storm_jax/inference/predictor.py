@@ -18,13 +18,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from storm_jax.compression import Grid, plan_groups
+from storm_jax.compression import plan_groups
 from storm_jax.config import CompressionConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.inference.encoding import EncodedBatch, SceneEncoder
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
 from storm_jax.inference.programs import Programs
+from storm_jax.inference.prompts import prompt_rows
 from storm_jax.inference.scenes import default_rows, plan_scene, prompt_slots, round_up
 from storm_jax.inference.streaming.stream import Stream
 from storm_jax.inference.streaming.video import RecurrentVideo, Shown, Video, WindowVideo
@@ -350,7 +351,8 @@ class Predictor:
         slots = round_up(
             len(encoded), 3, 32
         )  # a stream passes through all lengths up to its budget
-        arrays = self._prompt_rows([(encoded, [shown.entries])], 1, slots)
+        pad_id = self._text.tokenizer.pad_token_id
+        arrays = prompt_rows([(encoded, [shown.entries])], 1, slots, pad_id)
         arrays["scenes"] = np.zeros(1, np.int32)
         ids = self._programs.write(arrays, [shown.table], (seed, 0, 0), sampling)
         return self._pieces(ids)
@@ -368,13 +370,7 @@ class Predictor:
             yield text[len(shown) :]
 
     def _encoder(self, compression: CompressionConfig | None) -> SampleEncoder:
-        return SampleEncoder(
-            text=self._text,
-            grid=Grid.of(self.config.model),
-            compression=compression or self.compression,
-            frames=self.config.data.frames,
-            layout=self.config.model.layout,
-        )
+        return SampleEncoder.of(self.config, self._text, compression or self.compression)
 
     def _check_length(self, sample: Sample, prompt: int, new: int) -> None:
         """Raises SampleError if a prompt and its answer exceed the decoder's positions."""
@@ -424,24 +420,8 @@ class Predictor:
         scenes[: len(prompts)] = [prompt.scene for prompt in prompts]
         rows = [(prompt.encoded, batch.scenes[prompt.scene].entries) for prompt in prompts]
         slots = prompt_slots(max(len(prompt.encoded) for prompt in prompts))
-        return self._prompt_rows(rows, batch.rows, slots) | {"scenes": scenes}
-
-    def _prompt_rows(
-        self,
-        prompts: Sequence[tuple[Encoded, Sequence[np.ndarray]]],
-        rows: int,
-        slots: int,
-    ) -> dict[str, np.ndarray]:
-        """Tokens and `visual_index` [B, S], and lengths [B], of prompts with the table entries of their media."""
-        tokens = np.full((rows, slots), self._text.tokenizer.pad_token_id, np.int32)
-        index = np.full((rows, slots), -1, np.int32)
-        lengths = np.zeros(rows, np.int32)
-        for row, (encoded, entries) in enumerate(prompts):
-            lengths[row] = len(encoded)
-            tokens[row, : lengths[row]] = encoded.tokens
-            for medium, positions in enumerate(entries):
-                index[row, : lengths[row]][encoded.media == medium] = positions
-        return {"tokens": tokens, "visual_index": index, "lengths": lengths}
+        pad_id = self._text.tokenizer.pad_token_id
+        return prompt_rows(rows, batch.rows, slots, pad_id) | {"scenes": scenes}
 
     def _decode(self, ids: np.ndarray) -> str:
         answer = itertools.takewhile(lambda token: token not in self._stop_ids, ids.tolist())

@@ -182,7 +182,7 @@ def _open(medium: Media) -> tuple[av.container.InputContainer, av.VideoStream]:
     # A playlist must not open other files or the network.
     container = av.open(source, "r", options={"protocol_whitelist": "file"})
     try:
-        stream = _best_stream(container)
+        stream = best_stream(container)
         if stream is None:
             raise MediaError(medium, "empty", "no video stream")
         if stream.codec_context is None:
@@ -200,7 +200,7 @@ def _open(medium: Media) -> tuple[av.container.InputContainer, av.VideoStream]:
     return container, stream
 
 
-def _best_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+def best_stream(container: av.container.InputContainer) -> av.VideoStream | None:
     """FFmpeg's choice, but never the picture of an audio file's cover."""
     films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     best = container.streams.best("video")

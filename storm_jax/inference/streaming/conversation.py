@@ -42,8 +42,8 @@ class Conversation:
         try:
             for frames, times in self._source.blocks():
                 is_new |= bool(self._stream.push(frames, times))
-                if every and self._stream.stats.seconds >= due:
-                    due = every * (self._stream.stats.seconds // every + 1)
+                if every and self._stream.seconds >= due:
+                    due = every * (self._stream.seconds // every + 1)
                     self._ask_all(questions)
                     is_new = False
                 while not waiting.empty():

@@ -25,7 +25,7 @@ import numpy as np
 
 from storm_jax.inference.streaming.time_grid import TimeGrid
 from storm_jax.inference.streaming.video import BLOCK
-from storm_jax.media.video import Scaler
+from storm_jax.media.video import Scaler, best_stream
 
 _AHEAD = 4 * BLOCK  # frames that wait to be used
 _STALL = 10.0  # seconds without data, after which a connection counts as broken
@@ -145,9 +145,9 @@ class Source:
 
     def _read(self, container: Any) -> None:
         """Reads until the end."""
-        if not container.streams.video:
+        stream = best_stream(container)
+        if stream is None:
             raise SourceError("it has no video")
-        stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         offset = None  # a new connection continues at the time of the clock
         for frame in container.decode(stream):
@@ -181,7 +181,7 @@ def _open_file(url: str) -> Any:
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SourceError(f"--stream={url} cannot be read: {reason}") from error
-    if not container.streams.video:
+    if best_stream(container) is None:
         container.close()
         raise SourceError(f"--stream={url} cannot be read: it has no video")
     return container

@@ -8,7 +8,6 @@ for text in stream.ask("What is happening?"):
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,6 +114,11 @@ class Stream:
         return self._answer(self._video.shown(), question, sampling or Sampling(), seed)
 
     @property
+    def seconds(self) -> float:
+        """Time of the newest frame, from the first one; 0 before it."""
+        return self._last - self._grid.first if self._used else 0.0
+
+    @property
     def stats(self) -> StreamStats:
         video = self._video
         plan = video.plan() if self._used else None
@@ -125,7 +129,7 @@ class Stream:
             groups=plan.num_groups if plan else 0,
             visual_tokens=plan.num_tokens if plan else 0,
             lost=video.lost,
-            seconds=self._last - self._grid.first if self._used else 0.0,
+            seconds=self.seconds,
             device_bytes=video.device_bytes,
         )
 
@@ -149,7 +153,7 @@ class Stream:
         for name, mine in self._settings.items():
             if (other := snapshot["settings"][name]) != mine:
                 raise ValueError(f"the snapshot has {name}={other!r}, and this stream {mine!r}")
-        self._video.restore(copy.copy(snapshot["video"]))
+        self._video.restore(snapshot["video"])
         self._received, self._used = snapshot["received"], snapshot["used"]
         self._last = snapshot["last"]
         self._grid = dataclasses.replace(snapshot["grid"])

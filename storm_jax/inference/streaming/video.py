@@ -12,7 +12,14 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from storm_jax.compression import ClipPlan, Grid, index_of_groups, plan_clip, plan_groups
+from storm_jax.compression import (
+    ClipPlan,
+    Grid,
+    index_of_groups,
+    plan_clip,
+    plan_groups,
+    pooled_side,
+)
 from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.inference.programs import Programs
@@ -84,15 +91,14 @@ class RecurrentVideo:
         recent: int,
     ):
         self._programs, self._grid, self._compression = programs, grid, compression
-        self._side = plan_groups(np.zeros(1, np.int32), grid, compression).side
+        self._side = pooled_side(grid.video, compression.spatial_pool)
         table = programs.empty_groups(capacity + 1, self._side**2)
         self._memory = GroupMemory(capacity, table, policy, recent)
         self._state = programs.start_stream()
-        self._partial = table[
-            -1
-        ]  # [N', D], the mean of the frames of the group that is not complete
-        self._waiting: list[float] = []  # their times
-        self._number = 0  # of that group, counted from the start of the stream
+        # The group that is not complete: the mean of its frames [N', D], their times, and its number in the stream.
+        self._partial = table[-1]
+        self._waiting: list[float] = []
+        self._number = 0
 
     @property
     def lost(self) -> int:
