@@ -191,6 +191,7 @@ def test_past_the_budget_memory_and_programs_stay_constant(storm, frames, policy
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 36,000 pushes on 8 devices
 def test_ten_hours_in_constant_memory(storm, frames):
     seconds = check_constant(storm, frames, "merge", pushes=36_000)
     assert np.median(seconds[-1000:]) < 2 * np.median(seconds[1000:2000])
