@@ -14,9 +14,9 @@ from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
+from storm_jax.inference.engine import Engine, EngineShape, Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.programs import Programs
-from storm_jax.inference.prompts import prompt_rows
 from storm_jax.media.read import read_media
 from storm_jax.models.storm import VisualShape
 from storm_jax.run import Run
@@ -47,13 +47,13 @@ class FirstTokens:
         text = ConversationEncoder(run.tokenizer(), config.data.system)
         stops = stop_ids(run.tokenizer_path, text.tokenizer)
         step = run.checkpoints.resolve(None)
-        self._programs = Programs(run, step, stops, weights="", warms_up=False)
+        self._programs = Programs.load(run, step, stops)
         grid, size = Grid.of(config.model), config.model.vision.image_size
         encoder = SampleEncoder.of(config, text, compression)
         plan = plan_clip(compression.num_frames, grid, compression)
         self._visual = VisualShape(plan.num_groups, compression.spatial_pool)
         self._rows = empty_frames(len(samples), compression.num_frames, size)
-        prompts = []
+        self._prompts: list[tuple[np.ndarray, np.ndarray]] = []
         for slot, sample in enumerate(samples):
             (medium,) = sample.media
             clip = read_media(medium, compression.num_frames, size, max_damage=0.0)
@@ -61,17 +61,26 @@ class FirstTokens:
             entries = place_clips(
                 row, [clip.frames], plan.num_groups, grid, compression, UsedSlots()
             )
-            prompts.append((encoder.encode(sample, [clip.times]), entries))
-        count, slots = len(samples), max(len(encoded) for encoded, _ in prompts)
-        pad_id = text.tokenizer.pad_token_id
-        scenes = np.arange(count, dtype=np.int32)
-        self._prompts = prompt_rows(prompts, count, slots, pad_id) | {"scenes": scenes}
+            encoded = encoder.encode(sample, [clip.times])
+            self._prompts.append((encoded.tokens, encoded.visual_index(entries)))
+        count, longest = len(samples), max(len(tokens) for tokens, _ in self._prompts)
+        shape = EngineShape.for_batch(count, longest, 1, self._programs.mesh.size)
+        self._shape = dataclasses.replace(shape, prompts=count)
+        self._pad_id = text.tokenizer.pad_token_id
 
     def __call__(self) -> np.ndarray:
         """Encodes all clips and returns the first tokens, int [B]; compiles on the first call."""
         table, _ = self._programs.encode(self._rows, self._visual)
-        ids, _ = self._programs.generate(self._prompts, [table], (0,), Sampling(max_new_tokens=1))
-        return ids[:, 0]
+        requests = [
+            Request(
+                tokens=tokens, visual_index=index, table=table, scene=scene, sampling=Sampling(1)
+            )
+            for scene, (tokens, index) in enumerate(self._prompts)
+        ]
+        engine = Engine(self._programs, self._shape, pad_id=self._pad_id)
+        for _ in engine.run(requests):
+            pass
+        return np.array([request.written[0] for request in requests])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ Writes OUT/latency.json and OUT/latency.png after each number of frames, and pri
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import pathlib
 import statistics
@@ -49,15 +48,17 @@ from benchmarks.models import (
 from benchmarks.timing import Call, seconds_by_round
 from benchmarks.torch_models import feature_tower, features, torch_decoder
 from storm_jax.compression import Grid, plan_clip
-from storm_jax.config import CompressionConfig, ModelConfig
+from storm_jax.config import CompressionConfig, MeshConfig, ModelConfig
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.files import write_atomically
-from storm_jax.inference.generate import Sampling, generate
+from storm_jax.inference.engine import Engine, EngineShape, Request
+from storm_jax.inference.generate import Sampling
+from storm_jax.inference.programs import Programs
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model
+from storm_jax.sharding import make_mesh
 
 NEW = 32  # tokens after the first one
-SLOTS = 64
 
 Key = tuple[str, str, str]  # whose ("storm" or "torch"), part, compression ("" = independent of it)
 
@@ -68,6 +69,7 @@ class Prompt:
     Attributes:
       frames: `frames`, `frame_clip` and `frame_group` of a row, with a batch axis.
       tokens: length of the prompt.
+      index: the `visual_index` of its tokens.
     """
 
     def __init__(self, model: ModelConfig, frames: int, compression: CompressionConfig):
@@ -80,12 +82,13 @@ class Prompt:
         self.frames = {name: jnp.asarray(array[None]) for name, array in row.items()}
         self.shape = VisualShape(groups, compression.spatial_pool)
         self.tokens = len(entries) + TEXT
-        index = np.concatenate([entries, np.full(TEXT, -1)]).astype(np.int32)
-        self.batch = {
-            "tokens": jnp.ones((1, self.tokens), jnp.int32),
-            "visual_index": jnp.asarray(index[None]),
-            "lengths": jnp.full(1, self.tokens, jnp.int32),
-        }
+        self.index = np.concatenate([entries, np.full(TEXT, -1)]).astype(np.int32)
+
+    def request(self, table: jax.Array, new: int) -> Request:
+        """Asks for `new` tokens."""
+        tokens = np.ones(self.tokens, np.int32)
+        sampling = Sampling(max_new_tokens=new)
+        return Request(tokens=tokens, visual_index=self.index, table=table, sampling=sampling)
 
 
 class OurPrograms:
@@ -94,22 +97,25 @@ class OurPrograms:
     def __init__(self, config: ModelConfig, params: dict[str, jax.Array]):
         self._graphdef, _ = abstract_model(config)
         self._params = unflatten_dict(params, sep="/")
-        self._no_stop = (config.decoder.vocab_size,)  # a token that is never generated
-        self._bytes: list[int] = []  # of each program
+        never = (config.decoder.vocab_size,)  # a token that is never generated
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+        self._decoder = Programs(self._graphdef, params, mesh, stop_ids=never)
 
     def calls(self, prompts: dict[str, Prompt]) -> tuple[dict[Key, Call], int]:
         """The parts of a latency by compression, and the bytes of the largest program."""
-        self._bytes.clear()
         (first, *_) = prompts.values()
+        before = set(self._decoder.compiled)
 
         def vision(model: Storm, frames: jax.Array) -> jax.Array:
             with jax.named_scope("vision"):
                 return model.vision.encode_clips(frames)
 
         frames = first.frames["frames"]
-        see = functools.partial(self._compile(vision, frames), frames)
+        encode = self._compile(vision, frames)
+        see = self._call(encode, frames)
         patches = see()
         found: dict[Key, Call] = {("storm", "vision", ""): see}
+        programs = [encode]
         for name, prompt in prompts.items():
 
             def project(
@@ -119,38 +125,37 @@ class OurPrograms:
                     patches, frames["frame_clip"], frames["frame_group"], prompt.shape
                 )
 
-            def answer(
-                model: Storm, batch: dict, visual: jax.Array, sampling: Sampling
-            ) -> jax.Array:
-                return generate(
-                    model,
-                    batch,
-                    visual,
-                    jax.random.key(0),
-                    sampling,
-                    slots=SLOTS,
-                    stop_ids=self._no_stop,
-                )
-
             pool = self._compile(project, patches, prompt.frames)
-            compress = functools.partial(pool, patches, prompt.frames)
+            programs.append(pool)
+            compress = self._call(pool, patches, prompt.frames)
             table = compress()
             found["storm", "projector", name] = compress
-            one, more = (Sampling(max_new_tokens=count).as_arrays() for count in (1, 1 + NEW))
-            run = self._compile(answer, prompt.batch, table, one)
-            found["storm", "prefill", name] = functools.partial(run, prompt.batch, table, one)
-            found["storm", "answer", name] = functools.partial(run, prompt.batch, table, more)
-        return found, max(self._bytes)
+            found["storm", "prefill", name] = self._answer(prompt, table, 1)
+            found["storm", "answer", name] = self._answer(prompt, table, 1 + NEW)
+            found["storm", "answer", name]()  # compiles
+        programs += set(self._decoder.compiled) - before
+        return found, max(map(program_bytes, programs))
 
-    def _compile(self, function: Callable[..., Any], *inputs: Any) -> Callable[..., Any]:
+    def _answer(self, prompt: Prompt, table: jax.Array, new: int) -> Call:
+        shape = EngineShape.for_batch(1, prompt.tokens, 1 + NEW, devices=1)
+
+        def answer() -> None:
+            engine = Engine(self._decoder, shape, pad_id=0, steps=NEW)
+            for _ in engine.run([prompt.request(table, new)]):
+                pass
+
+        return answer
+
+    def _compile(self, function: Callable[..., Any], *inputs: Any) -> jax.stages.Compiled:
         """The function of a model and inputs, for inputs like these."""
 
         def run(params: dict, *inputs: Any) -> Any:
             return function(nnx.merge(self._graphdef, params), *inputs)
 
-        compiled = jax.jit(run).lower(self._params, *inputs).compile()
-        self._bytes.append(program_bytes(compiled))
-        return lambda *inputs: jax.block_until_ready(compiled(self._params, *inputs))
+        return jax.jit(run).lower(self._params, *inputs).compile()
+
+    def _call(self, compiled: jax.stages.Compiled, *inputs: Any) -> Call:
+        return lambda: jax.block_until_ready(compiled(self._params, *inputs))
 
 
 class TorchPrograms:

@@ -21,6 +21,7 @@ from storm_jax.inference.programs import Programs
 from storm_jax.media.media import Media
 from storm_jax.media.read import read_media
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
+from storm_jax.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -142,24 +143,21 @@ def test_what_is_timed_is_what_the_predictor_runs(trained_run, shapes_folder, mo
     """The same prompts and visual tokens, and the same first tokens."""
     prompts_of_call = []
 
-    def record(programs, prompts, tables, *rest):
-        visual = np.concatenate(tables)[prompts["scenes"]]
+    def record(programs, table, scenes, tokens, visual_index):
+        visual = np.asarray(table)[scenes]
+        is_used = (tokens != pad) | (visual_index >= 0)
         prompts_of_call.append(
             [
-                (tokens[:length].tolist(), table[index[index >= 0]])
-                for tokens, index, length, table in zip(
-                    prompts["tokens"],
-                    prompts["visual_index"],
-                    prompts["lengths"],
-                    visual,
-                    strict=True,
+                (row[used].tolist(), rows[index[index >= 0]])
+                for row, used, index, rows in zip(
+                    tokens, is_used, visual_index, visual, strict=True
                 )
             ]
         )
-        return generate(programs, prompts, tables, *rest)
+        return embed(programs, table, scenes, tokens, visual_index)
 
-    generate = Programs.generate
-    monkeypatch.setattr(Programs, "generate", record)
+    embed, pad = Programs.embed, Run(trained_run).tokenizer().pad_token_id
+    monkeypatch.setattr(Programs, "embed", record)
     samples = shapes_benchmark.video_questions(shapes_folder, 8)
     compression = CompressionConfig(num_frames=8, temporal_pool=2)
     tokens = accuracy_latency.FirstTokens(trained_run, samples, compression)()

@@ -181,5 +181,4 @@ def _fill_text(
     row["loss_weights"][start : start + size - 1] = encoded.answer[1:]
     row["positions"][slots] = np.arange(size)
     row["segment_ids"][slots] = segment
-    for medium, index in enumerate(indices):
-        row["visual_index"][slots][encoded.media == medium] = index
+    row["visual_index"][slots] = encoded.visual_index(indices)

@@ -48,9 +48,9 @@ class EncodedBatch:
 
     Attributes:
       number: counts batches from 0.
-      rows: how many prompts are answered together, B.
-      tables: visual tables [C, V, D]; concatenated, row n belongs to scene n. All batches have as many,
-        so that programs fit all of them.
+      rows: how many prompts are answered together.
+      table: visual tables [N, V, D]; number n belongs to scene n. N is the same in all batches, so that programs fit
+        all of them.
       encoder: turns samples about the scenes into tokens.
       seconds: model time of encoding.
     """
@@ -58,7 +58,7 @@ class EncodedBatch:
     number: int
     scenes: tuple[EncodedScene, ...]
     rows: int
-    tables: tuple[jax.Array, ...]
+    table: jax.Array
     encoder: SampleEncoder
     seconds: float
 
@@ -99,7 +99,7 @@ class SceneEncoder:
                 number=number,
                 scenes=tuple(encoded),
                 rows=rows,
-                tables=tuple(tables),
+                table=self._programs.join(tables),
                 encoder=self._encoder,
                 seconds=seconds,
             )

@@ -1,8 +1,12 @@
-"""Autoregressive generation: one prefill of whole prompts, then one token per row and step.
+"""Autoregressive generation in rows of fixed size.
 
-Prompts are padded on the right. Cache slots are indexed by position, so a row's first new token
-overwrites its first padding slot. Padding is never attended to, since it has later positions than any
-query.
+    prefill   reads a block of prompts, of which earlier blocks may have been read
+    insert    puts prompts that were read into free rows, with their first tokens
+    decode    continues all rows, one token per step
+
+Prompts are padded on the right. Cache slots are indexed by position, so a row's first new token overwrites its first
+padding slot. Padding is never attended to, since it has later positions than any query. Rows are independent: the
+tokens of one do not depend on the others.
 """
 
 from __future__ import annotations
@@ -12,20 +16,15 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from storm_jax.models.decoder import Cache
 from storm_jax.models.storm import Storm
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: greedily at temperature 0, otherwise sampled from the smallest set of tokens
-    whose probabilities add up to `top_p` (Holtzman et al., arXiv 1904.09751).
-
-    Its values are inputs of compiled programs: other values compile nothing new.
-    """
+    whose probabilities add up to `top_p` (Holtzman et al., arXiv 1904.09751)."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -34,183 +33,213 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
-    def as_arrays(self) -> Sampling:
-        """The values with the dtypes that compiled programs take."""
-        return jax.tree.map(lambda value: np.asarray(value, jnp.result_type(value)), self)
 
-    def tree_flatten(self) -> tuple[tuple, None]:
-        return (self.max_new_tokens, self.temperature, self.top_p), None
+class Choice(NamedTuple):
+    """How each row chooses its tokens; inputs of compiled programs, so that other values compile nothing."""
 
-    @classmethod
-    def tree_unflatten(cls, _: None, values: tuple) -> Sampling:
-        sampling = object.__new__(cls)  # traced values cannot be checked
-        for field, value in zip(dataclasses.fields(cls), values, strict=True):
-            object.__setattr__(sampling, field.name, value)
-        return sampling
+    temperature: jax.Array  # fp32 [R]
+    top_p: jax.Array  # fp32 [R]
+    seed: jax.Array  # uint32 [R]
 
 
-class Generation(NamedTuple):
-    """Answers that are being written.
+class Prompts(NamedTuple):
+    """P prompts that are being read."""
 
-    Attributes:
-      step: number of tokens so far.
-      tokens: int32 [B, N], padded with the first stop token.
-      is_done: bool [B].
-      lengths: int [B], of the prompts.
-    """
-
-    step: jax.Array
-    tokens: jax.Array
-    is_done: jax.Array
-    lengths: jax.Array
-    cache: Cache
+    cache: Cache  # of P rows
+    last: jax.Array  # [P, D], hidden states of their last tokens, where those were read
 
 
-def begin(
-    model: Storm,
-    batch: dict[str, jax.Array],
-    visual: jax.Array,
-    key: jax.Array,
-    sampling: Sampling,
-    *,
-    slots: int,
-    stop_ids: tuple[int, ...],
-) -> Generation:
-    """Reads the prompts and chooses the first token of each answer; arguments as in `generate`."""
-    lengths = batch["lengths"]
-    logits, cache = prefill(model, batch, visual, batch["tokens"].shape[1] + slots)
-    tokens = jnp.full((len(lengths), slots), stop_ids[0], jnp.int32)
-    start = Generation(jnp.int32(0), tokens, lengths == 0, lengths, cache)
-    return _add(start, logits, key, sampling, stop_ids)
+class Answers(NamedTuple):
+    """Answers that are being written in R rows."""
 
-
-def extend(
-    model: Storm,
-    generation: Generation,
-    key: jax.Array,
-    sampling: Sampling,
-    limit: int | jax.Array,
-    *,
-    stop_ids: tuple[int, ...],
-) -> Generation:
-    """Adds tokens until each answer ends or has `limit` tokens; other arguments as in `begin`."""
-
-    def unfinished(state: Generation) -> jax.Array:
-        return (state.step < limit) & ~state.is_done.all()
-
-    def decode(state: Generation) -> Generation:
-        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
-        positions = state.lengths + state.step - 1
-        logits, cache = decode_step(model, last, positions, state.cache)
-        return _add(state._replace(cache=cache), logits, key, sampling, stop_ids)
-
-    return jax.lax.while_loop(unfinished, decode, generation)
-
-
-def generate(
-    model: Storm,
-    batch: dict[str, jax.Array],
-    visual: jax.Array,
-    key: jax.Array,
-    sampling: Sampling,
-    *,
-    slots: int,
-    stop_ids: tuple[int, ...],
-) -> jax.Array:
-    """Continues each prompt until a stop token or `max_new_tokens`, which is at most `slots`.
-
-    Args:
-      batch: `tokens` and `visual_index`, int [B, S], one sample per row (see `storm_jax.data.rows`), and
-        `lengths`, int [B]; rows of length 0 are empty and are not continued.
-      visual: [B, V, D], the rows' visual tables (see `Storm.encode`).
-      key: random key; unused at temperature 0.
-      slots: room for new tokens; a program is compiled for each number.
-      stop_ids: tokens that end an answer; the rest of the row is padded with the first of them.
-
-    Returns:
-      int32 [B, slots].
-    """
-    first = begin(model, batch, visual, key, sampling, slots=slots, stop_ids=stop_ids)
-    return extend(model, first, key, sampling, sampling.max_new_tokens, stop_ids=stop_ids).tokens
-
-
-def _add(
-    state: Generation,
-    logits: jax.Array,
-    key: jax.Array,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-) -> Generation:
-    """Adds the next token of each answer, from fp32 logits [B, V]."""
-    stops = jnp.array(stop_ids, jnp.int32)
-    chosen = choose(logits, jax.random.fold_in(key, state.step), sampling)
-    chosen = jnp.where(state.is_done, stops[0], chosen).astype(jnp.int32)
-    return state._replace(
-        step=state.step + 1,
-        tokens=state.tokens.at[:, state.step].set(chosen),
-        is_done=state.is_done | (chosen[:, None] == stops[None]).any(axis=1),
-    )
-
-
-def score_first(
-    model: Storm, batch: dict[str, jax.Array], visual: jax.Array, candidates: jax.Array
-) -> jax.Array:
-    """Log-probabilities of `candidates`, int [B, K], as the first token of each answer, fp32 [B, K];
-    `batch` and `visual` as in `generate`."""
-    logits, _ = prefill(model, batch, visual, batch["tokens"].shape[1])
-    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), candidates, axis=-1)
+    cache: Cache  # of R rows
+    token: jax.Array  # int32 [R], the last one
+    position: jax.Array  # int32 [R], where it goes; 0 in a row without an answer
+    written: jax.Array  # int32 [R], tokens so far
+    left: jax.Array  # int32 [R], tokens that may follow; 0 if the answer has ended
+    choice: Choice
 
 
 def prefill(
-    model: Storm, batch: dict[str, jax.Array], visual: jax.Array, cache_length: int
-) -> tuple[jax.Array, Cache]:
-    """Runs whole prompts through the decoder; `batch` and `visual` as in `generate`.
+    model: Storm,
+    x: jax.Array,
+    lengths: jax.Array,
+    start: int | jax.Array = 0,
+    prompts: Prompts | None = None,
+    *,
+    slots: int = 0,
+) -> Prompts:
+    """Reads the tokens from `start` on of P prompts.
+
+    Args:
+      x: their embeddings [P, C, D] (see `Storm.merge`).
+      lengths: int [P], of the whole prompts; 0 is an empty row.
+      prompts: the tokens before them; None at the start.
+      slots: of the cache that is made at the start.
+    """
+    positions = start + jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+    if prompts is None:
+        hidden, cache = model.decode(x, positions, new_cache=slots)
+    else:
+        hidden, cache = model.decode(x, positions, cache=prompts.cache)
+    end = jnp.clip(lengths - 1 - start, 0, x.shape[1] - 1)
+    last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]  # [P, D]
+    if prompts is not None:  # some ended earlier
+        last = jnp.where((lengths > start)[:, None], last, prompts.last)
+    return Prompts(cast(Cache, cache), last)
+
+
+def next_logits(model: Storm, hidden: jax.Array) -> jax.Array:
+    """Hidden states [B, D] -> fp32 logits [B, V] of the next tokens."""
+    return jnp.einsum("bd,dv->bv", hidden, model.decoder.head(), preferred_element_type=jnp.float32)
+
+
+def empty_answers(model: Storm, rows: int, length: int) -> Answers:
+    """Rows of `length` positions without an answer."""
+    config = model.decoder.config
+    shape = (config.depth, rows, config.num_kv_heads, length, config.head_dim)
+    cache = Cache(*(jnp.zeros(shape, model.decoder.dtype) for _ in Cache._fields))
+    zeros = jnp.zeros(rows, jnp.int32)
+    nothing = Choice(jnp.zeros(rows), jnp.ones(rows), jnp.zeros(rows, jnp.uint32))
+    return Answers(cache, zeros, zeros, zeros, zeros, nothing)
+
+
+def insert(
+    model: Storm,
+    answers: Answers,
+    prompts: Prompts,
+    rows: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    choice: Choice,
+    *,
+    stop_ids: tuple[int, ...],
+) -> tuple[Answers, jax.Array]:
+    """Puts P prompts into rows and chooses the first tokens of their answers.
+
+    Args:
+      rows: int [P], the row of each; R is nowhere.
+      lengths, limits: int [P], tokens of each prompt, and of its answer at most.
+      choice: of the P prompts.
 
     Returns:
-      fp32 logits [B, V] of the token after each prompt, and a cache of `cache_length` slots.
+      The answers and the first tokens, int [P].
     """
-    x = model.merge(batch["tokens"], visual, batch["visual_index"])  # [B, S, D]
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-    hidden, cache = model.decode(x, positions, new_cache=cache_length)
-    end = jnp.maximum(batch["lengths"] - 1, 0)
-    last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)  # [B, 1, D]
-    return _logits(model, last), cast(Cache, cache)
+    written = jnp.zeros_like(lengths)
+    token = choose(next_logits(model, prompts.last), choice, written)
+    is_last = _is_stop(token, stop_ids)
+    slots = prompts.cache.key.shape[-2]
+    cache = Cache(
+        *(
+            old.at[:, rows, :, :slots].set(new)
+            for old, new in zip(answers.cache, prompts.cache, strict=True)
+        )
+    )
+    new = Answers(cache, token, lengths, written + 1, jnp.where(is_last, 0, limits - 1), choice)
+    placed = jax.tree.map(lambda old, new: old.at[rows].set(new), answers[1:], new[1:])
+    return Answers(cache, *placed), token
+
+
+def decode(
+    model: Storm,
+    answers: Answers,
+    is_kept: jax.Array,
+    steps: int | jax.Array,
+    *,
+    room: int,
+    stop_ids: tuple[int, ...],
+) -> tuple[Answers, jax.Array]:
+    """Continues all answers by up to `steps` tokens, until one of the rows has none.
+
+    Args:
+      is_kept: bool [R]; the answers of other rows end here.
+      steps: at most `room`.
+
+    Returns:
+      The answers and their new tokens, int [R, room]; -1 where there is none.
+    """
+
+    def is_unfinished(state: tuple) -> jax.Array:
+        step, answers, _ = state
+        return (step < steps) & (answers.left > 0).any()
+
+    def add(state: tuple) -> tuple:
+        step, answers, tokens = state
+        answers, new = decode_step(model, answers, stop_ids=stop_ids)
+        return step + 1, answers, tokens.at[:, step].set(new)
+
+    answers = answers._replace(left=jnp.where(is_kept, answers.left, 0))
+    tokens = jnp.full((len(is_kept), room), -1, jnp.int32)
+    _, answers, tokens = jax.lax.while_loop(is_unfinished, add, (jnp.int32(0), answers, tokens))
+    return answers, tokens
 
 
 def decode_step(
-    model: Storm, tokens: jax.Array, positions: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Runs one token per row, int [B], at its position, int [B]; returns logits [B, V] of the next."""
-    x = model.decoder.embed(tokens[:, None])  # [B, 1, D]
-    hidden, extended = model.decode(x, positions[:, None], cache=cache)
-    return _logits(model, hidden), cast(Cache, extended)
+    model: Storm, answers: Answers, *, stop_ids: tuple[int, ...]
+) -> tuple[Answers, jax.Array]:
+    """Adds one token to all answers; returns them and the tokens, int [R], -1 where there is none."""
+    is_active = answers.left > 0
+    # A row without an answer writes to its first slot, which the next prompt overwrites.
+    position = jnp.where(is_active, answers.position, 0)
+    x = model.decoder.embed(answers.token[:, None])  # [R, 1, D]
+    hidden, cache = model.decode(x, position[:, None], cache=answers.cache)
+    token = choose(next_logits(model, hidden[:, 0]), answers.choice, answers.written)
+    left = jnp.where(is_active & ~_is_stop(token, stop_ids), answers.left - 1, 0)
+    written = answers.written + 1
+    extended = Answers(cast(Cache, cache), token, position + 1, written, left, answers.choice)
+    return extended, jnp.where(is_active, token, -1)
 
 
-def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Chooses the next token of each row, int [B], from fp32 logits [B, V]."""
-    return jax.lax.cond(sampling.temperature > 0, _sample, _most_likely, logits, key, sampling)
+def choose(logits: jax.Array, choice: Choice, written: jax.Array) -> jax.Array:
+    """Chooses the next token of each row, int32 [R], from fp32 logits [R, V].
+
+    Args:
+      written: int [R], tokens that the answer has. A draw depends on it and the row's seed only.
+    """
+    is_random = (choice.temperature > 0).any()
+    return jax.lax.cond(is_random, _sample, _most_likely, logits, choice, written)
 
 
-def _most_likely(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    return jnp.argmax(logits, axis=-1)
+def _most_likely(logits: jax.Array, choice: Choice, written: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def _sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # total probability of higher ranks
-    rank = jax.random.categorical(key, jnp.where(before < sampling.top_p, ranked, -jnp.inf))
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
-
-
-def _logits(model: Storm, hidden: jax.Array) -> jax.Array:
-    """[B, 1, D] -> fp32 [B, V]."""
-    return jnp.einsum(
-        "bd,dv->bv", hidden[:, 0], model.decoder.head(), preferred_element_type=jnp.float32
+def _sample(logits: jax.Array, choice: Choice, written: jax.Array) -> jax.Array:
+    is_random = choice.temperature > 0
+    scaled = logits / jnp.where(is_random, choice.temperature, 1)[:, None]
+    probabilities = jax.nn.softmax(scaled, axis=-1)
+    is_in = probabilities >= _nucleus(probabilities, choice.top_p)[:, None]
+    keys = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(
+        choice.seed, written
     )
+    drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(is_in, scaled, -jnp.inf))
+    greedy = _most_likely(logits, choice, written)
+    return jnp.where(is_random, drawn, greedy).astype(jnp.int32)
+
+
+def _nucleus(probabilities: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The smallest probability, fp32 [R], in the smallest set whose sum reaches `top_p`.
+
+    Bisects the bits of floats, which are ordered like the floats themselves: sums are cheaper than sorting.
+    """
+    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
+
+    def bisect(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        total = jnp.where(bits >= middle[:, None], probabilities, 0).sum(axis=-1)
+        reaches = total >= top_p
+        return jnp.where(reaches, middle, low), jnp.where(reaches, high, middle)
+
+    start = jnp.zeros_like(top_p, jnp.int32), bits.max(axis=-1) + 1
+    low, _ = jax.lax.fori_loop(0, 31, bisect, start)
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _is_stop(token: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
+    return (token[:, None] == jnp.array(stop_ids, jnp.int32)[None]).any(axis=1)

@@ -22,11 +22,11 @@ from storm_jax.compression import plan_groups
 from storm_jax.config import CompressionConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.inference.encoding import EncodedBatch, SceneEncoder
+from storm_jax.inference.engine import Engine, EngineShape, Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
 from storm_jax.inference.programs import Programs
-from storm_jax.inference.prompts import prompt_rows
-from storm_jax.inference.scenes import default_rows, plan_scene, prompt_slots, round_up
+from storm_jax.inference.scenes import default_rows, plan_scene
 from storm_jax.inference.streaming.stream import Stream
 from storm_jax.inference.streaming.video import RecurrentVideo, Shown, Video, WindowVideo
 from storm_jax.media.image import IMAGE_SUFFIXES
@@ -34,20 +34,14 @@ from storm_jax.media.media import Media, MediaError
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.run import Run
-from storm_jax.text.conversation import ConversationEncoder, Encoded
+from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 from storm_jax.text.tokenizer import stop_ids
 
 Path = str | pathlib.Path
 
-
-@dataclasses.dataclass(frozen=True)
-class _Prompt:
-    """Tokens of the `index`-th sample, which is about scene `scene` of its batch."""
-
-    index: int
-    scene: int
-    encoded: Encoded
+# Tokens that are added to answers at once: many, unless somebody reads along.
+_BATCH_STEPS, _STREAM_STEPS = 32, 4
 
 
 class Watched:
@@ -107,7 +101,9 @@ class Predictor:
         self._text = ConversationEncoder(self.run.tokenizer(), self.config.data.system)
         self._stop_ids = stop_ids(self.run.tokenizer_path, self._text.tokenizer)
         self._pool = WorkerPool(self.config.data.num_workers)
-        self._programs = Programs(self.run, self.step, self._stop_ids, weights, warms_up=is_timed)
+        self._programs = Programs.load(
+            self.run, self.step, self._stop_ids, weights, warms_up=is_timed
+        )
 
     @property
     def compression(self) -> CompressionConfig:
@@ -117,7 +113,7 @@ class Predictor:
     @property
     def num_programs(self) -> int:
         """Programs that were compiled so far."""
-        return self._programs.count
+        return len(self._programs.compiled)
 
     def answer(
         self,
@@ -243,7 +239,7 @@ class Predictor:
         candidates = [self._single_tokens(texts) for texts in choices or ()]
         sampling = sampling or Sampling()
         places = {scene.media: place for place, scene in enumerate(batch.scenes)}
-        prompts = []
+        indices: dict[Request, int] = {}
         for index, sample in enumerate(samples):
             place = places[sample.media]
             scene = batch.scenes[place]
@@ -255,34 +251,41 @@ class Predictor:
             except (MediaError, SampleError) as error:
                 yield index, Prediction(error=str(error), cause=error.cause)
             else:
-                prompts.append(_Prompt(index, place, encoded))
-        prompts.sort(key=lambda prompt: len(prompt.encoded))
-        encoding = batch.seconds / max(1, len(prompts))
-        for start in range(0, len(prompts), batch.rows):
-            part = prompts[start : start + batch.rows]
-            arrays = self._prompt_arrays(part, batch)
+                request = Request(
+                    tokens=encoded.tokens,
+                    visual_index=encoded.visual_index(scene.entries),
+                    table=batch.table,
+                    scene=place,
+                    sampling=sampling,
+                    seed=_seed(seed, index),
+                    candidates=candidates[index] if choices else (),
+                )
+                indices[request] = index
+        if not indices:
+            return
+        encoding = batch.seconds / len(indices)
+        requests = sorted(indices, key=lambda request: len(request.tokens))
+        shape = EngineShape.for_batch(
+            batch.rows,
+            len(requests[-1].tokens),
+            sampling.max_new_tokens,
+            self._programs.mesh.size,
+        )
+        for request in self._engine(shape, _BATCH_STEPS).run(requests):
+            index = indices[request]
             if choices is None:
-                seeds = (seed, batch.number, start)
-                ids, seconds = self._programs.generate(arrays, batch.tables, seeds, sampling)
-                texts = [self._decode(row) for row in ids[: len(part)]]
+                text = self._decode(request.written)
             else:
-                arrays["candidates"] = _pad(
-                    [candidates[prompt.index] for prompt in part], batch.rows
-                )
-                scores, seconds = self._programs.score_first(arrays, batch.tables)
-                texts = [
-                    _most_likely(choices[prompt.index], row)
-                    for prompt, row in zip(part, scores, strict=False)
-                ]
-            for prompt, text in zip(part, texts, strict=True):
-                yield (
-                    prompt.index,
-                    Prediction(
-                        text=text,
-                        visual_tokens=batch.scenes[prompt.scene].visual_tokens,
-                        seconds=encoding + seconds / len(part),
-                    ),
-                )
+                assert request.scores is not None
+                text = choices[index][int(request.scores.argmax())]
+            yield (
+                index,
+                Prediction(
+                    text=text,
+                    visual_tokens=batch.scenes[request.scene].visual_tokens,
+                    seconds=encoding + request.seconds,
+                ),
+            )
 
     def stream(
         self,
@@ -348,20 +351,26 @@ class Predictor:
         sample = Sample(id="question", turns=(turn,), media=(medium,), extra={})
         encoded = encoder.encode(sample, [shown.times], [shown.plan])
         self._check_length(sample, len(encoded), sampling.max_new_tokens)
-        slots = round_up(
-            len(encoded), 3, 32
-        )  # a stream passes through all lengths up to its budget
-        pad_id = self._text.tokenizer.pad_token_id
-        arrays = prompt_rows([(encoded, [shown.entries])], 1, slots, pad_id)
-        arrays["scenes"] = np.zeros(1, np.int32)
-        ids = self._programs.write(arrays, [shown.table], (seed, 0, 0), sampling)
-        return self._pieces(ids)
+        request = Request(
+            tokens=encoded.tokens,
+            visual_index=encoded.visual_index([shown.entries]),
+            table=shown.table,
+            sampling=sampling,
+            seed=_seed(seed, 0),
+        )
+        shape = EngineShape.for_one(len(encoded), sampling.max_new_tokens)
+        return self._pieces(self._engine(shape, _STREAM_STEPS).stream(request))
 
-    def _pieces(self, chunks: Iterator[np.ndarray]) -> Iterator[str]:
+    def _engine(self, shape: EngineShape, steps: int) -> Engine:
+        pad_id = self._text.tokenizer.pad_token_id
+        return Engine(self._programs, shape, pad_id=pad_id, steps=steps)
+
+    def _pieces(self, chunks: Iterator[list[int]]) -> Iterator[str]:
         """The text of an answer as its ids arrive; together, what `_decode` returns."""
-        ids, shown = np.zeros(0, np.int32), ""
+        ids: list[int] = []
+        shown = ""
         for chunk in chunks:
-            ids = np.concatenate([ids, chunk])
+            ids += chunk
             text = self._decode(ids).rstrip("\ufffd")  # a character may need the next tokens
             if len(text) > len(shown) and text.startswith(shown):
                 yield text[len(shown) :]
@@ -412,19 +421,8 @@ class Predictor:
             tokens += ids
         return tokens
 
-    def _prompt_arrays(
-        self, prompts: Sequence[_Prompt], batch: EncodedBatch
-    ) -> dict[str, np.ndarray]:
-        """Prompts as rows, padded with empty ones: int [B, S], [B, S], [B] and [B]."""
-        scenes = np.zeros(batch.rows, np.int32)
-        scenes[: len(prompts)] = [prompt.scene for prompt in prompts]
-        rows = [(prompt.encoded, batch.scenes[prompt.scene].entries) for prompt in prompts]
-        slots = prompt_slots(max(len(prompt.encoded) for prompt in prompts))
-        pad_id = self._text.tokenizer.pad_token_id
-        return prompt_rows(rows, batch.rows, slots, pad_id) | {"scenes": scenes}
-
-    def _decode(self, ids: np.ndarray) -> str:
-        answer = itertools.takewhile(lambda token: token not in self._stop_ids, ids.tolist())
+    def _decode(self, ids: Sequence[int]) -> str:
+        answer = itertools.takewhile(lambda token: token not in self._stop_ids, ids)
         text = self._text.tokenizer.decode(list(answer), skip_special_tokens=True)
         return str(text).strip()
 
@@ -434,13 +432,6 @@ def kind_of(path: Path) -> str:
     return "image" if pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
-def _pad(ids: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-    """Lists of ids as int32 [rows, K], padded with 0; K is a multiple of 8, so few programs are compiled."""
-    padded = np.zeros((rows, round_up(max(map(len, ids)), 1, 8)), np.int32)
-    for row, listed in zip(padded, ids, strict=False):
-        row[: len(listed)] = listed
-    return padded
-
-
-def _most_likely(texts: Sequence[str], scores: np.ndarray) -> str:
-    return texts[int(scores[: len(texts)].argmax())]
+def _seed(seed: int, index: int) -> int:
+    """The seed of one of many samples: each has other draws."""
+    return int(np.random.SeedSequence([seed % 2**32, index]).generate_state(1)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,23 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 
 from storm_jax.config import CompressionConfig, MeshConfig
 from storm_jax.inference.generate import (
-    Generation,
-    Sampling,
-    begin,
-    extend,
-    generate,
-    score_first,
+    Answers,
+    Choice,
+    Prompts,
+    decode,
+    empty_answers,
+    insert,
+    next_logits,
+    prefill,
 )
 from storm_jax.inference.weights import load
 from storm_jax.models.storm import StreamState, VisualShape
 from storm_jax.run import Run
 from storm_jax.sharding import batch_sharding, constrain, make_mesh
-
-_TOKENS_AT_ONCE = 4  # of an answer that is shown while it is written
-_MIN_SLOTS = 64  # for new tokens; above that, powers of two: few programs fit every token limit
 
 
 class Programs:
@@ -37,29 +37,52 @@ class Programs:
     """
 
     def __init__(
-        self, run: Run, step: int, stop_ids: tuple[int, ...], weights: str, warms_up: bool
+        self,
+        graphdef: nnx.GraphDef,
+        params: Mapping[str, jax.Array],
+        mesh: Mesh,
+        *,
+        stop_ids: tuple[int, ...],
+        warms_up: bool = False,
     ):
-        """Restores the parameters of checkpoint `step`, sharded over all devices.
+        """See `load` for a checkpoint's programs.
 
         Args:
+          params: by path, on the devices of `mesh`.
           stop_ids: tokens that end an answer.
-          weights: one of `storm_jax.inference.weights.WEIGHTS`.
           warms_up: run every program once untimed, since a first run also allocates and autotunes.
+        """
+        self.mesh, self.stop_ids = mesh, stop_ids
+        self._graphdef, self._params = graphdef, unflatten_dict(dict(params), sep="/")
+        self._warms_up = warms_up
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+
+    @classmethod
+    def load(
+        cls,
+        run: Run,
+        step: int,
+        stop_ids: tuple[int, ...],
+        weights: str = "",
+        warms_up: bool = False,
+    ) -> Programs:
+        """Restores the parameters of checkpoint `step`, sharded over all devices of this process.
+
+        Args:
+          weights: one of `storm_jax.inference.weights.WEIGHTS`.
 
         Raises:
           RunError: if the checkpoint cannot be read.
         """
         # Processes that evaluate together answer different questions.
-        self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
-        self._stop_ids, self._warms_up = stop_ids, warms_up
-        self._graphdef, params = load(run, step, self.mesh, weights)
-        self._params = unflatten_dict(params, sep="/")
-        self._compiled: dict[tuple, Callable] = {}
+        mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
+        graphdef, params = load(run, step, mesh, weights)
+        return cls(graphdef, params, mesh, stop_ids=stop_ids, warms_up=warms_up)
 
     @property
-    def count(self) -> int:
-        """Programs that were compiled so far."""
-        return len(self._compiled)
+    def compiled(self) -> tuple[jax.stages.Compiled, ...]:
+        """The programs so far."""
+        return tuple(self._compiled.values())
 
     def encode(
         self, rows: Mapping[str, np.ndarray], visual: VisualShape
@@ -77,93 +100,119 @@ class Programs:
 
         return self._call(encode, (visual,), (self._put(rows),))
 
-    def generate(
+    def join(self, tables: Sequence[jax.Array]) -> jax.Array:
+        """Visual tables [C, V, D] as one, [N, V, D]."""
+        if len(tables) == 1:
+            return tables[0]
+
+        def join(params: dict, tables: list[jax.Array]) -> jax.Array:
+            return constrain(jnp.concatenate(tables), "batch", None, None)
+
+        return self._call(join, (), (list(tables),))[0]
+
+    def embed(
         self,
-        prompts: Mapping[str, np.ndarray],
-        tables: Sequence[jax.Array],
-        seeds: tuple[int, ...],
-        sampling: Sampling,
-    ) -> tuple[np.ndarray, float]:
-        """Generated ids, int [B, N]; after an answer, a row is padded with the first stop token.
+        table: jax.Array,
+        scenes: np.ndarray,
+        tokens: np.ndarray,
+        visual_index: np.ndarray,
+    ) -> tuple[jax.Array, float]:
+        """Embeds a block of P prompts, [P, C, D].
 
         Args:
-          prompts: `tokens` and `visual_index` [B, S], `lengths` [B] (0 = empty row), and `scenes` [B],
-            the row of each prompt's scene in the concatenated `tables`.
-          tables: visual tables [C, V, D].
-          seeds: of sampling; other ones draw other tokens.
+          table: visual tables [N, V, D].
+          scenes: int [P], the table of each prompt.
+          tokens, visual_index: int [P, C] (see `Storm.merge`).
         """
-        slots = _slots(sampling)
 
-        def answer(
-            params: dict, prompts: dict, tables: list, seed: jax.Array, sampling: Sampling
-        ) -> jax.Array:
+        def embed(params: dict, table: jax.Array, prompts: dict) -> jax.Array:
             model = nnx.merge(self._graphdef, params)
-            visual = _select_tables(prompts, tables)
-            key = jax.random.key(seed)
-            return generate(
-                model, prompts, visual, key, sampling, slots=slots, stop_ids=self._stop_ids
-            )
+            visual = constrain(table[prompts["scenes"]], "batch", None, None)
+            return model.merge(prompts["tokens"], visual, prompts["visual_index"])
 
-        inputs = (self._put(prompts), list(tables), _seed(seeds), sampling.as_arrays())
-        ids, seconds = self._call(answer, (slots,), inputs)
-        return np.asarray(ids), seconds
+        prompts = {"scenes": scenes, "tokens": tokens, "visual_index": visual_index}
+        return self._call(embed, (), (table, self._put(prompts)))
 
-    def score_first(
-        self, prompts: Mapping[str, np.ndarray], tables: Sequence[jax.Array]
-    ) -> tuple[np.ndarray, float]:
-        """Log-probabilities [B, K] of `prompts["candidates"]`, int [B, K], as first token of each answer.
-        Other arguments as in `generate`."""
-
-        def score(params: dict, prompts: dict, tables: list) -> jax.Array:
-            model = nnx.merge(self._graphdef, params)
-            visual = _select_tables(prompts, tables)
-            return score_first(model, prompts, visual, prompts["candidates"])
-
-        scores, seconds = self._call(score, (), (self._put(prompts), list(tables)))
-        return np.asarray(scores), seconds
-
-    def write(
+    def prefill(
         self,
-        prompts: Mapping[str, np.ndarray],
-        tables: Sequence[jax.Array],
-        seeds: tuple[int, ...],
-        sampling: Sampling,
-    ) -> Iterator[np.ndarray]:
-        """Yields the ids of one answer, int [n], as they are generated, a few at a time; arguments as in `generate`,
-        for one prompt."""
-        slots, seed = _slots(sampling), _seed(seeds)
+        x: jax.Array,
+        lengths: np.ndarray,
+        start: int,
+        prompts: Prompts | None,
+        slots: int,
+    ) -> tuple[Prompts, float]:
+        """Reads a block of prompts (see `generate.prefill`); `prompts` cannot be used again."""
 
-        def first(
-            params: dict, prompts: dict, tables: list, seed: jax.Array, sampling: Sampling
-        ) -> Generation:
-            model, visual = nnx.merge(self._graphdef, params), _select_tables(prompts, tables)
-            key = jax.random.key(seed)
-            stops = self._stop_ids
-            return _replicated(
-                begin(model, prompts, visual, key, sampling, slots=slots, stop_ids=stops)
-            )
+        def first(params: dict, x: jax.Array, lengths: jax.Array) -> Prompts:
+            model = nnx.merge(self._graphdef, params)
+            return _by_rows(prefill(model, x, lengths, slots=slots))
 
         def more(
-            params: dict,
-            state: Generation,
-            seed: jax.Array,
-            sampling: Sampling,
-            limit: jax.Array,
-        ) -> Generation:
-            model, key = nnx.merge(self._graphdef, params), jax.random.key(seed)
-            return _replicated(extend(model, state, key, sampling, limit, stop_ids=self._stop_ids))
+            params: dict, x: jax.Array, lengths: jax.Array, start: jax.Array, prompts: Prompts
+        ) -> Prompts:
+            model = nnx.merge(self._graphdef, params)
+            return _by_rows(prefill(model, x, lengths, start, prompts))
 
-        settings = (seed, sampling.as_arrays())
-        inputs = (self._put(prompts), list(tables), *settings)
-        state, _ = self._call(first, (slots,), inputs)
-        done, limit = 0, 1
-        while True:
-            step = int(state.step)
-            yield np.asarray(state.tokens)[0, done:step]
-            done, limit = step, min(step + _TOKENS_AT_ONCE, sampling.max_new_tokens)
-            if bool(state.is_done.all()) or done == limit:
-                return
-            state, _ = self._call(more, (slots,), (state, *settings, np.int32(limit)), donate=(0,))
+        if prompts is None:
+            return self._call(first, (slots,), (x, lengths))
+        inputs = (x, lengths, np.int32(start), prompts)
+        return self._call(more, (), inputs, donate=(3,))
+
+    def empty_answers(self, rows: int, length: int) -> Answers:
+        """Rows of `length` positions, without an answer."""
+
+        def make(params: dict) -> Answers:
+            return _by_rows(empty_answers(nnx.merge(self._graphdef, params), rows, length))
+
+        return self._call(make, (rows, length), ())[0]
+
+    def insert(
+        self,
+        answers: Answers,
+        prompts: Prompts,
+        rows: np.ndarray,
+        lengths: np.ndarray,
+        limits: np.ndarray,
+        choice: Choice,
+    ) -> tuple[Answers, np.ndarray, float]:
+        """Puts prompts into rows (see `generate.insert`); `answers` cannot be used again."""
+
+        def insert_prompts(params: dict, answers: Answers, prompts: Prompts, rest: tuple) -> Any:
+            model = nnx.merge(self._graphdef, params)
+            answers, tokens = insert(model, answers, prompts, *rest, stop_ids=self.stop_ids)
+            return _by_rows(answers), _replicated(tokens)
+
+        inputs = (answers, prompts, (rows, lengths, limits, choice))
+        (answers, tokens), seconds = self._call(insert_prompts, (), inputs, donate=(0,))
+        return answers, np.asarray(tokens), seconds
+
+    def decode(
+        self, answers: Answers, is_kept: np.ndarray, steps: int, room: int
+    ) -> tuple[Answers, np.ndarray, float]:
+        """Continues all answers (see `generate.decode`); `answers` cannot be used again."""
+
+        def extend(
+            params: dict, answers: Answers, is_kept: jax.Array, steps: jax.Array
+        ) -> tuple[Answers, jax.Array]:
+            model = nnx.merge(self._graphdef, params)
+            stops = self.stop_ids
+            answers, tokens = decode(model, answers, is_kept, steps, room=room, stop_ids=stops)
+            return _by_rows(answers), _replicated(tokens)
+
+        inputs = (answers, is_kept, np.int32(steps))
+        (answers, tokens), seconds = self._call(extend, (room,), inputs, donate=(0,))
+        return answers, np.asarray(tokens), seconds
+
+    def score(self, prompts: Prompts, candidates: np.ndarray) -> tuple[np.ndarray, float]:
+        """Log-probabilities, fp32 [P, K], of `candidates`, int [P, K], as first tokens of the answers."""
+
+        def score(params: dict, prompts: Prompts, candidates: jax.Array) -> jax.Array:
+            model = nnx.merge(self._graphdef, params)
+            scores = jax.nn.log_softmax(next_logits(model, prompts.last), axis=-1)
+            return _replicated(jnp.take_along_axis(scores, candidates, axis=-1))
+
+        scores, seconds = self._call(score, (), (prompts, candidates))
+        return np.asarray(scores), seconds
 
     def start_stream(self) -> StreamState:
         """The state of a video before its first frame.
@@ -249,22 +298,16 @@ class Programs:
             return result, time.perf_counter() - began
 
 
-def _slots(sampling: Sampling) -> int:
-    """Room for new tokens."""
-    return max(_MIN_SLOTS, 1 << (sampling.max_new_tokens - 1).bit_length())
-
-
-def _seed(seeds: tuple[int, ...]) -> np.uint32:
-    (seed,) = np.random.SeedSequence([each % 2**32 for each in seeds]).generate_state(1)
-    return seed
-
-
 def _replicated(tree: Any) -> Any:
     """On all devices, so that a result can be an input of a program that was compiled for another."""
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
-def _select_tables(prompts: dict[str, jax.Array], tables: Sequence[jax.Array]) -> jax.Array:
-    """The visual table of each prompt's scene, [B, V, D]."""
-    visual = jnp.concatenate(list(tables))[prompts["scenes"]]
-    return constrain(visual, "batch", None, None)
+def _by_rows(tree: Any) -> Any:
+    """Sharded over the devices like a batch, as inputs of another program."""
+
+    def place(x: jax.Array) -> jax.Array:
+        axes = [None, "batch"] if x.ndim == 5 else ["batch"]  # caches have layers first
+        return constrain(x, *axes, *[None] * (x.ndim - len(axes)))
+
+    return jax.tree.map(place, tree)

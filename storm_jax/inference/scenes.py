@@ -15,7 +15,6 @@ from storm_jax.compression import plan_clip
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.media.media import Media
 
-_PROMPT_MULTIPLE = 32
 # The default batch: at most this many visual tokens per device, and at most this many rows.
 _TOKENS_PER_DEVICE = 2**17
 _MAX_ROWS = 32
@@ -82,11 +81,6 @@ def default_rows(visual_tokens: int, devices: int) -> int:
 def scenes_per_call(shape: SceneShape, rows: int, devices: int) -> int:
     """How many scenes all devices encode together."""
     return min(rows, devices * max(1, _FRAMES_AT_ONCE // shape.frames))
-
-
-def prompt_slots(length: int) -> int:
-    """Token slots of a batch whose longest prompt has `length` tokens."""
-    return max(_PROMPT_MULTIPLE, round_up(length, 5, _PROMPT_MULTIPLE))
 
 
 def round_up(n: int, bits: int, multiple: int = 1) -> int:

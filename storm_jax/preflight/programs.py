@@ -17,14 +17,16 @@ from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import RunConfig
 from storm_jax.data.rows import RowShape, empty_frames, empty_rows
 from storm_jax.flops import Work, decode_work, encode_work, prefill_work, train_work
-from storm_jax.inference.generate import decode_step, prefill
-from storm_jax.inference.scenes import (
-    SceneShape,
-    default_rows,
-    prompt_slots,
-    round_up,
-    scenes_per_call,
+from storm_jax.inference.engine import EngineShape
+from storm_jax.inference.generate import (
+    Answers,
+    Choice,
+    Prompts,
+    decode_step,
+    next_logits,
+    prefill,
 )
+from storm_jax.inference.scenes import SceneShape, default_rows, round_up, scenes_per_call
 from storm_jax.models.decoder import Cache
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model, compute_dtypes, flat_params, with_sharding
@@ -129,54 +131,73 @@ def encode_program(config: RunConfig, mesh: Mesh) -> Program:
 
 
 def prefill_program(config: RunConfig, mesh: Mesh) -> Program:
-    """What eval.py runs on the prompts about these videos."""
+    """What eval.py runs on the last block of the prompts about these videos, with the logits of the first tokens."""
     sizes, model = _Sizes.of(config, mesh), config.model
-    tokens = np.zeros((1, sizes.prompt), np.int32)
-    table = np.zeros((1, sizes.table, model.decoder.width), model.dtype)
-    prompts = {"tokens": tokens, "visual_index": tokens, "lengths": tokens[:, 0], "visual": table}
-    prompts = _rows_on(mesh, sizes.rows, prompts)
+    engine, (size, slots) = sizes.engine, sizes.block
+    block = {
+        "x": np.zeros((1, size, model.decoder.width), model.dtype),
+        "lengths": np.zeros(1, np.int32),
+    }
+    block = _rows_on(mesh, engine.prompts, block)
+    width = _rows_on(
+        mesh, engine.prompts, {"last": np.zeros((1, model.decoder.width), model.dtype)}
+    )
+    cache = _cache(config, mesh, engine.prompts, slots)
+    before = Prompts(cache, width["last"]) if size < slots else None
 
-    def fill(model: Storm, prompts: dict[str, jax.Array]) -> Any:
-        visual = constrain(prompts["visual"], "batch", None, None)
-        return prefill(model, prompts, visual, sizes.cache)
+    def fill(model: Storm, block: dict[str, jax.Array], before: Prompts | None) -> Any:
+        start = slots - size
+        read = prefill(model, block["x"], block["lengths"], start, before, slots=slots)
+        return read, next_logits(model, read.last)
 
-    params, traced, lowered = _with_model(config, mesh, fill, prompts)
+    params, traced, lowered = _with_model(config, mesh, fill, block, before, donate_argnums=2)
     return Program(
         name="prefill",
-        rows=sizes.rows,
-        tokens=sizes.prompt,
+        rows=engine.prompts,
+        tokens=size,
         traced=traced,
         lowered=lowered,
-        arguments={"parameters": params, "batch": prompts},
-        work=prefill_work(config, sizes.rows, sizes.prompt, sizes.prompt),
+        arguments={"parameters": params, "cache": before, "batch": block},
+        work=prefill_work(config, engine.prompts, size, slots),
     )
 
 
 def decode_program(config: RunConfig, mesh: Mesh) -> Program:
     """What eval.py runs for each new token of the answers."""
-    sizes, model, decoder = _Sizes.of(config, mesh), config.model, config.model.decoder
-    tokens = np.zeros(1, np.int32)
-    last = _rows_on(mesh, sizes.rows, {"tokens": tokens, "positions": tokens})
-    keys: Any = jax.ShapeDtypeStruct(
-        (decoder.depth, sizes.rows, decoder.num_kv_heads, sizes.cache, decoder.head_dim),
-        model.dtype,
-        sharding=NamedSharding(mesh, PartitionSpec(None, *last["tokens"].sharding.spec)),
+    engine = _Sizes.of(config, mesh).engine
+    numbers = {name: np.zeros(1, np.int32) for name in ("token", "position", "written", "left")}
+    choices = {
+        "temperature": np.zeros(1, np.float32),
+        "top_p": np.zeros(1, np.float32),
+        "seed": np.zeros(1, np.uint32),
+    }
+    answers = Answers(
+        cache=_cache(config, mesh, engine.rows, engine.length),
+        choice=Choice(**_rows_on(mesh, engine.rows, choices)),
+        **_rows_on(mesh, engine.rows, numbers),
     )
-    cache = Cache(keys, keys)
 
-    def extend(model: Storm, last: dict[str, jax.Array], cache: Cache) -> Any:
-        return decode_step(model, last["tokens"], last["positions"], cache)
+    def extend(model: Storm, answers: Answers) -> Any:
+        return decode_step(model, answers, stop_ids=(0,))
 
-    params, traced, lowered = _with_model(config, mesh, extend, last, cache, donate_argnums=2)
+    params, traced, lowered = _with_model(config, mesh, extend, answers, donate_argnums=1)
     return Program(
         name="decode",
-        rows=sizes.rows,
+        rows=engine.rows,
         tokens=1,
         traced=traced,
         lowered=lowered,
-        arguments={"parameters": params, "cache": cache, "batch": last},
-        work=decode_work(config, sizes.rows, sizes.cache),
+        arguments={"parameters": params, "cache": answers},
+        work=decode_work(config, engine.rows, engine.length),
     )
+
+
+def _cache(config: RunConfig, mesh: Mesh, rows: int, length: int) -> Cache:
+    decoder = config.model.decoder
+    shape = (decoder.depth, rows, decoder.num_kv_heads, length, decoder.head_dim)
+    spec = PartitionSpec(None, *batch_sharding(mesh, (rows,)).spec)
+    keys: Any = jax.ShapeDtypeStruct(shape, config.model.dtype, sharding=NamedSharding(mesh, spec))
+    return Cache(keys, keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,16 +206,14 @@ class _Sizes:
 
     Attributes:
       scenes: encoded together.
-      rows: prompts answered together.
-      table, prompt, cache: entries of a visual table, tokens of a prompt, positions of the cache.
+      engine: answers the prompts.
+      block: tokens of a block, and of all blocks, of a prompt.
     """
 
     scene: SceneShape
     scenes: int
-    rows: int
-    table: int
-    prompt: int
-    cache: int
+    engine: EngineShape
+    block: tuple[int, int]
 
     @classmethod
     def of(cls, config: RunConfig, mesh: Mesh) -> _Sizes:
@@ -202,14 +221,13 @@ class _Sizes:
         plan = plan_clip(compression.num_frames, grid, compression)
         scene = SceneShape(round_up(compression.num_frames, 3), round_up(plan.num_groups, 3))
         rows = -(-default_rows(plan.num_tokens, mesh.size) // mesh.size) * mesh.size
-        prompt = prompt_slots(plan.num_tokens + _QUESTION_TOKENS)
+        prompt = plan.num_tokens + _QUESTION_TOKENS
+        engine = EngineShape.for_batch(rows, prompt, _NEW_TOKENS, mesh.size)
         return cls(
             scene=scene,
             scenes=scenes_per_call(scene, rows, mesh.size),
-            rows=rows,
-            table=scene.groups * plan.side**2,
-            prompt=prompt,
-            cache=prompt + _NEW_TOKENS,
+            engine=engine,
+            block=engine.cut(prompt),
         )
 
 

@@ -63,6 +63,17 @@ class Encoded:
         first = answers[0] + 1 if len(answers) else len(self)
         return int(max(first, media[-1] + 1 if len(media) else 0))
 
+    def visual_index(self, entries: Sequence[np.ndarray]) -> np.ndarray:
+        """For each token its entry in the visual table, int32 [n]; -1 is text.
+
+        Args:
+          entries: of the tokens of each medium, in order.
+        """
+        index = np.full(len(self), -1, np.int32)
+        for medium, positions in enumerate(entries):
+            index[self.media == medium] = positions
+        return index
+
     def truncated(self, length: int) -> Encoded:
         """Returns the first `length` tokens. A truncated answer has no end marker to train on."""
         return Encoded(self.tokens[:length], self.answer[:length], self.media[:length])

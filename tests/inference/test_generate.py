@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from generation import greedy
 from rows_by_hand import build_rows
 
 from configs.storm_qwen2_7b import MODEL as QWEN2_7B
@@ -15,7 +16,19 @@ from configs.tiny import MODEL as TINY
 from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import RowSample, RowShape
-from storm_jax.inference.generate import Sampling, choose, decode_step, generate, prefill
+from storm_jax.inference.generate import (
+    Answers,
+    Choice,
+    Sampling,
+    _nucleus,
+    choose,
+    decode,
+    decode_step,
+    empty_answers,
+    insert,
+    next_logits,
+    prefill,
+)
 from storm_jax.models.storm import Storm, VisualShape
 from storm_jax.params import abstract_model, compute_dtypes, flat_params
 from storm_jax.text.conversation import Encoded
@@ -29,9 +42,7 @@ SHAPE = RowShape(
 )
 VISUAL = VisualShape(SHAPE.num_groups, 1)
 NEW = 5  # tokens
-# Shared by all tests, so that each shape is compiled once.
-run_generate = nnx.jit(generate, static_argnames=("slots", "stop_ids"))
-OPTIONS: dict = {"sampling": Sampling(max_new_tokens=NEW), "slots": NEW, "stop_ids": (511,)}
+STOP = (511,)
 
 
 @pytest.fixture(scope="module")
@@ -84,55 +95,125 @@ def full_logits(model: Storm, batch: dict, extra: np.ndarray) -> np.ndarray:
     return np.asarray(run_uncached(model, batch, tokens, index, positions))
 
 
+def lengths_of(batch: dict) -> np.ndarray:
+    return np.asarray(batch["lengths"])
+
+
+@nnx.jit
+def extend(model: Storm, answers: Answers, token: jax.Array) -> tuple[Answers, jax.Array]:
+    """The hidden states after the tokens, through the logits that `decode_step` would choose from."""
+    position = answers.position
+    x = model.decoder.embed(token[:, None])
+    hidden, cache = model.decode(x, position[:, None], cache=answers.cache)
+    return answers._replace(cache=cache, position=position + 1), next_logits(model, hidden[:, 0])
+
+
+@nnx.jit
+def start(model: Storm, batch: dict, visual: jax.Array) -> tuple[Answers, jax.Array]:
+    x = model.merge(batch["tokens"], visual, batch["visual_index"])
+    prompts = prefill(model, x, batch["lengths"], slots=x.shape[1])
+    rows = jnp.arange(3)
+    choice = Choice(jnp.zeros(3), jnp.ones(3), jnp.zeros(3, jnp.uint32))
+    empty = empty_answers(model, 3, x.shape[1] + NEW)
+    answers, _ = insert(
+        model,
+        empty,
+        prompts,
+        rows,
+        batch["lengths"],
+        jnp.full(3, NEW),
+        choice,
+        stop_ids=STOP,
+    )
+    return answers, next_logits(model, prompts.last)
+
+
 def test_cached_logits_equal_uncached_ones(model, batch, visual):
     extra = np.random.default_rng(1).integers(1, 500, (3, NEW)).astype(np.int32)
     expected = full_logits(model, batch, extra)
-    lengths = np.asarray(batch["lengths"])
-    logits, cache = nnx.jit(prefill, static_argnums=3)(model, batch, visual, 48 + NEW)
-    extend = nnx.jit(decode_step)
+    lengths = lengths_of(batch)
+    answers, logits = start(model, batch, visual)
     for step in range(NEW + 1):
         rows = expected[np.arange(3), lengths - 1 + step]
         np.testing.assert_allclose(logits, rows, atol=2e-4, rtol=1e-4)
         if step < NEW:
-            logits, cache = extend(model, extra[:, step], lengths + step, cache)
+            answers, logits = extend(model, answers, extra[:, step])
 
 
 def test_greedy_generation_is_the_argmax_of_uncached_logits(model, batch, visual):
-    tokens = np.asarray(run_generate(model, batch, visual, jax.random.key(0), **OPTIONS))
+    tokens = greedy(model, batch, visual, NEW, STOP)
     expected = full_logits(model, batch, tokens)
-    lengths = np.asarray(batch["lengths"])
     for step in range(NEW):
-        best = expected[np.arange(3), lengths - 1 + step].argmax(axis=-1)
+        best = expected[np.arange(3), lengths_of(batch) - 1 + step].argmax(axis=-1)
         np.testing.assert_array_equal(tokens[:, step], best)
 
 
 def test_prompts_of_a_batch_do_not_change_each_other(model, batch, visual):
-    together = run_generate(model, batch, visual, jax.random.key(0), **OPTIONS)
+    together = greedy(model, batch, visual, NEW, STOP)
     for row in range(3):
         alone = {name: array[row : row + 1] for name, array in batch.items()}
-        tokens = run_generate(model, alone, visual[row : row + 1], jax.random.key(0), **OPTIONS)
+        tokens = greedy(model, alone, visual[row : row + 1], NEW, STOP)
         np.testing.assert_array_equal(tokens[0], together[row])
 
 
-def test_generation_ends_each_row_at_its_stop_token(model, batch, visual):
-    free = np.asarray(run_generate(model, batch, visual, jax.random.key(0), **OPTIONS))
-    stop = int(free[0, 2])
-    stopped = np.asarray(
-        run_generate(model, batch, visual, jax.random.key(0), **OPTIONS | {"stop_ids": (511, stop)})
+@pytest.mark.parametrize("size", [16, 24])
+def test_blocks_of_a_prompt_give_what_the_whole_prompt_does(model, batch, visual, size):
+    """Prompts of 11, 29 and 48 tokens end in different blocks."""
+    x = nnx.jit(Storm.merge)(model, batch["tokens"], visual, batch["visual_index"])
+    read = nnx.jit(prefill, static_argnames="slots")
+    lengths = batch["lengths"]
+    whole = read(model, x, lengths, slots=48)
+    prompts = read(model, x[:, :size], lengths, slots=48)
+    for begin in range(size, 48, size):
+        prompts = read(model, x[:, begin : begin + size], lengths, begin, prompts)
+    np.testing.assert_allclose(prompts.last, whole.last, atol=1e-4, rtol=1e-4)
+    for row, length in enumerate(lengths_of(batch)):
+        for part, expected in zip(prompts.cache, whole.cache, strict=True):
+            np.testing.assert_allclose(
+                part[:, row, :, :length], expected[:, row, :, :length], atol=1e-4, rtol=1e-4
+            )
+
+
+def test_a_prompt_may_go_to_any_row_and_to_none(model, batch, visual):
+    """Other rows, and their answers, stay as they are."""
+    whole = greedy(model, batch, visual, NEW, STOP)
+    answers, _ = start(model, batch, visual)
+    step = nnx.jit(decode_step, static_argnames="stop_ids")
+    answers, second = step(model, answers, stop_ids=STOP)
+    np.testing.assert_array_equal(second, whole[:, 1])
+    x = model.merge(batch["tokens"], visual, batch["visual_index"])[:2]
+    prompts = prefill(model, x, batch["lengths"][:2], slots=48)
+    choice = Choice(jnp.zeros(2), jnp.ones(2), jnp.zeros(2, jnp.uint32))
+    rows = jnp.array([2, 3])  # the second is nowhere
+    answers, first = insert(
+        model,
+        answers,
+        prompts,
+        rows,
+        batch["lengths"][:2],
+        jnp.full(2, NEW),
+        choice,
+        stop_ids=STOP,
     )
+    np.testing.assert_array_equal(first, whole[:2, 0])
+    answers, third = step(model, answers, stop_ids=STOP)
+    np.testing.assert_array_equal(third, [whole[0, 2], whole[1, 2], whole[0, 1]])
+
+
+def test_generation_ends_each_row_at_its_stop_token(model, batch, visual):
+    free = greedy(model, batch, visual, NEW, STOP)
+    stop = int(free[0, 2])
+    stopped = greedy(model, batch, visual, NEW, (*STOP, stop))
     first = list(free[0]).index(stop)
-    np.testing.assert_array_equal(stopped[0, :first], free[0, :first])
-    assert stopped[0, first] == stop
-    assert (stopped[0, first + 1 :] == 511).all()  # the first stop token fills
+    np.testing.assert_array_equal(stopped[0, : first + 1], free[0, : first + 1])
+    assert (stopped[0, first + 1 :] == -1).all()
 
 
 def test_an_empty_row_is_not_continued(model, batch, visual):
-    whole = np.asarray(run_generate(model, batch, visual, jax.random.key(0), **OPTIONS))
+    whole = greedy(model, batch, visual, NEW, STOP)
     lengths = batch["lengths"].at[1].set(0)
-    tokens = np.asarray(
-        run_generate(model, batch | {"lengths": lengths}, visual, jax.random.key(0), **OPTIONS)
-    )
-    assert (tokens[1] == 511).all() and (whole[1] != 511).any()
+    tokens = greedy(model, batch | {"lengths": lengths}, visual, NEW, STOP)
+    assert (tokens[1, 1:] == -1).all() and (whole[1] != -1).all()
     np.testing.assert_array_equal(tokens[[0, 2]], whole[[0, 2]])
 
 
@@ -152,9 +233,10 @@ def test_the_papers_longest_setting_has_the_shapes_it_should():
     table = jax.eval_shape(encode, params, frames, shape((1, 256)), shape((1, 256)))
     assert (table.shape, table.dtype) == ((1, 16_384, 3584), jnp.bfloat16)
 
-    def answer(params, batch, visual, key):
+    def read(params, batch, visual):
         model = nnx.merge(graphdef, params)
-        return generate(model, batch, visual, key, Sampling(16), slots=16, stop_ids=(1,))
+        x = model.merge(batch["tokens"], visual, batch["visual_index"])
+        return prefill(model, x, batch["lengths"], slots=16_896)
 
     batch = {
         "tokens": shape((8, 16_896)),
@@ -162,24 +244,77 @@ def test_the_papers_longest_setting_has_the_shapes_it_should():
         "lengths": shape((8,)),
     }
     tables = shape((8, *table.shape[1:]), table.dtype)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    assert jax.eval_shape(answer, params, batch, tables, key).shape == (8, 16)
+    prompts = jax.eval_shape(read, params, batch, tables)
+    assert prompts.cache.key.shape == (28, 8, 4, 16_896, 128)
+
+    def answer(params, prompts):
+        model = nnx.merge(graphdef, params)
+        rows, empty = jnp.arange(8), empty_answers(model, 8, 16_912)
+        choice = Choice(jnp.zeros(8), jnp.ones(8), jnp.zeros(8, jnp.uint32))
+        limits = jnp.full(8, 16)
+        answers, _ = insert(model, empty, prompts, rows, limits, limits, choice, stop_ids=(1,))
+        return decode(model, answers, rows > 0, 15, room=15, stop_ids=(1,))
+
+    assert jax.eval_shape(answer, params, prompts)[1].shape == (8, 15)
+
+
+def draw(logits: jax.Array, temperature: float, top_p: float = 1.0) -> np.ndarray:
+    rows = len(logits)
+    choice = Choice(
+        jnp.full(rows, temperature), jnp.full(rows, top_p), jnp.arange(rows, dtype=jnp.uint32)
+    )
+    return np.asarray(choose(logits, choice, jnp.zeros(rows, jnp.int32)))
 
 
 def test_top_p_draws_only_from_the_nucleus_and_by_its_probabilities():
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.broadcast_to(jnp.log(probabilities)[None], (4000, 4))
-    drawn = np.asarray(choose(logits, jax.random.key(0), Sampling(temperature=1.0, top_p=0.7)))
+    drawn = draw(logits, temperature=1.0, top_p=0.7)
     share = np.bincount(drawn, minlength=4) / len(drawn)
     np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=0.03)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999, 1.0])
+def test_the_nucleus_is_that_of_sorted_probabilities(top_p):
+    rng = np.random.default_rng(0)
+    logits = (
+        rng.standard_normal((6, 5000)).astype(np.float32) * np.arange(6, dtype=np.float32)[:, None]
+    )
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    smallest = np.asarray(_nucleus(jnp.asarray(probabilities), jnp.full(6, top_p)))
+    for row, least in zip(probabilities, smallest, strict=True):
+        ranked = np.sort(row)[::-1].astype(np.float64)
+        before = np.cumsum(ranked) - ranked
+        kept = ranked[before < top_p * ranked.sum()]
+        if top_p == 1:
+            assert least <= 1e-6 * row.max()
+        else:  # a sum in float32 may end one token earlier or later
+            assert abs((row >= least).sum() - len(kept)) <= (row == kept[-1]).sum()
 
 
 def test_temperature_sharpens():
     probabilities = np.array([0.6, 0.4])
     logits = jnp.broadcast_to(jnp.log(probabilities)[None], (4000, 2))
-    drawn = np.asarray(choose(logits, jax.random.key(0), Sampling(temperature=0.5)))
+    drawn = draw(logits, temperature=0.5)
     expected = probabilities[0] ** 2 / (probabilities**2).sum()
     assert abs((drawn == 0).mean() - expected) < 0.03
+
+
+def test_each_row_draws_by_its_own_settings(batch):
+    """A draw depends on the row's seed and the number of its tokens, and not on other rows."""
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((4, 50)), jnp.float32)
+    temperature = jnp.array([0.0, 1.0, 1.0, 0.0])
+    seed, written = jnp.array([1, 2, 2, 3], jnp.uint32), jnp.array([0, 1, 5, 0])
+    top_p = jnp.array([1.0, 1.0, 1e-6, 0.5])
+    drawn = np.asarray(choose(logits, Choice(temperature, top_p, seed), written))
+    best = np.asarray(logits.argmax(-1))
+    np.testing.assert_array_equal(drawn[[0, 2, 3]], best[[0, 2, 3]])
+    alone = choose(logits[1:2], Choice(temperature[1:2], top_p[1:2], seed[1:2]), written[1:2])
+    assert drawn[1] == alone[0]
+    many = jnp.broadcast_to(logits[1:2], (64, 50))
+    ones = jnp.ones(64)
+    later = choose(many, Choice(ones, ones, jnp.full(64, 2, jnp.uint32)), jnp.arange(64))
+    assert len(set(np.asarray(later).tolist())) > 5
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_answers_stay_close(trained_run, shapes_folder):
     video = next((shapes_folder / "media/test").glob("*.mp4"))
     plain, quantized = (Predictor(trained_run, weights=weights) for weights in ("", "int8"))
     assert quantized.weights == "int8"
-    tables = [each.watch(video)._batch.tables[0] for each in (plain, quantized)]
+    tables = [each.watch(video)._batch.table for each in (plain, quantized)]
     np.testing.assert_allclose(tables[1], tables[0], atol=0.05 * float(jnp.abs(tables[0]).max()))
 
 

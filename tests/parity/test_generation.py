@@ -3,13 +3,12 @@ lengths and several end tokens. Rendered token ids equal those of the chat templ
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
+from generation import greedy
 from reference_models import (
     BASE,
     DECODERS,
@@ -21,7 +20,6 @@ from reference_models import (
     save,
 )
 
-from storm_jax.inference.generate import Sampling, generate
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.sample import Sample, Turn
 from storm_jax.text.tokenizer import load_tokenizer
@@ -46,17 +44,8 @@ def ours_of(path, prompts: list[np.ndarray], stops: tuple[int, ...]) -> list[lis
     }
     model = load_model(path)
     empty_table = jnp.zeros((len(prompts), 1, model.decoder.head().shape[0]))
-    jitted = nnx.jit(generate, static_argnames=("slots", "stop_ids"))
-    tokens = jitted(
-        model,
-        batch,
-        empty_table,
-        jax.random.key(0),
-        sampling=Sampling(max_new_tokens=NEW),
-        slots=NEW,
-        stop_ids=stops,
-    )
-    return [until(row, stops) for row in np.asarray(tokens).tolist()]
+    tokens = greedy(model, batch, empty_table, NEW, stops)
+    return [until(row, stops) for row in tokens.tolist()]
 
 
 def theirs_of(model, prompts: list[np.ndarray], stops: tuple[int, ...]) -> list[list[int]]:
