@@ -80,18 +80,16 @@ class SceneEncoder:
         planned = batch_scenes(scenes, rows)
         clips = self._read_ahead([scene for batch in planned for scene in batch], reader, rows)
         for number, batch in enumerate(planned):
-            shape = batch[0].shape
-            per_call = scenes_per_call(shape, rows, self._programs.mesh.size)
+            per_call = scenes_per_call(batch[0].shape, rows, self._programs.mesh.size)
             encoded: list[EncodedScene] = []
             tables: list[jax.Array] = []
             seconds = 0.0
             for start in range(0, len(batch), per_call):
-                arrays = empty_frames(per_call, shape.frames, self._image_size)
-                for slot, scene in enumerate(batch[start : start + per_call]):
-                    row = {name: array[slot] for name, array in arrays.items()}
-                    encoded.append(self._place(scene, next(clips), row, preview_frames))
-                visual = VisualShape(shape.groups, self._encoder.compression.spatial_pool)
-                table, took = self._programs.encode(arrays, visual)
+                part = batch[start : start + per_call]
+                placed, table, took = self.encode(
+                    [(scene, next(clips)) for scene in part], per_call, preview_frames
+                )
+                encoded += placed
                 tables.append(table)
                 seconds += took
             tables += tables[:1] * (-(-rows // per_call) - len(tables))
@@ -103,6 +101,27 @@ class SceneEncoder:
                 encoder=self._encoder,
                 seconds=seconds,
             )
+
+    def encode(
+        self,
+        scenes: Sequence[tuple[Scene, list[Clip] | MediaError]],
+        slots: int = 1,
+        preview_frames: int = 0,
+    ) -> tuple[list[EncodedScene], jax.Array, float]:
+        """Encodes scenes of one shape with their clips; returns them, their tables [C, V, D] and the model time.
+
+        Args:
+          slots: C.
+        """
+        shape = scenes[0][0].shape
+        arrays = empty_frames(slots, shape.frames, self._image_size)
+        placed = []
+        for slot, (scene, clips) in enumerate(scenes):
+            row = {name: array[slot] for name, array in arrays.items()}
+            placed.append(self._place(scene, clips, row, preview_frames))
+        visual = VisualShape(shape.groups, self._encoder.compression.spatial_pool)
+        table, seconds = self._programs.encode(arrays, visual)
+        return placed, table, seconds
 
     def _place(
         self,

@@ -11,7 +11,6 @@ questions about them, and prompts of similar length are answered together. It is
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from storm_jax.inference.programs import Programs
 from storm_jax.inference.scenes import default_rows, plan_scene
 from storm_jax.inference.streaming.stream import Stream
 from storm_jax.inference.streaming.video import RecurrentVideo, Shown, Video, WindowVideo
+from storm_jax.inference.text_stream import TextStream
 from storm_jax.media.image import IMAGE_SUFFIXES
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.reader import MediaReader
@@ -73,6 +73,7 @@ class Predictor:
       config: its configuration.
       step: step of the checkpoint.
       weights: "int8", or "" as trained.
+      pool: processes that decode media.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Predictor:
         *,
         weights: str = "",
         is_timed: bool = False,
+        num_workers: int | None = None,
     ):
         """Loads a checkpoint of a run, the last one by default.
 
@@ -89,6 +91,7 @@ class Predictor:
           weights: "int8" stores the kernels of most layers in half the memory (see `storm_jax.models.int8`).
           is_timed: run each program once more before it is first timed, so that `Prediction.seconds` is what a
             later call takes.
+          num_workers: processes that decode media, by default `data.num_workers`.
 
         Raises:
           ConfigError: if `workdir` is not a run.
@@ -100,7 +103,7 @@ class Predictor:
         self.weights = weights
         self._text = ConversationEncoder(self.run.tokenizer(), self.config.data.system)
         self._stop_ids = stop_ids(self.run.tokenizer_path, self._text.tokenizer)
-        self._pool = WorkerPool(self.config.data.num_workers)
+        self.pool = WorkerPool(self.config.data.num_workers if num_workers is None else num_workers)
         self._programs = Programs.load(
             self.run, self.step, self._stop_ids, weights, warms_up=is_timed
         )
@@ -203,17 +206,12 @@ class Predictor:
             of the devices. Defaults to 32, or fewer if that exceeds 131,072 visual tokens per device.
           preview_frames: how many frames of each medium are returned in `EncodedScene.previews`.
         """
-        encoder = self._encoder(compression)
-        size = self.config.model.vision.image_size
+        encoder = self.encoder(compression)
         scenes = [plan_scene(each, encoder) for each in media]
         largest = max((scene.visual_tokens for scene in scenes), default=0)
         self._check_visual_tokens(largest)
-        yield from SceneEncoder(self._programs, encoder, size).batches(
-            scenes,
-            MediaReader(self._pool, size, self.config.data.frames),
-            self._batch_size(batch_size, largest),
-            preview_frames,
-        )
+        rows = self._batch_size(batch_size, largest)
+        yield from self.scene_encoder(encoder).batches(scenes, self.reader, rows, preview_frames)
 
     def ask(
         self,
@@ -257,7 +255,7 @@ class Predictor:
                     table=batch.table,
                     scene=place,
                     sampling=sampling,
-                    seed=_seed(seed, index),
+                    seed=sample_seed(seed, index),
                     candidates=candidates[index] if choices else (),
                 )
                 indices[request] = index
@@ -271,10 +269,12 @@ class Predictor:
             sampling.max_new_tokens,
             self._programs.mesh.size,
         )
-        for request in self._engine(shape, _BATCH_STEPS).run(requests):
+        for request in self.engine(shape, _BATCH_STEPS).run(requests):
             index = indices[request]
             if choices is None:
-                text = self._decode(request.written)
+                written = self.text_stream()
+                written.add(request.written)
+                text = written.text
             else:
                 assert request.scores is not None
                 text = choices[index][int(request.scores.argmax())]
@@ -312,7 +312,7 @@ class Predictor:
         Raises:
           ValueError: a policy that the model does not support, or a budget that is too small or too large.
         """
-        encoder, model = self._encoder(compression), self.config.model
+        encoder, model = self.encoder(compression), self.config.model
         grid, factors = encoder.grid, encoder.compression
         self._check_visual_tokens(budget_tokens)
         capacity = budget_tokens // plan_groups(np.zeros(1, np.int32), grid, factors).num_tokens
@@ -356,30 +356,42 @@ class Predictor:
             visual_index=encoded.visual_index([shown.entries]),
             table=shown.table,
             sampling=sampling,
-            seed=_seed(seed, 0),
+            seed=sample_seed(seed, 0),
         )
         shape = EngineShape.for_one(len(encoded), sampling.max_new_tokens)
-        return self._pieces(self._engine(shape, _STREAM_STEPS).stream(request))
+        return self._pieces(self.engine(shape, _STREAM_STEPS).stream(request))
 
-    def _engine(self, shape: EngineShape, steps: int) -> Engine:
+    def engine(self, shape: EngineShape, steps: int = 1) -> Engine:
+        """Answers requests; see `Engine`."""
         pad_id = self._text.tokenizer.pad_token_id
         return Engine(self._programs, shape, pad_id=pad_id, steps=steps)
 
     def _pieces(self, chunks: Iterator[list[int]]) -> Iterator[str]:
-        """The text of an answer as its ids arrive; together, what `_decode` returns."""
-        ids: list[int] = []
-        shown = ""
+        """The text of an answer as its tokens arrive; together, what `predict` returns."""
+        text = self.text_stream()
         for chunk in chunks:
-            ids += chunk
-            text = self._decode(ids).rstrip("\ufffd")  # a character may need the next tokens
-            if len(text) > len(shown) and text.startswith(shown):
-                yield text[len(shown) :]
-                shown = text
-        if (text := self._decode(ids)) != shown and text.startswith(shown):
-            yield text[len(shown) :]
+            if more := text.add(chunk):
+                yield more
+        if more := text.end():
+            yield more
 
-    def _encoder(self, compression: CompressionConfig | None) -> SampleEncoder:
+    def text_stream(self) -> TextStream:
+        """Turns the tokens of one answer into text."""
+        return TextStream(self._text.tokenizer, self._stop_ids)
+
+    def encoder(self, compression: CompressionConfig | None) -> SampleEncoder:
+        """Turns samples into tokens, with this compression."""
         return SampleEncoder.of(self.config, self._text, compression or self.compression)
+
+    def scene_encoder(self, encoder: SampleEncoder) -> SceneEncoder:
+        """Encodes the clips of scenes."""
+        return SceneEncoder(self._programs, encoder, self.config.model.vision.image_size)
+
+    @property
+    def reader(self) -> MediaReader:
+        """Decodes media in worker processes."""
+        size = self.config.model.vision.image_size
+        return MediaReader(self.pool, size, self.config.data.frames)
 
     def _check_length(self, sample: Sample, prompt: int, new: int) -> None:
         """Raises SampleError if a prompt and its answer exceed the decoder's positions."""
@@ -421,17 +433,12 @@ class Predictor:
             tokens += ids
         return tokens
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        answer = itertools.takewhile(lambda token: token not in self._stop_ids, ids)
-        text = self._text.tokenizer.decode(list(answer), skip_special_tokens=True)
-        return str(text).strip()
-
 
 def kind_of(path: Path) -> str:
     """ "image" or "video", by the suffix of a file."""
     return "image" if pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
-def _seed(seed: int, index: int) -> int:
+def sample_seed(seed: int, index: int) -> int:
     """The seed of one of many samples: each has other draws."""
     return int(np.random.SeedSequence([seed % 2**32, index]).generate_state(1)[0])

@@ -47,11 +47,15 @@ class Scene:
 
 def plan_scene(media: Sequence[Media], encoder: SampleEncoder) -> Scene:
     """Counts the frames and visual tokens of a scene; only headers are read."""
-    counts = tuple(encoder.frame_counts(media))
+    return scene_of(media, encoder.frame_counts(media), encoder)
+
+
+def scene_of(media: Sequence[Media], counts: Sequence[int], encoder: SampleEncoder) -> Scene:
+    """The scene of media with `counts` frames."""
     plans = [plan_clip(count, encoder.grid, encoder.compression) for count in counts]
     return Scene(
         media=tuple(media),
-        counts=counts,
+        counts=tuple(counts),
         visual_tokens=sum(plan.num_tokens for plan in plans),
         shape=SceneShape(
             frames=round_up(max(1, sum(counts)), 3),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from storm_jax.media.media import Media, MediaError
+from storm_jax.media.media import Header, Media, MediaError
 
 # Files with these suffixes are images unless stated otherwise; GIFs are treated as videos.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -20,11 +23,28 @@ def read_image(medium: Media, image_size: int) -> np.ndarray:
     Raises:
       MediaError: the file is missing, broken or suspiciously large.
     """
+    with _opened(medium) as file:
+        ImageOps.exif_transpose(file, in_place=True)
+        image = _to_rgb(file)
+        return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
+
+
+def image_header(medium: Media) -> Header:
+    """Returns the size of an image.
+
+    Raises:
+      MediaError: as `read_image`.
+    """
+    with _opened(medium) as file:
+        return Header(*file.size, 0.0)
+
+
+@contextlib.contextmanager
+def _opened(medium: Media) -> Iterator[Image.Image]:
+    """Opens a file; errors of Pillow and the file system are raised as MediaError."""
     try:
         with Image.open(medium.open()) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            image = _to_rgb(file)
-            return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
+            yield file
     except UnidentifiedImageError as error:
         raise MediaError(medium, "unreadable", "unsupported image format") from error
     except OSError as error:

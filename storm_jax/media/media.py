@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 _LONGEST_NAME = 200  # in messages
 
@@ -30,6 +31,14 @@ class MediaError(ValueError):
 
     def __reduce__(self) -> tuple:  # errors are pickled between processes
         return MediaError, (self.medium, self.cause, self.message)
+
+
+class Header(NamedTuple):
+    """Size of a medium's frames in pixels, and its length in seconds."""
+
+    width: int
+    height: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from storm_jax.config import FramesConfig
 from storm_jax.media import frame_folder, video
 from storm_jax.media import frames as frames_lib
 from storm_jax.media.frames import Clip
-from storm_jax.media.image import read_image
-from storm_jax.media.media import Media
+from storm_jax.media.image import image_header, read_image
+from storm_jax.media.media import Header, Media
 
 
 def read_media(
@@ -42,6 +42,15 @@ def fill_from(medium: Media, max_damage: float, out: np.ndarray) -> tuple[np.nda
     num_frames, image_size = out.shape[:2]
     clip = read_media(medium, num_frames, image_size, max_damage, out)
     return clip.times, clip.damaged
+
+
+def read_header(medium: Media) -> Header:
+    """Reads the size and length of an image or a video file.
+
+    Raises:
+      MediaError: the medium cannot be read.
+    """
+    return image_header(medium) if medium.kind == "image" else video.video_header(medium)
 
 
 def count_frames(medium: Media, num_frames: int, config: FramesConfig) -> int:

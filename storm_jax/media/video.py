@@ -21,7 +21,7 @@ import numpy as np
 from av.stream import Disposition
 
 from storm_jax.media.frames import Clip, fill_damage, nearest_frames, sample_times
-from storm_jax.media.media import Media, MediaError
+from storm_jax.media.media import Header, Media, MediaError
 
 # A header with frames larger than 16k x 8k is damaged, or meant to exhaust memory.
 MAX_PIXELS = 2**27
@@ -108,6 +108,15 @@ def read_video(
 def duration(medium: Media) -> float:
     """Returns the seconds from the first to the last frame.
 
+    Raises:
+      MediaError: as `read_video`.
+    """
+    return video_header(medium).seconds
+
+
+def video_header(medium: Media) -> Header:
+    """Returns the size of a video's frames, and its duration.
+
     Durations in headers are often wrong, so timestamps are read: from the index of an MP4, else from
     every packet of the file.
 
@@ -115,12 +124,16 @@ def duration(medium: Media) -> float:
       MediaError: as `read_video`.
     """
     with _reading(medium), _opened(medium) as video:
-        if video.is_mp4 and video.stream.time_base:
-            stamps = [e.timestamp for e in video.stream.index_entries if not e.is_discard]
-            if stamps:
-                return float((max(stamps) - min(stamps)) * video.stream.time_base)
-        timeline = _read_timeline(video)
-        return timeline.last - timeline.first
+        return Header(video.stream.width, video.stream.height, _duration(video))
+
+
+def _duration(video: _Video) -> float:
+    if video.is_mp4 and video.stream.time_base:
+        stamps = [e.timestamp for e in video.stream.index_entries if not e.is_discard]
+        if stamps:
+            return float((max(stamps) - min(stamps)) * video.stream.time_base)
+    timeline = _read_timeline(video)
+    return timeline.last - timeline.first
 
 
 @contextlib.contextmanager

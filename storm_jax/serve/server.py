@@ -1,0 +1,37 @@
+"""Runs the application with uvicorn."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+
+from storm_jax.serve.app import make_app
+from storm_jax.serve.service import Service
+
+_DRAIN = 60  # seconds for open requests after SIGTERM
+
+
+def run(service: Service, host: str, port: int, api_key: str = "") -> None:
+    """Serves until SIGTERM or Ctrl-C; then open requests are finished.
+
+    Raises:
+      ValueError: the address cannot be used.
+    """
+    try:
+        listening = socket.create_server((host, port), family=_family(host))
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    address, chosen = listening.getsockname()[:2]
+    config = uvicorn.Config(
+        make_app(service, api_key),
+        log_level="warning",
+        timeout_graceful_shutdown=_DRAIN,
+        server_header=False,
+    )
+    print(f"serving {service.name} on http://{address}:{chosen}", flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _family(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
