@@ -140,19 +140,21 @@ class Sources:
         address = _public_address(host, port, field)
         left = max(0.01, deadline - time.monotonic())
         connection = http.client.HTTPConnection(host, port)
-        connection.sock = socket.create_connection(address[:2], timeout=left)
+        raw: socket.socket = socket.create_connection(address[:2], timeout=left)
         # The socket's timeout is that of one read, and a server may send byte by byte.
-        timer = threading.Timer(left, _shut, [connection])
+        timer = threading.Timer(left, lambda: _shut(raw))
         timer.start()
         try:
             if is_tls:
                 context = ssl.create_default_context()
-                connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
+                raw = context.wrap_socket(raw, server_hostname=host)
+            connection.sock = raw
             connection.request("GET", target, headers={"Accept": "*/*", "Connection": "close"})
             yield connection.getresponse()
         finally:
             timer.cancel()
             connection.close()
+            raw.close()
 
     def _parsed(self, url: str, field: str) -> tuple[str, int, str, bool]:
         if _STRANGE.search(url):
@@ -193,9 +195,9 @@ class Sources:
             raise ApiError(422, f"{field} is larger than {self.limits.media_bytes:,} bytes", field)
 
 
-def _shut(connection: http.client.HTTPConnection) -> None:
+def _shut(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it has just ended
-        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _is_in(host: str, domain: str) -> bool:

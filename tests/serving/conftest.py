@@ -68,7 +68,7 @@ def serve() -> Iterator[Callable[..., str]]:
         servers.append((server, thread))
         while not server.started:
             time.sleep(0.01)
-        return "http://127.0.0.1:{}".format(listening.getsockname()[1])
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
     yield start
     for server, thread in servers:
