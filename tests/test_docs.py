@@ -70,7 +70,7 @@ def test_commands_name_scripts_and_flags_that_exist(document):
     files = {f"{name}.py": f"{name}.py" for name in ("train", "eval", "predict")}
     files |= {
         f"-m storm_jax.{name}": f"storm_jax/{name}/__main__.py"
-        for name in ("weights", "data", "preflight")
+        for name in ("weights", "data", "preflight", "serve")
     }
     sources = {name: (ROOT / path).read_text() for name, path in files.items()}
     for name, source in sources.items():
@@ -79,7 +79,8 @@ def test_commands_name_scripts_and_flags_that_exist(document):
         if "define_process_flags" in source:
             sources[name] += " ".join(f'"{flag}"' for flag in command_line.PROCESS_FLAGS)
     commands = re.findall(
-        r"python (\w+\.py|-m storm_jax\.(?:weights|data|preflight)(?= ))(.*)", document.read_text()
+        r"python (\w+\.py|-m storm_jax\.(?:weights|data|preflight|serve)(?= ))(.*)",
+        document.read_text(),
     )
     for script, arguments in commands:
         for flag in re.findall(r"--(\w[\w.]*)", arguments):

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import dataclasses
 import io
 import json
+import pathlib
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -281,8 +287,6 @@ def test_values_that_ask_for_nothing_are_accepted(chat):
 
 
 def test_caps_on_pixels_and_seconds_hold_before_decoding(serve, make_service, clip):
-    import dataclasses
-
     limits = dataclasses.replace(LIMITS, pixels=100, seconds=0.5)
     url = serve(make_app(make_service(limits)))
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -402,8 +406,6 @@ def test_a_client_that_leaves_frees_its_row(served, monkeypatch, stream):
 
 
 def test_a_full_queue_is_told_to_try_again(serve, make_service, monkeypatch):
-    import dataclasses
-
     service = make_service(dataclasses.replace(LIMITS, queued=1), rows=1)
     url = serve(make_app(service))
     go_on = threading.Event()
@@ -470,3 +472,26 @@ def test_many_requests_at_once_get_what_they_would_alone(chat, served, shapes_fo
 def test_times_are_numbers_of_json(chat, clip):
     completion = chat(ask("What?", video(clip.read_bytes())))
     assert all(np.isfinite(time) for time in completion.storm["media"][0]["times"])
+
+
+def test_the_examples_of_the_guide(serve, make_service, shapes_folder, tmp_path, monkeypatch):
+    """As they are written, but for the address, and the names of the model and the clip."""
+    root = pathlib.Path(__file__).parents[2]
+    guide = (root / "docs/serving.md").read_text()
+    folder = tmp_path / "data/shapes/media/test"
+    folder.mkdir(parents=True)
+    clip = sorted((shapes_folder / "media/test").glob("*.mp4"))[0]
+    shutil.copy(clip, folder / "000006.mp4")
+    url = serve(make_app(make_service(folder=tmp_path / "data")))
+    guide = guide.replace("http://127.0.0.1:8000", url).replace('"sft"', f'"{MODEL}"')
+    (shell,) = re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    done = subprocess.run(
+        ["sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue() == answer != ""
