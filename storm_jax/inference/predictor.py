@@ -328,8 +328,8 @@ class Predictor:
                 return RecurrentVideo(self._programs, grid, factors, capacity, policy, recent)
             return WindowVideo(self._programs, grid, factors, capacity, model.vision.image_size)
 
-        def answer(shown: Shown, question: str, sampling: Sampling, seed: int) -> Iterator[str]:
-            return self._answer_about(shown, question, encoder, sampling, seed)
+        def make_request(shown: Shown, question: str, sampling: Sampling, seed: int) -> Request:
+            return self._request_about(shown, question, encoder, sampling, seed)
 
         settings = {
             "run": str(self.run.path),
@@ -340,40 +340,39 @@ class Predictor:
             "policy": policy,
             "recent": recent,
         }
-        return Stream(make_video, answer, model.vision.image_size, fps, settings)
+        return Stream(make_video, make_request, self._write, model.vision.image_size, fps, settings)
 
-    def _answer_about(
+    def _request_about(
         self, shown: Shown, question: str, encoder: SampleEncoder, sampling: Sampling, seed: int
-    ) -> Iterator[str]:
-        """The answer to a question about a stream, in pieces."""
+    ) -> Request:
+        """The prompt of a question about a stream."""
         turn = Turn("user", f"<video>\n{PLACEHOLDER.sub('', question)}")
         medium = Media(kind="video", name="stream")
         sample = Sample(id="question", turns=(turn,), media=(medium,), extra={})
         encoded = encoder.encode(sample, [shown.times], [shown.plan])
         self._check_length(sample, len(encoded), sampling.max_new_tokens)
-        request = Request(
+        return Request(
             tokens=encoded.tokens,
             visual_index=encoded.visual_index([shown.entries]),
             table=shown.table,
             sampling=sampling,
             seed=sample_seed(seed, 0),
         )
-        shape = EngineShape.for_one(len(encoded), sampling.max_new_tokens)
-        return self._pieces(self.engine(shape, _STREAM_STEPS).stream(request))
+
+    def _write(self, request: Request) -> Iterator[str]:
+        """The text of one answer, in pieces; together, what `predict` returns."""
+        shape = EngineShape.for_one(len(request.tokens), request.sampling.max_new_tokens)
+        text = self.text_stream()
+        for chunk in self.engine(shape, _STREAM_STEPS).stream(request):
+            if more := text.add(chunk):
+                yield more
+        if more := text.end():
+            yield more
 
     def engine(self, shape: EngineShape, steps: int = 1) -> Engine:
         """Answers requests; see `Engine`."""
         pad_id = self._text.tokenizer.pad_token_id
         return Engine(self._programs, shape, pad_id=pad_id, steps=steps)
-
-    def _pieces(self, chunks: Iterator[list[int]]) -> Iterator[str]:
-        """The text of an answer as its tokens arrive; together, what `predict` returns."""
-        text = self.text_stream()
-        for chunk in chunks:
-            if more := text.add(chunk):
-                yield more
-        if more := text.end():
-            yield more
 
     def text_stream(self) -> TextStream:
         """Turns the tokens of one answer into text."""

@@ -296,6 +296,10 @@ def _event(body: dict[str, Any]) -> str:
 
 async def _body(http: Request, limit: int) -> Any:
     """The JSON of a request, of which no more than `limit` bytes are read."""
+    # Other types can be sent by any web page without asking.
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the Content-Type is {kind or 'missing'}: use application/json")
     content = bytearray()
     async for chunk in http.stream():
         content += chunk

@@ -9,6 +9,7 @@ _TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     413: "BadRequestError",
+    415: "BadRequestError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
     503: "ServiceUnavailableError",

@@ -305,7 +305,8 @@ def test_caps_on_pixels_and_seconds_hold_before_decoding(serve, make_service, cl
 
 def post(url: str, body: bytes, headers: dict[str, str] | None = None):
     """(status, headers, JSON) of a request."""
-    request = urllib.request.Request(f"{url}/v1/chat/completions", body, headers or {})
+    headers = {"Content-Type": "application/json"} | (headers or {})
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.status, response.headers, json.load(response)
@@ -326,6 +327,14 @@ def post(url: str, body: bytes, headers: dict[str, str] | None = None):
 def test_bodies_that_are_not_requests(served, body, status, message):
     found, _, error = post(served.url, body)
     assert found == status and message in error["error"]["message"]
+
+
+def test_a_web_page_cannot_send_requests_unasked(served):
+    body = json.dumps({"model": MODEL, "messages": ask("What?")}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        status, _, error = post(served.url, body, {"Content-Type": kind})
+        assert status == 415 and "use application/json" in error["error"]["message"]
+    assert post(served.url, body, {"Content-Type": "application/json; charset=utf-8"})[0] == 200
 
 
 def test_a_wrong_model_path_and_method(chat, served):

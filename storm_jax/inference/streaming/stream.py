@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from storm_jax.inference.engine import Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.streaming.time_grid import TimeGrid
 from storm_jax.inference.streaming.video import Shown, Video
@@ -50,7 +51,8 @@ class Stream:
     def __init__(
         self,
         make_video: Callable[[], Video],
-        answer: Callable[[Shown, str, Sampling, int], Iterator[str]],
+        make_request: Callable[[Shown, str, Sampling, int], Request],
+        write: Callable[[Request], Iterator[str]],
         image_size: int,
         fps: float,
         settings: Mapping[str, Any],
@@ -59,10 +61,11 @@ class Stream:
 
         Args:
           make_video: what is kept of the frames; called again by `reset`.
-          answer: the text that follows a question about a video, in pieces.
+          make_request: the prompt of a question about a video.
+          write: its answer, in pieces.
           settings: those that a snapshot must have been made with.
         """
-        self._make_video, self._answer = make_video, answer
+        self._make_video, self._make_request, self._write = make_video, make_request, write
         self._size, self._fps = image_size, fps
         self._settings = {"fps": fps, **settings}
         self.reset()
@@ -109,9 +112,13 @@ class Stream:
         Raises:
           ValueError: there are no frames yet, or the question is too long.
         """
+        return self._write(self.request(question, sampling=sampling, seed=seed))
+
+    def request(self, question: str, *, sampling: Sampling | None = None, seed: int = 0) -> Request:
+        """What `ask` asks an engine."""
         if not self._used:
             raise ValueError("nothing has been pushed yet: a question needs at least one frame")
-        return self._answer(self._video.shown(), question, sampling or Sampling(), seed)
+        return self._make_request(self._video.shown(), question, sampling or Sampling(), seed)
 
     @property
     def seconds(self) -> float:
