@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import time
 import uuid
@@ -16,12 +15,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from absl import logging
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from storm_jax.serve import live
 from storm_jax.serve.chat import ChatRequest, parse
 from storm_jax.serve.errors import ApiError
+from storm_jax.serve.keys import is_key
 from storm_jax.serve.metrics import Metrics
 from storm_jax.serve.service import Prepared, Service
 
@@ -48,6 +49,10 @@ def make_app(service: Service, api_key: str = "") -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(http: Request) -> Response:
         return await desk.chat(http)
+
+    @app.websocket("/v1/video/chat/stream")
+    async def stream(socket: WebSocket) -> None:
+        await live.serve(service, socket, api_key)
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -107,17 +112,17 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 class _NeedsKey:
-    """Refuses requests without the API key."""
+    """Refuses HTTP requests without the API key; live sessions check it themselves."""
 
     def __init__(self, app: ASGIApp, key: str):
-        self._app, self._expected = app, f"Bearer {key}".encode()
+        self._app, self._key = app, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] in _OPEN:
+        if scope["type"] != "http" or scope["path"] in _OPEN:
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if hmac.compare_digest(given, self._expected):
+        given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        if is_key(given.removeprefix("Bearer "), self._key):
             await self._app(scope, receive, send)
             return
         error = ApiError(401, "the API key is missing or wrong")

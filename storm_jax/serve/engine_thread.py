@@ -62,16 +62,20 @@ class EngineThread:
         """Yields the tokens of an answer as they are written; leaving the loop early cancels it.
 
         Raises:
-          ApiError: a step of the engine failed.
+          ApiError: the prompt does not fit into a row, or a step of the engine failed.
         """
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Exception | None]()
         self._news[request] = lambda error: loop.call_soon_threadsafe(news.put_nowait, error)
         done = 0
         try:
-            await self.call(lambda: self._engine.submit(request))
+            try:
+                await self.call(lambda: self._engine.submit(request))
+            except ValueError as error:
+                raise ApiError(400, str(error)) from None
             while True:
-                if error := await news.get():
-                    raise ApiError(500, "the model failed; the server's log says why") from error
+                failed = await news.get()
+                if failed:
+                    raise ApiError(500, "the model failed; the server's log says why") from failed
                 written, finish = list(request.written), request.finish
                 if len(written) > done:
                     yield written[done:]

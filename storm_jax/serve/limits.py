@@ -20,6 +20,7 @@ class Limits:
       new_tokens: of an answer; a larger number is lowered to this.
       fetch_seconds: to download a medium.
       queued: requests that wait for a row.
+      sessions: live ones at once.
     """
 
     body_bytes: int = 2**27
@@ -32,3 +33,4 @@ class Limits:
     new_tokens: int = 1024
     fetch_seconds: float = 30.0
     queued: int = 64
+    sessions: int = 8

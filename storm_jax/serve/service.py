@@ -28,7 +28,7 @@ from storm_jax.inference.engine import EngineShape, Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor, sample_seed
 from storm_jax.inference.scenes import scene_of
-from storm_jax.inference.text_stream import TextStream
+from storm_jax.inference.streaming.stream import Stream
 from storm_jax.media.frames import Clip
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.read import count_frames, read_header
@@ -87,7 +87,6 @@ class Prepared:
     """
 
     request: Request
-    text: TextStream
     stop: Sequence[str]
     clamped: Sequence[str]
     seen: Seen
@@ -146,6 +145,7 @@ class Service:
     ):
         self.name, self.rows, self.length = name, rows, length
         self.sources, self.limits = sources, sources.limits
+        self.sessions = 0  # live ones
         self._predictor = predictor
         shape = EngineShape(rows=rows, length=length, prompts=1, block=block, bits=2)
         self.engine = EngineThread(lambda: predictor.engine(shape))
@@ -204,33 +204,41 @@ class Service:
         plans = [plan_clip(len(times), encoder.grid, compression) for times in seen.scene.times]
         return Prepared(
             request=request,
-            text=self._predictor.text_stream(),
             stop=chat.stop,
             clamped=clamped,
             seen=seen,
             groups=[plan.num_groups for plan in plans],
         )
 
+    async def write(self, request: Request) -> AsyncGenerator[str]:
+        """Yields the text of an answer in pieces.
+
+        Raises:
+          ApiError: the prompt does not fit, or the model fails.
+        """
+        text = self._predictor.text_stream()
+        async with contextlib.aclosing(self.engine.answer(request)) as chunks:
+            async for ids in chunks:
+                piece = text.add(ids) + (text.end() if request.finish else "")
+                if piece:
+                    yield piece
+
     async def answer(self, prepared: Prepared) -> AsyncGenerator[str]:
         """Yields the text in pieces; `prepared.finish` says at the end why it has ended."""
         text, shown = "", 0
-        async with contextlib.aclosing(self.engine.answer(prepared.request)) as chunks:
-            async for ids in chunks:
-                text += prepared.text.add(ids)
-                if prepared.request.finish:
-                    text += prepared.text.end()
+        async with contextlib.aclosing(self.write(prepared.request)) as pieces:
+            async for piece in pieces:
+                text += piece
                 ends = [text.find(stop) for stop in prepared.stop if stop in text]
-                if ends:
-                    prepared.finish = "stop"
-                    if text[shown : min(ends)]:
-                        yield text[shown : min(ends)]
-                    return
-                sure = len(text)
-                if not prepared.request.finish:
-                    sure -= _held(text, prepared.stop)
+                sure = min(ends) if ends else len(text) - _held(text, prepared.stop)
                 if sure > shown:
                     yield text[shown:sure]
                     shown = sure
+                if ends:
+                    prepared.finish = "stop"
+                    return
+        if text[shown:]:
+            yield text[shown:]
         prepared.finish = prepared.request.finish
 
     def _sampling(self, chat: ChatRequest, room: int, clamped: list[str]) -> Sampling:
@@ -283,6 +291,21 @@ class Service:
         count = min(frames, self.limits.frames) if frames else limit
         source = await self._in_thread(self.sources.read, part.video_url.url, "video", field)
         return Medium(kind="video", field=field, source=source, fps=fps, num_frames=count)
+
+    def stream(self, **settings: Any) -> Stream:
+        """A video that arrives (see `Predictor.stream`); to be used in the engine's thread."""
+        return self._predictor.stream(**settings)
+
+    async def image(self, content: bytes, field: str) -> np.ndarray:
+        """An image file as one frame, uint8 [H, W, 3].
+
+        Raises:
+          ApiError: it cannot be read.
+        """
+        medium = Medium(kind="image", field=field, source=Source((content,)))
+        frames = self._predictor.config.data.frames
+        clip = await self._in_thread(self._read, medium, frames)
+        return clip.frames[0]
 
     async def _see(self, media: Sequence[Medium], encoder: SampleEncoder) -> Seen:
         """Decodes and encodes media."""
