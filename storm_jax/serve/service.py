@@ -158,6 +158,11 @@ class Service:
         """Programs that were compiled so far."""
         return self._predictor.num_programs
 
+    def settings(self) -> dict[str, int]:
+        """How videos are sampled and compressed by default, and how many frames are allowed."""
+        defaults = dataclasses.asdict(self._predictor.compression)
+        return defaults | {"num_frames": self._frames(None), "max_frames": self.limits.frames}
+
     def close(self) -> None:
         self.engine.close()
         self._threads.shutdown(cancel_futures=True)
@@ -285,10 +290,9 @@ class Service:
             source = await self._in_thread(self.sources.read, part.image_url.url, "image", field)
             return Medium(kind="image", field=field, source=source)
         fps, frames = chat.frame_settings(part.video_url)
-        limit = min(self.limits.frames, self._predictor.compression.num_frames)
-        if frames and frames > self.limits.frames:
+        count = self._frames(frames)
+        if frames and count < frames:
             clamped.append(f"{field}.video_url.num_frames")
-        count = min(frames, self.limits.frames) if frames else limit
         source = await self._in_thread(self.sources.read, part.video_url.url, "video", field)
         return Medium(kind="video", field=field, source=source, fps=fps, num_frames=count)
 
@@ -306,6 +310,9 @@ class Service:
         frames = self._predictor.config.data.frames
         clip = await self._in_thread(self._read, medium, frames)
         return clip.frames[0]
+
+    def _frames(self, asked: int | None) -> int:
+        return min(asked or self._predictor.compression.num_frames, self.limits.frames)
 
     async def _see(self, media: Sequence[Medium], encoder: SampleEncoder) -> Seen:
         """Decodes and encodes media."""

@@ -85,8 +85,9 @@ def predictor(trained_run) -> Predictor:
 def make_service(predictor) -> Callable[..., Service]:
     def make(limits: Limits = LIMITS, folder: pathlib.Path | None = None, **options) -> Service:
         sources = Sources(limits=limits, folder=folder, domains=options.pop("domains", ()))
+        model = options.pop("predictor", predictor)
         sizes = {"rows": 2, "length": 256, "block": 64, "cache_bytes": 2**20} | options
-        return Service(predictor, sources, name=MODEL, **sizes)
+        return Service(model, sources, name=MODEL, **sizes)
 
     return make
 
