@@ -25,7 +25,7 @@ from storm_jax.inference.engine import Engine, EngineShape, Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
 from storm_jax.inference.programs import Programs
-from storm_jax.inference.scenes import default_rows, plan_scene
+from storm_jax.inference.scenes import default_rows, plan_scene, round_up
 from storm_jax.inference.streaming.stream import Stream
 from storm_jax.inference.streaming.video import RecurrentVideo, Shown, Video, WindowVideo
 from storm_jax.inference.text_stream import TextStream
@@ -112,6 +112,11 @@ class Predictor:
     def compression(self) -> CompressionConfig:
         """The compression used in training, the default of every method."""
         return self.config.compression
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self._stop_ids
 
     @property
     def num_programs(self) -> int:
@@ -373,6 +378,16 @@ class Predictor:
         """Answers requests; see `Engine`."""
         pad_id = self._text.tokenizer.pad_token_id
         return Engine(self._programs, shape, pad_id=pad_id, steps=steps)
+
+    def embed(self, request: Request) -> np.ndarray:
+        """The embeddings of a prompt, text and visual tokens, [S, D]."""
+        length = len(request.tokens)
+        more = round_up(length, 3, 32) - length  # few programs
+        tokens = np.pad(request.tokens, (0, more))[None]
+        index = np.pad(request.visual_index, (0, more), constant_values=-1)[None]
+        scenes = np.array([request.scene], np.int32)
+        x, _ = self._programs.embed(request.table, scenes, tokens, index)
+        return np.asarray(x)[0, :length]
 
     def text_stream(self) -> TextStream:
         """Turns the tokens of one answer into text."""

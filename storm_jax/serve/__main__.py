@@ -31,6 +31,14 @@ PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", 0, 65535)
 API_KEY = flags.DEFINE_string(
     "api_key", "", "Key that clients must send; defaults to the variable STORM_API_KEY."
 )
+DECODER = flags.DEFINE_string(
+    "decoder",
+    None,
+    "API of a vLLM server that writes the answers, as http://host:8000/v1; by default they are written here.",
+)
+DECODER_MODEL = flags.DEFINE_string(
+    "decoder_model", "decoder", "Name of the exported decoder on that server."
+)
 ROWS = flags.DEFINE_integer("rows", 8, "Answers that are written at once.", lower_bound=1)
 LENGTH = flags.DEFINE_integer(
     "length", 8192, "Tokens of a prompt and its answer at most.", lower_bound=64
@@ -101,6 +109,7 @@ def main(argv: Sequence[str]) -> None:
         length=min(LENGTH.value, predictor.config.model.decoder.max_positions),
         block=BLOCK.value,
         cache_bytes=int(CACHE_GB.value * 1e9),
+        decoder=(DECODER.value, DECODER_MODEL.value) if DECODER.value else None,
     )
     key = API_KEY.value or os.environ.get("STORM_API_KEY", "")
     server.run(service, HOST.value, PORT.value, key)

@@ -12,6 +12,7 @@ _TYPES = {
     415: "BadRequestError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
+    502: "BadGatewayError",
     503: "ServiceUnavailableError",
 }
 

@@ -36,6 +36,7 @@ from storm_jax.media.workers import WorkerCrashError, WorkerTimeoutError
 from storm_jax.serve.chat import ChatRequest, ImagePart, TextPart, VideoPart
 from storm_jax.serve.engine_thread import EngineThread
 from storm_jax.serve.errors import ApiError
+from storm_jax.serve.remote import RemoteDecoder
 from storm_jax.serve.sources import Source, Sources
 from storm_jax.serve.tables import TableCache
 from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
@@ -130,6 +131,7 @@ class Service:
       rows, length: answers that are written at once, and positions of each.
       block: tokens of a prompt that are read between two steps of the other answers.
       cache_bytes: of visual tables.
+      decoder: URL and model of a server that writes the answers; by default they are written here.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class Service:
         length: int,
         block: int,
         cache_bytes: int,
+        decoder: tuple[str, str] | None = None,
     ):
         self.name, self.rows, self.length = name, rows, length
         self.sources, self.limits = sources, sources.limits
@@ -149,6 +152,9 @@ class Service:
         self._predictor = predictor
         shape = EngineShape(rows=rows, length=length, prompts=1, block=block, bits=2)
         self.engine = EngineThread(lambda: predictor.engine(shape))
+        self._writer: EngineThread | RemoteDecoder = self.engine
+        if decoder is not None:
+            self._writer = RemoteDecoder(*decoder, self._embed, predictor.stop_ids)
         self.tables: TableCache[Seen] = TableCache(cache_bytes)
         # Threads that wait: for downloads, and for worker processes.
         self._threads = ThreadPoolExecutor(sources.limits.queued + rows, "media")
@@ -222,7 +228,7 @@ class Service:
           ApiError: the prompt does not fit, or the model fails.
         """
         text = self._predictor.text_stream()
-        async with contextlib.aclosing(self.engine.answer(request)) as chunks:
+        async with contextlib.aclosing(self._writer.answer(request)) as chunks:
             async for ids in chunks:
                 piece = text.add(ids) + (text.end() if request.finish else "")
                 if piece:
@@ -295,6 +301,9 @@ class Service:
             clamped.append(f"{field}.video_url.num_frames")
         source = await self._in_thread(self.sources.read, part.video_url.url, "video", field)
         return Medium(kind="video", field=field, source=source, fps=fps, num_frames=count)
+
+    async def _embed(self, request: Request) -> np.ndarray:
+        return await self.engine.call(lambda: self._predictor.embed(request))
 
     def stream(self, **settings: Any) -> Stream:
         """A video that arrives (see `Predictor.stream`); to be used in the engine's thread."""

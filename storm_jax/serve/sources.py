@@ -19,6 +19,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from storm_jax.serve.errors import ApiError
 from storm_jax.serve.limits import Limits
+from storm_jax.serve.sockets import shut
 
 _DATA = re.compile(r"data:(image|video)/([\w.+-]+);base64,(.*)", re.DOTALL)
 _REDIRECTS = 3
@@ -142,7 +143,7 @@ class Sources:
         connection = http.client.HTTPConnection(host, port)
         raw: socket.socket = socket.create_connection(address[:2], timeout=left)
         # The socket's timeout is that of one read, and a server may send byte by byte.
-        timer = threading.Timer(left, lambda: _shut(raw))
+        timer = threading.Timer(left, lambda: shut(raw))
         timer.start()
         try:
             if is_tls:
@@ -193,11 +194,6 @@ class Sources:
     def _check_size(self, size: int, field: str) -> None:
         if size > self.limits.media_bytes:
             raise ApiError(422, f"{field} is larger than {self.limits.media_bytes:,} bytes", field)
-
-
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has just ended
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _is_in(host: str, domain: str) -> bool:
