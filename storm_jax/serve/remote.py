@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -66,28 +67,9 @@ class RemoteDecoder:
           ApiError: the server cannot be reached, or refuses the request.
         """
         body = json.dumps(self._body(request, await self._embed(request)))
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        connection = _connect(self._url)
-        opened: list[socket.socket] = []
-
-        def read() -> None:
-            try:
-                connection.connect()
-                opened.append(connection.sock)
-                for choice in self._choices(connection, body):
-                    loop.call_soon_threadsafe(news.put_nowait, choice)
-                end: Any = None
-            except ApiError as error:
-                end = error
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                end = ApiError(502, f"the decoder's server failed: {type(error).__name__}")
-            loop.call_soon_threadsafe(news.put_nowait, end)
-
-        threading.Thread(target=read, name="decoder", daemon=True).start()
+        reading = _Reading(self._url, body)
         try:
-            while choice := await news.get():
-                if isinstance(choice, ApiError):
-                    raise choice
+            async for choice in reading.choices():
                 request.written += choice["token_ids"]
                 request.finish = choice["finish_reason"] or ""
                 if choice["token_ids"] or request.finish:
@@ -95,10 +77,8 @@ class RemoteDecoder:
             if not request.finish:
                 raise ApiError(502, "the decoder's server ended an answer early")
         finally:
-            if not request.finish:
-                request.finish = "cancelled"
-            for each in opened:
-                shut(each)
+            request.finish = request.finish or "cancelled"
+            reading.close()
 
     def _body(self, request: Request, x: np.ndarray) -> dict[str, Any]:
         sampling = request.sampling
@@ -114,13 +94,60 @@ class RemoteDecoder:
             "return_token_ids": True,
         }
 
-    def _choices(
-        self, connection: http.client.HTTPConnection, body: str
-    ) -> Iterator[dict[str, Any]]:
-        """What the server says, a few tokens at a time."""
+
+class _Reading:
+    """One answer of the server, read by a thread.
+
+    Args:
+      url: of the API.
+      body: of the request.
+    """
+
+    def __init__(self, url: str, body: str):
+        self._url, self._body = url, body
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Queue[dict[str, Any] | ApiError | None] = asyncio.Queue()
+        self._socket: socket.socket | None = None
+        threading.Thread(target=self._read, name="decoder", daemon=True).start()
+
+    async def choices(self) -> AsyncGenerator[dict[str, Any]]:
+        """What the server says, a few tokens at a time.
+
+        Raises:
+          ApiError: it cannot be reached, or has failed.
+        """
+        while choice := await self._news.get():
+            if isinstance(choice, ApiError):
+                raise choice
+            yield choice
+
+    def close(self) -> None:
+        """Ends the answer; the server notices."""
+        if self._socket is not None:
+            shut(self._socket)
+
+    def _read(self) -> None:
+        end: ApiError | None = None
+        try:
+            connection = _connect(self._url)
+            connection.connect()
+            self._socket = connection.sock
+            for choice in self._events(connection):
+                self._tell(choice)
+        except ApiError as error:
+            end = error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            end = ApiError(502, f"the decoder's server failed: {type(error).__name__}")
+        self._tell(end)
+
+    def _tell(self, news: dict[str, Any] | ApiError | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+            self._loop.call_soon_threadsafe(self._news.put_nowait, news)
+
+    def _events(self, connection: http.client.HTTPConnection) -> Iterator[dict[str, Any]]:
         path = urlsplit(self._url).path
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        connection.request("POST", f"{path}/completions", body, headers)
+        connection.request("POST", f"{path}/completions", self._body, headers)
         response = connection.getresponse()
         if response.status != 200:
             raise ApiError(502, f"the decoder's server answered with {response.status}")
