@@ -72,8 +72,9 @@ def serve(workdir: pathlib.Path) -> Iterator[Server]:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None
-            port = int(process.stdout.readline().rpartition(":")[2])
-            yield Server(process, port, pathlib.Path(folder))
+            lines = iter(process.stdout.readline, "")
+            (ready,) = itertools.islice((line for line in lines if line.startswith("serving")), 1)
+            yield Server(process, int(ready.rpartition(":")[2]), pathlib.Path(folder))
         finally:
             process.terminate()
             process.wait()

@@ -15,6 +15,7 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.compression import plan_groups
@@ -373,6 +374,14 @@ class Predictor:
                 yield more
         if more := text.end():
             yield more
+
+    def cache_bytes(self, rows: int, length: int) -> int:
+        """What an engine's cache takes on each device."""
+        model, devices = self.config.model, self._programs.mesh.size
+        decoder = model.decoder
+        position = 2 * decoder.depth * decoder.num_kv_heads * decoder.head_dim
+        here = rows // devices if rows % devices == 0 else rows
+        return here * length * position * np.dtype(jnp.dtype(model.dtype)).itemsize
 
     def engine(self, shape: EngineShape, steps: int = 1) -> Engine:
         """Answers requests; see `Engine`."""

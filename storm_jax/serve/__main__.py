@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from storm_jax import command_line
+from storm_jax.inference.predictor import Predictor
 from storm_jax.run import RunError
 
 WORKDIR = flags.DEFINE_string(
@@ -65,7 +66,7 @@ MAX_FRAMES = flags.DEFINE_integer("max_frames", 128, "Frames of a video.", lower
 MAX_SECONDS = flags.DEFINE_float("max_seconds", 4 * 3600.0, "Length of a video.", lower_bound=0)
 MAX_MEDIA = flags.DEFINE_integer("max_media", 8, "Images and videos of a request.", lower_bound=0)
 MAX_MEGABYTES = flags.DEFINE_integer(
-    "max_megabytes", 128, "Size of a request, and of its media.", lower_bound=1
+    "max_megabytes", 64, "Size of a request, and of its media.", lower_bound=1
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Tokens of an answer.", lower_bound=1)
 MAX_QUEUED = flags.DEFINE_integer(
@@ -80,7 +81,6 @@ def main(argv: Sequence[str]) -> None:
         from storm_jax.serve import server
     except ImportError as error:
         raise ImportError(f"{error.name} is missing: pip install 'storm-jax[serve]'") from error
-    from storm_jax.inference.predictor import Predictor
     from storm_jax.serve.limits import Limits
     from storm_jax.serve.service import Service
     from storm_jax.serve.sources import Sources
@@ -101,18 +101,41 @@ def main(argv: Sequence[str]) -> None:
     predictor = Predictor(
         WORKDIR.value, STEP.value, weights=WEIGHTS.value, num_workers=WORKERS.value
     )
+    length = min(LENGTH.value, predictor.config.model.decoder.max_positions)
+    _check_memory(predictor, ROWS.value, length)
     service = Service(
         predictor,
         Sources(limits=limits, folder=folder, domains=DOMAINS.value),
         name=NAME.value or pathlib.Path(WORKDIR.value).resolve().name,
         rows=ROWS.value,
-        length=min(LENGTH.value, predictor.config.model.decoder.max_positions),
+        length=length,
         block=BLOCK.value,
         cache_bytes=int(CACHE_GB.value * 1e9),
         decoder=(DECODER.value, DECODER_MODEL.value) if DECODER.value else None,
     )
     key = API_KEY.value or os.environ.get("STORM_API_KEY", "")
     server.run(service, HOST.value, PORT.value, key)
+
+
+def _check_memory(predictor: Predictor, rows: int, length: int) -> None:
+    """Says what the cache takes on each device.
+
+    Raises:
+      ValueError: more than is free.
+    """
+    import jax
+
+    needed = predictor.cache_bytes(rows, length)
+    print(
+        f"cache: {needed / 1e9:.2f} GB a device for {rows} answers of {length:,} tokens", flush=True
+    )
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", needed) - stats.get("bytes_in_use", 0)
+    if needed > free:
+        raise ValueError(
+            f"--rows={rows} and --length={length} need {needed / 1e9:.1f} GB a device, and {free / 1e9:.1f} are free: "
+            f"lower one of them, or use --weights=int8"
+        )
 
 
 if __name__ == "__main__":

@@ -93,11 +93,11 @@ class ProcessorSettings(VideoSettings):
 
 
 class Compression(_Strict):
-    """Our own: token compression of the request, by default that of training."""
+    """Our own: token compression of the request, by default that of training. Few values, since each compiles programs."""
 
-    temporal_pool: int | None = Field(default=None, ge=1, le=16)
-    spatial_pool: int | None = Field(default=None, ge=1, le=8)
-    temporal_sample: int | None = Field(default=None, ge=1, le=16)
+    temporal_pool: Literal[1, 2, 4, 8, 16] | None = None
+    spatial_pool: Literal[1, 2, 4] | None = None
+    temporal_sample: Literal[1, 2, 4, 8] | None = None
 
 
 class ChatRequest(_Strict):

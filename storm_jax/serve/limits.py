@@ -25,7 +25,7 @@ class Limits:
 
     body_bytes: int = 2**27
     media: int = 8
-    media_bytes: int = 2**27
+    media_bytes: int = 2**26
     frames: int = 128
     seconds: float = 4 * 3600.0
     pixels: int = 2**26

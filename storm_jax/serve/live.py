@@ -114,6 +114,7 @@ class LiveSession:
 
     def _stream(self, config: SessionConfig) -> Stream:
         budget = min(config.budget_tokens, self._service.length - self._service.length // 8)
+        budget = 1 << (budget.bit_length() - 1)  # each budget compiles programs
         try:
             return self._service.stream(
                 fps=config.fps, budget_tokens=budget, policy=config.policy, recent=config.recent

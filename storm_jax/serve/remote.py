@@ -108,6 +108,7 @@ class _Reading:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[dict[str, Any] | ApiError | None] = asyncio.Queue()
         self._socket: socket.socket | None = None
+        self._is_closed = False
         threading.Thread(target=self._read, name="decoder", daemon=True).start()
 
     async def choices(self) -> AsyncGenerator[dict[str, Any]]:
@@ -123,6 +124,7 @@ class _Reading:
 
     def close(self) -> None:
         """Ends the answer; the server notices."""
+        self._is_closed = True
         if self._socket is not None:
             shut(self._socket)
 
@@ -132,6 +134,8 @@ class _Reading:
             connection = _connect(self._url)
             connection.connect()
             self._socket = connection.sock
+            if self._is_closed:
+                return
             for choice in self._events(connection):
                 self._tell(choice)
         except ApiError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 
 import uvicorn
@@ -30,6 +31,8 @@ def run(service: Service, host: str, port: int, api_key: str = "") -> None:
         server_header=False,
     )
     print(f"serving {service.name} on http://{address}:{chosen}", flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again at its end
+        signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listening])
 
 
