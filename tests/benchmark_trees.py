@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -345,7 +346,7 @@ class FakeModel:
                 number=number // 2,
                 scenes=tuple(scenes[number : number + 2]),
                 rows=2,
-                tables=(),
+                table=jnp.zeros((1, 1, 1)),
                 encoder=None,
                 seconds=0.0,
             )
