@@ -112,7 +112,13 @@ def test_mistakes_are_found_before_the_model_is_loaded(flags, problem, trained_r
 def test_a_file_is_watched_as_it_arrives(trained_run, shapes_folder):
     """Asked every half second of video, or by somebody after its end."""
     video = next((shapes_folder / "media/test").glob("*.mp4"))
-    common = ("predict.py", f"--workdir={trained_run}", f"--stream={video}", "--fps=8")
+    common = (
+        "predict.py",
+        f"--workdir={trained_run}",
+        f"--stream={video}",
+        "--fps=8",
+        "--budget_tokens=64",
+    )
     command = (*common, "--question=Which came first?", "--ask_every=0.5")
     told = call(*command, "--jsonl")
     assert told.returncode == 0, told.stderr

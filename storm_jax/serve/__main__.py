@@ -88,6 +88,9 @@ def main(argv: Sequence[str]) -> None:
     folder = None if FOLDER.value is None else pathlib.Path(FOLDER.value)
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--allowed_media_folder={folder} is not a folder")
+    listening = server.listen(
+        HOST.value, PORT.value
+    )  # mistakes are found before the model is loaded
     megabytes = MAX_MEGABYTES.value * 2**20
     limits = Limits(
         body_bytes=megabytes * 4 // 3 + 2**20,  # in base64
@@ -114,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         decoder=(DECODER.value, DECODER_MODEL.value) if DECODER.value else None,
     )
     key = API_KEY.value or os.environ.get("STORM_API_KEY", "")
-    server.run(service, HOST.value, PORT.value, key)
+    server.run(service, listening, key)
 
 
 def _check_memory(predictor: Predictor, rows: int, length: int) -> None:

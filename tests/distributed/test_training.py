@@ -50,6 +50,7 @@ def assert_same_run(run, other) -> None:
     assert skipped == other_skipped and len(skipped) > COUNT // 3
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_equal_one_undisturbed(arguments, tmp_path):
     flags = arguments(train__steps=12)
     undisturbed = Launch(tmp_path / "one", flags, devices=2)

@@ -50,7 +50,7 @@ def host() -> Iterator[tuple[str, type[Handler]]]:
     """(HOST:PORT, handler) of a server on this machine."""
     handler = type("H", (Handler,), {"seen": [], "pages": {}})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"localhost:{server.server_port}", handler
     server.shutdown()
     server.server_close()

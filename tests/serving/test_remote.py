@@ -72,7 +72,7 @@ def fake():
     """(address, handler) of a server."""
     handler = type("F", (FakeServer,), {"seen": [], "answer": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1", handler
     server.shutdown()
     server.server_close()
