@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from storm_jax.models.decoder import Cache
 from storm_jax.models.storm import Storm
 
+# Temperatures up to this are 0: logits divided by less have no precision left.
+_COLD = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -102,7 +105,7 @@ def next_logits(model: Storm, hidden: jax.Array) -> jax.Array:
 def empty_answers(model: Storm, rows: int, length: int) -> Answers:
     """Rows of `length` positions without an answer."""
     config = model.decoder.config
-    shape = (config.depth, rows, config.num_kv_heads, length, config.head_dim)
+    shape = (config.depth, rows, length, config.num_kv_heads, config.head_dim)
     cache = Cache(*(jnp.zeros(shape, model.decoder.dtype) for _ in Cache._fields))
     zeros = jnp.zeros(rows, jnp.int32)
     nothing = Choice(jnp.zeros(rows), jnp.ones(rows), jnp.zeros(rows, jnp.uint32))
@@ -133,10 +136,10 @@ def insert(
     written = jnp.zeros_like(lengths)
     token = choose(next_logits(model, prompts.last), choice, written)
     is_last = _is_stop(token, stop_ids)
-    slots = prompts.cache.key.shape[-2]
+    slots = prompts.cache.key.shape[2]
     cache = Cache(
         *(
-            old.at[:, rows, :, :slots].set(new)
+            old.at[:, rows, :slots].set(new)
             for old, new in zip(answers.cache, prompts.cache, strict=True)
         )
     )
@@ -201,7 +204,7 @@ def choose(logits: jax.Array, choice: Choice, written: jax.Array) -> jax.Array:
     Args:
       written: int [R], tokens that the answer has. A draw depends on it and the row's seed only.
     """
-    is_random = (choice.temperature > 0).any()
+    is_random = (choice.temperature > _COLD).any()
     return jax.lax.cond(is_random, _sample, _most_likely, logits, choice, written)
 
 
@@ -210,7 +213,7 @@ def _most_likely(logits: jax.Array, choice: Choice, written: jax.Array) -> jax.A
 
 
 def _sample(logits: jax.Array, choice: Choice, written: jax.Array) -> jax.Array:
-    is_random = choice.temperature > 0
+    is_random = choice.temperature > _COLD
     scaled = logits / jnp.where(is_random, choice.temperature, 1)[:, None]
     probabilities = jax.nn.softmax(scaled, axis=-1)
     is_in = probabilities >= _nucleus(probabilities, choice.top_p)[:, None]

@@ -25,22 +25,26 @@ from storm_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, indexed by position."""
+    """Keys and values of every layer, indexed by position.
 
-    key: jax.Array  # [depth, B, H_kv, T, K]
-    value: jax.Array  # [depth, B, H_kv, T, K]
+    What is written for a token is contiguous, so that TPUs write in place: they would copy the whole cache to such a
+    layout, and back, in every call.
+    """
+
+    key: jax.Array  # [depth, B, T, H_kv, K]
+    value: jax.Array  # [depth, B, T, H_kv, K]
 
     def write(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
         """Writes keys and values [B, S, H_kv, K] of tokens at these positions, int [B, S]."""
         rows = jnp.arange(k.shape[0])[:, None]
         return Cache(
-            self.key.at[layer, rows, :, positions].set(k),
-            self.value.at[layer, rows, :, positions].set(v),
+            self.key.at[layer, rows, positions].set(k),
+            self.value.at[layer, rows, positions].set(v),
         )
 
     def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         """All keys and values of a layer, [B, T, H_kv, K]."""
-        return self.key[layer].swapaxes(1, 2), self.value[layer].swapaxes(1, 2)
+        return self.key[layer], self.value[layer]
 
 
 class Decoder(nnx.Module):
@@ -119,9 +123,8 @@ class Decoder(nnx.Module):
 
 
 def _fill(x: jax.Array, slots: int) -> jax.Array:
-    """Keys or values [B, S, H_kv, K] as a new cache of one layer [B, H_kv, T, K]."""
-    unfilled = slots - x.shape[1]
-    return jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, unfilled), (0, 0)])
+    """Keys or values [B, S, H_kv, K] as a new cache of one layer [B, T, H_kv, K]."""
+    return jnp.pad(x, [(0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)])
 
 
 class DecoderLayer(nnx.Module):

@@ -194,7 +194,7 @@ def decode_program(config: RunConfig, mesh: Mesh) -> Program:
 
 def _cache(config: RunConfig, mesh: Mesh, rows: int, length: int) -> Cache:
     decoder = config.model.decoder
-    shape = (decoder.depth, rows, decoder.num_kv_heads, length, decoder.head_dim)
+    shape = (decoder.depth, rows, length, decoder.num_kv_heads, decoder.head_dim)
     spec = PartitionSpec(None, *batch_sharding(mesh, (rows,)).spec)
     keys: Any = jax.ShapeDtypeStruct(shape, config.model.dtype, sharding=NamedSharding(mesh, spec))
     return Cache(keys, keys)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from absl import logging
 from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from storm_jax.serve import live
@@ -31,6 +32,7 @@ from storm_jax.serve.service import Prepared, Service
 _Result = TypeVar("_Result")
 
 _RETRY_AFTER = 1  # seconds
+_BODY_SECONDS = 60
 _PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 _OPEN = ("/health", *_PAGE)  # without an API key
 # The page loads nothing but its own files, and shows media that the user has chosen.
@@ -177,7 +179,8 @@ class _Desk:
             raise
 
     def _check_queue(self) -> None:
-        if self.open > self._service.limits.queued + self._service.rows:
+        limit = self._service.limits.queued + self._service.rows
+        if max(self.open, self._service.tables.making) > limit:
             message = f"{self.open - 1} requests are open: try again"
             raise ApiError(429, message, retry_after=_RETRY_AFTER)
 
@@ -330,10 +333,16 @@ async def _body(http: Request, limit: int) -> Any:
     if kind != "application/json":
         raise ApiError(415, f"the Content-Type is {kind or 'missing'}: use application/json")
     content = bytearray()
-    async for chunk in http.stream():
-        content += chunk
-        if len(content) > limit:
-            raise ApiError(413, f"the request is larger than {limit:,} bytes")
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in http.stream():
+                content += chunk
+                if len(content) > limit:
+                    raise ApiError(413, f"the request is larger than {limit:,} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the request did not arrive in {_BODY_SECONDS} s") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client has left") from None
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -15,8 +15,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -102,7 +102,7 @@ class Compression(_Strict):
 
 class ChatRequest(_Strict):
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=100)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=0.0, ge=0, le=10)
@@ -110,7 +110,9 @@ class ChatRequest(_Strict):
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], max_length=4)
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        default=[], max_length=4
+    )
     media_io_kwargs: MediaSettings = MediaSettings()
     mm_processor_kwargs: ProcessorSettings = ProcessorSettings()
     storm: Compression = Compression()
@@ -160,7 +162,13 @@ def parse(body: Any) -> ChatRequest:
         if not any(value == each and type(value) is type(each) for each in allowed):
             raise ApiError(400, f"{name}={value!r} is not supported: leave it out", param=name)
     try:
-        return ChatRequest.model_validate(fields)
+        chat = ChatRequest.model_validate(fields)
+        check_text(chat.model, "model")
+        for number, turn in enumerate(chat.messages):
+            for part in turn.content:
+                if isinstance(part, TextPart):
+                    check_text(part.text, f"messages[{number}]")
+        return chat
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = _name(first["loc"])
@@ -170,6 +178,14 @@ def parse(body: Any) -> ChatRequest:
             else first["msg"]
         )
         raise ApiError(400, f"{name}: {message}", param=name) from None
+
+
+def check_text(text: str, field: str) -> None:
+    """Raises ApiError if a text has code points that no encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{field} is not valid Unicode", field) from None
 
 
 def _name(location: tuple[int | str, ...]) -> str:

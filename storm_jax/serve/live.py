@@ -17,16 +17,19 @@ import binascii
 import contextlib
 import dataclasses
 import functools
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+from absl import logging
 from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.streaming.stream import Stream
+from storm_jax.serve.chat import check_text
 from storm_jax.serve.errors import ApiError
 from storm_jax.serve.keys import is_key
 from storm_jax.serve.service import Service
@@ -54,12 +57,12 @@ class VideoFrame(_Strict):
 
     type: Literal["video.frame"]
     data: str
-    time: float | None = Field(default=None, ge=0)
+    time: float | None = Field(default=None, ge=0, le=1e7)
 
 
 class VideoQuery(_Strict):
     type: Literal["video.query"]
-    text: str
+    text: str = Field(max_length=20_000)
     max_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0, le=10)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -75,42 +78,50 @@ class LiveSession:
         self._frames: asyncio.Queue[VideoFrame] = asyncio.Queue()
         self._received = self._dropped = 0
         self._is_sending = asyncio.Lock()
+        self._asking: asyncio.Task | None = None
 
     async def run(self, config: SessionConfig) -> None:
         """Serves the session until the client is done or has left, or for `IDLE` seconds without a message."""
         stream = await self._service.engine.call(lambda: self._stream(config))
         await self._send("session.created", mode=stream.stats.mode)
         pushing = asyncio.create_task(self._push(stream))
-        asking: asyncio.Task | None = None
         try:
             while True:
-                message = await asyncio.wait_for(self._socket.receive_json(), IDLE)
-                kind = message.get("type") if isinstance(message, dict) else None
+                received = await asyncio.wait_for(self._socket.receive(), IDLE)
+                if received["type"] == "websocket.disconnect":
+                    return
                 try:
-                    if kind == "video.frame":
-                        self._keep(parse(VideoFrame, message))
-                    elif kind == "video.query":
-                        query = parse(VideoQuery, message)
-                        if asking and not asking.done():
-                            raise ApiError(409, "the last question is still being answered", "type")
-                        await self._frames.join()
-                        asking = asyncio.create_task(self._answer(stream, query))
-                    elif kind == "video.done":
-                        await self._frames.join()
-                        if asking:
-                            await asking
-                        await self._send("session.done", **self._stats(stream))
+                    if not await self._handle(_json(received), stream, pushing):
                         return
-                    else:
-                        raise ApiError(400, f"type={kind!r} is not known", "type")
                 except ApiError as error:
                     await self._send("error", **error.body())
         finally:
-            for task in (pushing, asking):
-                if task:
-                    task.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await task
+            tasks = [task for task in (pushing, self._asking) if task]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _handle(self, message: Any, stream: Stream, pushing: asyncio.Task) -> bool:
+        """Does what a message says; False after the last one."""
+        kind = message.get("type") if isinstance(message, dict) else None
+        if kind == "video.frame":
+            self._keep(parse(VideoFrame, message))
+        elif kind == "video.query":
+            query = parse(VideoQuery, message)
+            check_text(query.text, "text")
+            if self._asking and not self._asking.done():
+                raise ApiError(409, "the last question is still being answered", "type")
+            await self._pushed(pushing)
+            self._asking = asyncio.create_task(self._answer(stream, query))
+        elif kind == "video.done":
+            await self._pushed(pushing)
+            if self._asking:
+                await self._asking
+            await self._send("session.done", **self._stats(stream))
+            return False
+        else:
+            raise ApiError(400, f"type={kind!r} is not known", "type")
+        return True
 
     def _stream(self, config: SessionConfig) -> Stream:
         budget = min(config.budget_tokens, self._service.length - self._service.length // 8)
@@ -134,6 +145,18 @@ class LiveSession:
             self._dropped += 1
         self._frames.put_nowait(frame)
 
+    async def _pushed(self, pushing: asyncio.Task) -> None:
+        """Waits until no frame waits.
+
+        Raises:
+          ApiError: nobody pushes them any more.
+        """
+        joining = asyncio.ensure_future(self._frames.join())
+        await asyncio.wait((joining, pushing), return_when=asyncio.FIRST_COMPLETED)
+        joining.cancel()
+        if pushing.done():
+            raise ApiError(500, "the server failed; its log says why")
+
     async def _push(self, stream: Stream) -> None:
         while True:
             frame = await self._frames.get()
@@ -143,6 +166,9 @@ class LiveSession:
                 await self._service.engine.call(push)
             except ApiError as error:
                 await self._send("error", **error.body())
+            except Exception:
+                logging.exception("a frame of a live session failed")
+                raise
             finally:
                 self._frames.task_done()
 
@@ -172,6 +198,12 @@ class LiveSession:
             await self._send("error", **error.body())
         except ValueError as error:  # no frames yet, or too long a question
             await self._send("error", **ApiError(400, str(error), "video.query").body())
+        except (WebSocketDisconnect, asyncio.CancelledError):
+            raise
+        except Exception:
+            logging.exception("an answer of a live session failed")
+            failed = ApiError(500, "the server failed; its log says why")
+            await self._send("error", **failed.body())
 
     def _stats(self, stream: Stream) -> dict[str, Any]:
         found = dataclasses.asdict(stream.stats)
@@ -189,8 +221,8 @@ async def serve(service: Service, socket: WebSocket, api_key: str) -> None:
         return
     await socket.accept()
     try:
-        first = await asyncio.wait_for(socket.receive_json(), IDLE)
-        config = parse(SessionConfig, first)
+        first = await asyncio.wait_for(socket.receive(), IDLE)
+        config = parse(SessionConfig, _json(first))
         if not is_key(config.api_key, api_key):
             raise ApiError(401, "the API key is missing or wrong", "api_key")
         with _place(service):
@@ -218,6 +250,13 @@ def _place(service: Service) -> Iterator[None]:
         yield
     finally:
         service.sessions -= 1
+
+
+def _json(received: Mapping[str, Any]) -> Any:
+    try:
+        return json.loads(received.get("text") or "")
+    except (ValueError, RecursionError):
+        raise ApiError(400, "a message is not JSON") from None
 
 
 def parse(kind: type[_Body], message: Any) -> _Body:

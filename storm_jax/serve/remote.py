@@ -140,7 +140,7 @@ class _Reading:
                 self._tell(choice)
         except ApiError as error:
             end = error
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except Exception as error:  # whatever it sends, the answer ends
             end = ApiError(502, f"the decoder's server failed: {type(error).__name__}")
         self._tell(end)
 

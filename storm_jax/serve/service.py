@@ -42,6 +42,7 @@ from storm_jax.serve.tables import TableCache
 from storm_jax.text.sample import PLACEHOLDER, Sample, SampleError, Turn
 
 DEFAULT_NEW_TOKENS = 256
+_LONGEST_TOKEN = 64  # characters; longer texts are refused before they are tokenised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,8 +194,10 @@ class Service:
         key = (tuple(medium.key for medium in media), compression)
         seen = await self.tables.get(key, lambda: self._see(media, encoder))
         sample = Sample(id="request", turns=turns, media=seen.scene.media, extra={})
+        if sum(len(turn.text) for turn in turns) > _LONGEST_TOKEN * self.length:
+            raise ApiError(400, f"the text cannot fit into {self.length:,} positions", "messages")
         try:
-            encoded = encoder.encode(sample, seen.scene.times)
+            encoded = await self._in_thread(encoder.encode, sample, seen.scene.times)
         except SampleError as error:
             raise ApiError(400, str(error), "messages") from None
         room = self.length - len(encoded)
@@ -230,9 +233,10 @@ class Service:
         text = self._predictor.text_stream()
         async with contextlib.aclosing(self._writer.answer(request)) as chunks:
             async for ids in chunks:
-                piece = text.add(ids) + (text.end() if request.finish else "")
-                if piece:
+                if piece := text.add(ids):
                     yield piece
+        if piece := text.end():
+            yield piece
 
     async def answer(self, prepared: Prepared) -> AsyncGenerator[str]:
         """Yields the text in pieces; `prepared.finish` says at the end why it has ended."""

@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from storm_jax.serve.errors import ApiError
 from storm_jax.serve.limits import Limits
@@ -98,10 +98,10 @@ class Sources:
             raise ApiError(
                 400, f"{field}: this server reads no files (--allowed_media_folder)", field
             )
-        parts = urlsplit(url)
-        if parts.netloc not in ("", "localhost"):
-            raise ApiError(400, f"{field}: a file: URL has no host", field)
         try:
+            parts = urlsplit(url)
+            if parts.netloc not in ("", "localhost"):
+                raise ApiError(400, f"{field}: a file: URL has no host", field)
             path = pathlib.Path(unquote(parts.path)).resolve(strict=True)  # follows links
             if not path.is_relative_to(self.folder.resolve()):
                 raise ApiError(400, f"{field} is not below the allowed folder", field)
@@ -127,7 +127,7 @@ class Sources:
                         status = response.status
                         raise ApiError(422, f"{field}: its server answered with {status}", field)
                     return self._body(response, field, deadline)
-        except (OSError, http.client.HTTPException):
+        except (OSError, ValueError, http.client.HTTPException):
             reason = "timed out" if time.monotonic() >= deadline else "failed"
             raise ApiError(422, f"{field}: the download {reason}", field) from None
         raise ApiError(422, f"{field} is redirected more than {_REDIRECTS} times", field)
@@ -140,7 +140,8 @@ class Sources:
         host, port, target, is_tls = self._parsed(url, field)
         address = _public_address(host, port, field)
         left = max(0.01, deadline - time.monotonic())
-        connection = http.client.HTTPConnection(host, port)
+        kind = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
+        connection = kind(host, port)
         raw: socket.socket = socket.create_connection(address[:2], timeout=left)
         # The socket's timeout is that of one read, and a server may send byte by byte.
         timer = threading.Timer(left, lambda: shut(raw))
@@ -174,7 +175,7 @@ class Sources:
             raise ApiError(
                 400, f"{field}: {host} is not an allowed host (--allowed_media_domains)", field
             )
-        target = parts.path or "/"
+        target = quote(parts.path, safe="/%:@!$&'()*+,;=~") or "/"
         return (
             host,
             port,
@@ -187,6 +188,8 @@ class Sources:
         while chunk := response.read1(_CHUNK):
             content += chunk
             self._check_size(len(content), field)
+            if time.monotonic() >= deadline:
+                raise TimeoutError
         if time.monotonic() >= deadline:
             raise TimeoutError
         return bytes(content)
@@ -194,6 +197,12 @@ class Sources:
     def _check_size(self, size: int, field: str) -> None:
         if size > self.limits.media_bytes:
             raise ApiError(422, f"{field} is larger than {self.limits.media_bytes:,} bytes", field)
+
+
+# Addresses that contain one of IPv4, which may not be public: NAT64, 6to4, Teredo, and IPv4-compatible ones.
+_TUNNELS = [
+    ipaddress.ip_network(each) for each in ("64:ff9b::/96", "2002::/16", "2001::/32", "::/96")
+]
 
 
 def _is_in(host: str, domain: str) -> bool:
@@ -217,4 +226,8 @@ def _public_address(host: str, port: int, field: str) -> tuple:
 def is_public(address: str) -> bool:
     parsed = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(parsed, "ipv4_mapped", None)
+    if isinstance(parsed, ipaddress.IPv6Address) and (
+        parsed.is_site_local or any(parsed in network for network in _TUNNELS)
+    ):
+        return False
     return (mapped or parsed).is_global and not (mapped or parsed).is_multicast

@@ -32,6 +32,11 @@ class TableCache(Generic[_Value]):
         self.hits = self.misses = 0
 
     @property
+    def making(self) -> int:
+        """Values that are being made, some of them for nobody any more."""
+        return len(self._making)
+
+    @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self._values.values())
 

@@ -27,6 +27,7 @@ from serving.conftest import LIMITS, MODEL, ask, data_url, image, video
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.programs import Programs
 from storm_jax.media.media import Media
+from storm_jax.serve import app as app_lib
 from storm_jax.serve.app import make_app
 from storm_jax.text.sample import Sample, Turn
 
@@ -242,6 +243,13 @@ REFUSED = {
         "only the user sends media",
     ),
     "long text": ({"messages": ask("why " * 4000)}, "messages", "exceed the 256 positions"),
+    "long stop": ({"stop": "a" * 257}, "stop[0]", "at most 256 characters"),
+    "many messages": (
+        {"messages": ask("?") * 101},
+        "messages",
+        "at most 100 items",
+    ),
+    "very long text": ({"messages": ask("why " * 5000)}, "messages", "the text cannot fit"),
     "stop": ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
     "listed frames": (
         {
@@ -278,7 +286,7 @@ def test_values_that_ask_for_nothing_are_accepted(chat):
         ask("What?"),
         n=1,
         logprobs=False,
-        presence_penalty=0,
+        presence_penalty=0.0,
         response_format={"type": "text"},
         user="me",
         metadata={"run": "1"},
@@ -321,12 +329,30 @@ def post(url: str, body: bytes, headers: dict[str, str] | None = None):
         (b"[" * 100_000, 400, "the body is not JSON"),
         (b"[]", 400, "not a JSON object but list"),
         (b'"\xff"', 400, "the body is not JSON"),
+        (
+            rb'{"model": "storm", "messages": [{"role": "user", "content": "\ud800"}]}',
+            400,
+            "messages[0] is not valid Unicode",
+        ),
         (b" " * (LIMITS.body_bytes + 1), 413, "larger than 1,048,576 bytes"),
     ],
 )
 def test_bodies_that_are_not_requests(served, body, status, message):
     found, _, error = post(served.url, body)
     assert found == status and message in error["error"]["message"]
+
+
+def test_a_body_that_does_not_arrive_frees_its_place(serve, make_service, monkeypatch):
+    monkeypatch.setattr(app_lib, "_BODY_SECONDS", 0.3)
+    url = serve(make_app(make_service()))
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_a_web_page_cannot_send_requests_unasked(served):

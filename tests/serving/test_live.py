@@ -40,7 +40,7 @@ class Session:
     def send(self, **message) -> None:
         self._socket.send(json.dumps(message))
 
-    def send_text(self, text: str) -> None:
+    def send_text(self, text: str | bytes) -> None:
         self._socket.send(text)
 
     def frame(self, number: int, **extra) -> None:
@@ -139,6 +139,47 @@ def test_a_message_that_is_wrong_does_not_end_the_session(served, message, error
         session.frame(0)
         session.send(type="video.query", text="What?", max_tokens=2)
         assert session.until("response.text.done")
+
+
+@pytest.mark.parametrize("text", ["{", b"bytes", ""])
+def test_what_is_not_json_does_not_end_the_session(served, text):
+    with Session(served.url, CONFIG) as session:
+        session.receive()
+        session.send_text(text)
+        assert "not JSON" in error_of(session.receive())
+        session.frame(0)
+        session.send(type="video.query", text="What?", max_tokens=2)
+        assert session.until("response.text.done")
+
+
+def test_a_session_whose_frames_fail_ends_and_frees_its_place(served, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    with Session(served.url, CONFIG) as session:
+        session.receive()
+        monkeypatch.setattr(live, "_push", fail)
+        session.frame(0)
+        session.send(type="video.query", text="What?")
+        assert "log says why" in error_of(session.receive())
+    end = time.monotonic() + 10
+    while served.service.sessions:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_clients_that_leave_with_frames_waiting_free_their_places(served):
+    for _ in range(LIMITS.sessions):
+        session = Session(served.url, CONFIG)
+        session.receive()
+        for _ in range(4):
+            session.send(type="video.frame", data="AAAA")
+        session.send(type="video.query", text="What?")
+        session._socket.close()
+    end = time.monotonic() + 10
+    while served.service.sessions:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_times_that_go_back_are_an_error_of_that_frame(served):

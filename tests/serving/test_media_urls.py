@@ -99,8 +99,12 @@ def test_redirects_are_followed_to_allowed_hosts_only(host, reachable):
         "/file": lambda self: self.answer(b"", 301, Location="file:///etc/passwd"),
         "/odd": lambda self: self.answer(b"", 301, Location=f"http://{address}\\@evil.example/"),
         "/loop": lambda self: self.answer(b"", 301, Location="/loop"),
+        "/bracket": lambda self: self.answer(b"", 301, Location="http://["),
+        "/%C3%A9": lambda self: self.answer(CONTENT),
     }
     assert read(f"http://{address}/hop") == CONTENT
+    assert read(f"http://{address}/é") == CONTENT
+    assert refused(f"http://{address}/bracket").status in (400, 422)
     assert "evil.example is not an allowed host" in refused(f"http://{address}/away").message
     assert "169.254.169.254 is not an allowed" in refused(f"http://{address}/inside").message
     assert "only http: and https:" in refused(f"http://{address}/file").message
@@ -141,6 +145,7 @@ def test_other_hosts_are_refused_before_anything_is_resolved(url, monkeypatch):
         ("http://user@localhost/a", "a user name"),
         ("http://evil.example@localhost/a", "a user name"),
         ("http://localhost:99999/a", "is not a URL"),
+        ("http://[/a", "is not a URL"),
         ("gopher://localhost/a", "use a data:"),
         ("a.mp4", "use a data:"),
         ("", "use a data:"),
@@ -182,7 +187,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_called(host, monkeypatc
     [
         "127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "0.0.0.0",
         "100.64.0.1", "224.0.0.1", "::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1",
-        "::ffff:10.0.0.1", "::", "ff02::1",
+        "::ffff:10.0.0.1", "::", "ff02::1", "64:ff9b::7f00:1", "2002:7f00:1::", "fec0::1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address):
@@ -250,7 +255,7 @@ def test_files_below_the_folder_are_read(folder):
     "path",
     [
         "../secret", "%2e%2e/secret", "link.mp4", "../allowed-too/a.mp4", "loop", "pipe", "none",
-        "", "%00", "a" * 5000,
+        "", "%00", "a" * 5000, "\u2100",
     ],
 )  # fmt: skip
 def test_other_files_are_refused_without_their_names(folder, path):
