@@ -401,6 +401,13 @@ def test_an_api_key_is_needed_for_everything_but_health(serve, make_service):
         assert response.status == 200
 
 
+def metric(url: str, name: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name} "))
+    return float(line.split()[1])
+
+
 def wait_for(condition, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -454,7 +461,7 @@ def test_a_full_queue_is_told_to_try_again(serve, make_service, monkeypatch):
     body = json.dumps({"model": MODEL, "messages": ask("What?"), "temperature": 1.0}).encode()
     with ThreadPoolExecutor(2) as pool:
         first = [pool.submit(post, url, body) for _ in range(2)]
-        wait_for(lambda: service.engine.running + service.engine.waiting == 2)
+        wait_for(lambda: metric(url, "storm_open_requests") == 2)
         status, headers, error = post(url, body)
         go_on.set()
         assert status == 429 and headers["Retry-After"] == "1"
