@@ -70,7 +70,7 @@ MAX_MEGABYTES = flags.DEFINE_integer(
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "Tokens of an answer.", lower_bound=1)
 MAX_QUEUED = flags.DEFINE_integer(
-    "max_queued", 64, "Requests that wait; further ones are told to try again.", lower_bound=0
+    "max_queued", 64, "Requests that wait; further ones get status 429.", lower_bound=0
 )
 
 

@@ -1,6 +1,8 @@
 """The HTTP interface.
 
-POST /v1/chat/completions    answers, whole or as server-sent events
+GET  /                           the page
+POST /v1/chat/completions        answers, whole or as server-sent events
+WS   /v1/video/chat/stream       a video that arrives, and questions about it
 GET  /v1/models, /health, /metrics
 """
 
@@ -134,7 +136,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def fail(http: Request, _: Exception) -> JSONResponse:
-        return await refuse(http, ApiError(500, "the server failed; its log says why"))
+        return await refuse(http, ApiError.internal())
 
 
 class _NeedsKey:
@@ -305,7 +307,7 @@ class _Reply:
             yield _event(error.body())
         except Exception:
             logging.exception("an answer failed")
-            yield _event(ApiError(500, "the server failed; its log says why").body())
+            yield _event(ApiError.internal().body())
         yield "data: [DONE]\n\n"
 
     def _chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
@@ -358,7 +360,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _Result]) -> 
     """The result of `work`, which is cancelled if the client leaves before.
 
     Raises:
-      ApiError: the client has left; nobody will see it.
+      ApiError: the client has left.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:

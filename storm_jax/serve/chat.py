@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from storm_jax.serve.errors import ApiError
+from storm_jax.serve.fields import Strict, check_text
 
 # Fields that this server does not support, with the values that ask for nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -27,26 +28,22 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Strict):
+class ImageUrl(Strict):
     url: str
     detail: Literal["auto"] = "auto"
 
 
-class ImagePart(_Strict):
+class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class VideoUrl(_Strict):
+class VideoUrl(Strict):
     """`fps` frames per second are sampled, at most `num_frames`. `max_frames` is another name for the latter."""
 
     url: str
@@ -55,7 +52,7 @@ class VideoUrl(_Strict):
     max_frames: int | None = Field(default=None, ge=1)
 
 
-class VideoPart(_Strict):
+class VideoPart(Strict):
     type: Literal["video_url"]
     video_url: VideoUrl
     uuid: str | None = None  # a label; tables are kept by content
@@ -64,7 +61,7 @@ class VideoPart(_Strict):
 Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Part]
     name: str | None = None
@@ -75,16 +72,16 @@ class Message(_Strict):
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class VideoSettings(_Strict):
+class VideoSettings(Strict):
     fps: float | None = Field(default=None, gt=0, le=1000)
     num_frames: int | None = Field(default=None, ge=1)
 
 
-class MediaSettings(_Strict):
+class MediaSettings(Strict):
     video: VideoSettings = VideoSettings()
 
 
@@ -92,7 +89,7 @@ class ProcessorSettings(VideoSettings):
     do_sample_frames: Literal[True] = True
 
 
-class Compression(_Strict):
+class Compression(Strict):
     """Our own: token compression of the request, by default that of training. Few values, since each compiles programs."""
 
     temporal_pool: Literal[1, 2, 4, 8, 16] | None = None
@@ -100,7 +97,7 @@ class Compression(_Strict):
     temporal_sample: Literal[1, 2, 4, 8] | None = None
 
 
-class ChatRequest(_Strict):
+class ChatRequest(Strict):
     model: str
     messages: list[Message] = Field(min_length=1, max_length=100)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -178,14 +175,6 @@ def parse(body: Any) -> ChatRequest:
             else first["msg"]
         )
         raise ApiError(400, f"{name}: {message}", param=name) from None
-
-
-def check_text(text: str, field: str) -> None:
-    """Raises ApiError if a text has code points that no encoding has."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, f"{field} is not valid Unicode", field) from None
 
 
 def _name(location: tuple[int | str, ...]) -> str:

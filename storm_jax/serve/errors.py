@@ -31,6 +31,11 @@ class ApiError(Exception):
         self.status, self.message, self.param = status, message, param
         self.retry_after = retry_after
 
+    @classmethod
+    def internal(cls) -> ApiError:
+        """A fault of ours, which is logged where it is noticed."""
+        return cls(500, "the server failed; its log says why")
+
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "InternalServerError")
         return {

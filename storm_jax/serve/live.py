@@ -12,8 +12,6 @@ All messages are JSON objects with a `type`; what is wrong is answered with an `
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import dataclasses
 import functools
@@ -25,25 +23,21 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from absl import logging
 from fastapi import WebSocket, WebSocketDisconnect
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.streaming.stream import Stream
-from storm_jax.serve.chat import check_text
 from storm_jax.serve.errors import ApiError
+from storm_jax.serve.fields import Strict, check_text, from_base64
 from storm_jax.serve.keys import is_key
-from storm_jax.serve.service import Service
+from storm_jax.serve.service import DEFAULT_NEW_TOKENS, Service
 
 IDLE = 60.0  # seconds without a message
 WAITING = 8  # frames that wait for the model; older ones are dropped
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SessionConfig(_Strict):
+class SessionConfig(Strict):
     type: Literal["session.config"]
     api_key: str = ""
     fps: float = Field(default=1.0, ge=0, le=30)
@@ -52,7 +46,7 @@ class SessionConfig(_Strict):
     recent: int = Field(default=16, ge=0)
 
 
-class VideoFrame(_Strict):
+class VideoFrame(Strict):
     """`data` is an image file in base64; `time` are seconds, by default those since the session began."""
 
     type: Literal["video.frame"]
@@ -60,10 +54,10 @@ class VideoFrame(_Strict):
     time: float | None = Field(default=None, ge=0, le=1e7)
 
 
-class VideoQuery(_Strict):
+class VideoQuery(Strict):
     type: Literal["video.query"]
     text: str = Field(max_length=20_000)
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: int = Field(default=DEFAULT_NEW_TOKENS, ge=1)
     temperature: float = Field(default=0.0, ge=0, le=10)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -149,19 +143,21 @@ class LiveSession:
         """Waits until no frame waits.
 
         Raises:
-          ApiError: nobody pushes them any more.
+          ApiError: a frame has failed, and the others cannot be pushed.
         """
         joining = asyncio.ensure_future(self._frames.join())
         await asyncio.wait((joining, pushing), return_when=asyncio.FIRST_COMPLETED)
         joining.cancel()
         if pushing.done():
-            raise ApiError(500, "the server failed; its log says why")
+            raise ApiError.internal()
 
     async def _push(self, stream: Stream) -> None:
         while True:
             frame = await self._frames.get()
             try:
-                image = await self._service.image(_decoded(frame.data), "video.frame")
+                image = await self._service.image(
+                    from_base64(frame.data, "video.frame.data"), "video.frame"
+                )
                 push = functools.partial(_push, stream, image, frame.time or 0.0)
                 await self._service.engine.call(push)
             except ApiError as error:
@@ -202,8 +198,7 @@ class LiveSession:
             raise
         except Exception:
             logging.exception("an answer of a live session failed")
-            failed = ApiError(500, "the server failed; its log says why")
-            await self._send("error", **failed.body())
+            await self._send("error", **ApiError.internal().body())
 
     def _stats(self, stream: Stream) -> dict[str, Any]:
         found = dataclasses.asdict(stream.stats)
@@ -223,6 +218,7 @@ async def serve(service: Service, socket: WebSocket, api_key: str) -> None:
     try:
         first = await asyncio.wait_for(socket.receive(), IDLE)
         config = parse(SessionConfig, _json(first))
+        check_text(config.api_key, "api_key")
         if not is_key(config.api_key, api_key):
             raise ApiError(401, "the API key is missing or wrong", "api_key")
         with _place(service):
@@ -230,11 +226,9 @@ async def serve(service: Service, socket: WebSocket, api_key: str) -> None:
         await socket.close()
     except (WebSocketDisconnect, RuntimeError):
         return  # the client has left
-    except (ApiError, ValueError, TimeoutError) as error:
-        if not isinstance(error, ApiError):
-            silent = isinstance(error, TimeoutError)
-            message = f"no message for {IDLE:g} s" if silent else "a message is not JSON"
-            error = ApiError(400, message)
+    except (ApiError, TimeoutError) as error:
+        if isinstance(error, TimeoutError):
+            error = ApiError(400, f"no message for {IDLE:g} s")
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
             await socket.send_json({"type": "error", **error.body()})
             await socket.close(1008)
@@ -278,15 +272,6 @@ def _push(stream: Stream, image: np.ndarray, seconds: float) -> None:
         stream.push(image, seconds)
     except ValueError as error:  # times that go back
         raise ApiError(400, str(error), "video.frame.time") from None
-
-
-def _decoded(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(
-            400, f"video.frame.data is not base64: {error}", "video.frame.data"
-        ) from None
 
 
 def _is_same_site(socket: WebSocket) -> bool:

@@ -145,7 +145,7 @@ class _Reading:
         self._tell(end)
 
     def _tell(self, news: dict[str, Any] | ApiError | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(self._news.put_nowait, news)
 
     def _events(self, connection: http.client.HTTPConnection) -> Iterator[dict[str, Any]]:

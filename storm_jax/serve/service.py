@@ -191,8 +191,9 @@ class Service:
         )
         encoder = self._predictor.encoder(compression)
         turns, media = await self._conversation(chat, clamped)
-        key = (tuple(medium.key for medium in media), compression)
-        seen = await self.tables.get(key, lambda: self._see(media, encoder))
+        # Hashing many megabytes would stop everybody else.
+        keys = await self._in_thread(lambda: tuple(medium.key for medium in media))
+        seen = await self.tables.get((keys, compression), lambda: self._see(media, encoder))
         sample = Sample(id="request", turns=turns, media=seen.scene.media, extra={})
         if sum(len(turn.text) for turn in turns) > _LONGEST_TOKEN * self.length:
             raise ApiError(400, f"the text cannot fit into {self.length:,} positions", "messages")
@@ -266,7 +267,7 @@ class Service:
     async def _conversation(
         self, chat: ChatRequest, clamped: list[str]
     ) -> tuple[tuple[Turn, ...], list[Medium]]:
-        """The turns, and the media that their placeholders stand for."""
+        """The turns, and the media of their placeholders."""
         if chat.messages[-1].role != "user":
             raise ApiError(400, "the last message is not one of the user", "messages")
         turns: list[Turn] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import dataclasses
 import http.client
@@ -18,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from storm_jax.serve.errors import ApiError
+from storm_jax.serve.fields import from_base64
 from storm_jax.serve.limits import Limits
 from storm_jax.serve.sockets import shut
 
@@ -88,10 +87,7 @@ class Sources:
             raise ApiError(
                 400, f"{field} lists {len(parts):,} frames; {limit:,} are allowed", field
             )
-        try:
-            return Source(tuple(base64.b64decode(part, validate=True) for part in parts))
-        except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"{field} is not base64: {error}", field) from None
+        return Source(tuple(from_base64(part, field) for part in parts))
 
     def _file(self, url: str, field: str) -> bytes:
         if self.folder is None:

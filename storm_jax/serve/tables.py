@@ -33,7 +33,7 @@ class TableCache(Generic[_Value]):
 
     @property
     def making(self) -> int:
-        """Values that are being made, some of them for nobody any more."""
+        """Values being made, including those whose callers have left."""
         return len(self._making)
 
     @property
@@ -41,7 +41,7 @@ class TableCache(Generic[_Value]):
         return sum(value.nbytes for value in self._values.values())
 
     async def get(self, key: Hashable, make: Callable[[], Awaitable[_Value]]) -> _Value:
-        """The value of a key; if nobody has it, of `make`. Its error goes to everybody who waits for it."""
+        """The value of a key, from `make` if it is not kept. An error of `make` is raised for all who wait."""
         if key in self._values:
             self.hits += 1
             self._values.move_to_end(key)

@@ -118,3 +118,10 @@ def image(content: bytes) -> dict:
 def ask(text: str, *parts: dict) -> list[dict]:
     """The messages of one question."""
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -22,7 +22,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving.conftest import LIMITS, MODEL, ask, data_url, image, video
+from serving.conftest import LIMITS, MODEL, ask, data_url, image, video, wait_for
 
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.programs import Programs
@@ -406,13 +406,6 @@ def metric(url: str, name: str) -> float:
         lines = response.read().decode().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{name} "))
     return float(line.split()[1])
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [True, False])

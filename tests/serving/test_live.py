@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving.conftest import LIMITS, ask, data_url
+from serving.conftest import LIMITS, ask, data_url, wait_for
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -162,10 +163,7 @@ def test_a_session_whose_frames_fail_ends_and_frees_its_place(served, monkeypatc
         session.frame(0)
         session.send(type="video.query", text="What?")
         assert "log says why" in error_of(session.receive())
-    end = time.monotonic() + 10
-    while served.service.sessions:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: served.service.sessions == 0, 10)
 
 
 def test_clients_that_leave_with_frames_waiting_free_their_places(served):
@@ -176,10 +174,7 @@ def test_clients_that_leave_with_frames_waiting_free_their_places(served):
             session.send(type="video.frame", data="AAAA")
         session.send(type="video.query", text="What?")
         session._socket.close()
-    end = time.monotonic() + 10
-    while served.service.sessions:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: served.service.sessions == 0, 10)
 
 
 def test_times_that_go_back_are_an_error_of_that_frame(served):
@@ -224,8 +219,6 @@ def test_pages_of_other_sites_cannot_connect(served):
 
 
 def test_sessions_are_counted_and_need_the_key(serve, make_service):
-    import dataclasses
-
     service = make_service(dataclasses.replace(LIMITS, sessions=1))
     url = serve(make_app(service, api_key="secret"))
     with Session(url, CONFIG) as session:
@@ -234,10 +227,7 @@ def test_sessions_are_counted_and_need_the_key(serve, make_service):
         session.receive()
         with Session(url, CONFIG | {"api_key": "secret"}) as second:
             assert "1 sessions are open" in error_of(second.receive())
-    end = time.monotonic() + 10
-    while service.sessions:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: service.sessions == 0, 10)
 
 
 def test_chat_goes_on_while_a_session_is_open(served):
