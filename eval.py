@@ -3,6 +3,7 @@
     python eval.py --workdir=runs/sft --benchmark=shapes
     python eval.py --workdir=runs/sft --benchmark=videomme --data_root=data/videomme --settings=storm_t_pool
     python eval.py --workdir=runs/sft --benchmark=mlvu --data_root=data/mlvu --sweep=num_frames=8,16,32
+    python eval.py --workdir=runs/sft --benchmark=streamingbench --data_root=data/streamingbench --fps=1
     python eval.py check --benchmark=mvbench --data_root=data/mvbench
     python eval.py score --benchmark=mvbench --predictions=FILE --parser=official
 
@@ -24,7 +25,7 @@ from absl import app, flags
 from storm_jax import command_line, evals
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
-from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS
+from storm_jax.evals.settings import ANSWERS, MODES, PAPER_SETTINGS
 
 if typing.TYPE_CHECKING:
     from storm_jax.evals.report.files import Report
@@ -43,7 +44,10 @@ DATA_ROOT = flags.DEFINE_string(
 SPLIT = flags.DEFINE_string("split", "", "Split of the benchmark, e.g. full or test.")
 SUBTITLES = flags.DEFINE_bool("subtitles", False, "Include subtitles of the sampled frames.")
 PROMPT_STYLE = flags.DEFINE_enum(
-    "prompt_style", "", ["", *STYLES], "Prompt style; defaults to vila, as in the paper."
+    "prompt_style",
+    "",
+    ["", *STYLES],
+    "Prompt style; defaults to vila, as in the paper, where there is one.",
 )
 PARSER = flags.DEFINE_enum(
     "parser",
@@ -59,6 +63,20 @@ SETTINGS = flags.DEFINE_enum(
 )
 command_line.define_process_flags()
 command_line.define_compression_flags("--settings, or else to training")
+MODE = flags.DEFINE_enum(
+    "mode",
+    "",
+    ["", *MODES],
+    "offline asks each question about a clip; stream watches each video once, and asks on the way. Defaults to "
+    "stream for benchmarks of streaming, and to offline for the others.",
+)
+command_line.define_stream_flags("--mode=stream")
+CONTEXT_SECONDS = flags.DEFINE_float(
+    "context_seconds",
+    None,
+    "--mode=offline: how much of a video before a question its clip shows; everything by default.",
+    lower_bound=0.001,
+)
 SWEEP = flags.DEFINE_multi_string(
     "sweep",
     [],
@@ -106,6 +124,9 @@ def run_command() -> str:
         "weights": WEIGHTS.value,
         "settings": SETTINGS.value or "",
         **command_line.compression_flags(),
+        "mode": MODE.value,
+        "stream": command_line.stream_flags(),
+        "context_seconds": CONTEXT_SECONDS.value,
         "prompt_style": PROMPT_STYLE.value,
         "parser": PARSER.value,
         "answers": ANSWER.value,

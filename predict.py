@@ -26,8 +26,8 @@ from storm_jax.config import CompressionConfig
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 from storm_jax.inference.streaming.conversation import Conversation
-from storm_jax.inference.streaming.groups import POLICIES
-from storm_jax.inference.streaming.sources import Source
+from storm_jax.inference.streaming.settings import StreamSettings
+from storm_jax.inference.streaming.sources import Source, SourceError
 from storm_jax.media.media import Media
 from storm_jax.run import Run, RunError
 
@@ -40,22 +40,7 @@ QUESTION = flags.DEFINE_multi_string("question", [], "What to ask about them; re
 STREAM = flags.DEFINE_string(
     "stream", None, "Video to watch as it arrives: rtsp://..., tcp://..., /dev/video0 or a file."
 )
-FPS = flags.DEFINE_float(
-    "fps", 1.0, "Frames per second of --stream to use; 0 uses all.", lower_bound=0
-)
-BUDGET_TOKENS = flags.DEFINE_integer(
-    "budget_tokens", 8192, "Visual tokens of --stream in a prompt at most.", lower_bound=1
-)
-POLICY = flags.DEFINE_enum(
-    "policy",
-    "window",
-    POLICIES,
-    "What makes room when the budget of --stream is used up: keep the newest groups of frames, drop every second old "
-    "one, or average neighbours of the old ones.",
-)
-RECENT = flags.DEFINE_integer(
-    "recent", 16, "Newest groups that stride and merge leave alone.", lower_bound=0
-)
+command_line.define_stream_flags("--stream")
 ASK_EVERY = flags.DEFINE_float(
     "ask_every",
     0.0,
@@ -114,13 +99,13 @@ def main(argv: Sequence[str]) -> None:
 def watch_stream(url: str, compression: CompressionConfig, sampling: Sampling) -> None:
     """Asks about a video while it arrives; Ctrl-C ends it."""
     size = Run(WORKDIR.value).config.model.vision.image_size
-    source = Source(url, FPS.value, size)  # mistakes are found before the model is loaded
+    settings = command_line.stream_flags() or StreamSettings()
+    try:
+        source = Source(url, settings.fps, size)  # before the model is loaded
+    except SourceError as error:
+        raise SourceError(f"--stream={error}") from error
     stream = Predictor(WORKDIR.value, STEP.value, weights=WEIGHTS.value).stream(
-        compression=compression,
-        fps=FPS.value,
-        budget_tokens=BUDGET_TOKENS.value,
-        policy=POLICY.value,
-        recent=RECENT.value,
+        compression=compression, **dataclasses.asdict(settings)
     )
     with source, contextlib.suppress(KeyboardInterrupt):
         conversation = Conversation(stream, source, sampling, SEED.value, JSONL.value)

@@ -6,6 +6,7 @@ ml_collections parse them, since these report a wrong field as a Python error.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import pathlib
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
 from storm_jax.config import ConfigError
+from storm_jax.inference.streaming.settings import POLICIES, StreamSettings
 
 flags.disclaim_key_flags()  # flags defined here are those of the script, and in its --help
 COMPRESSION = {
@@ -41,6 +43,40 @@ def compression_flags() -> dict[str, int]:
     """The values, by name, of those that are set."""
     values = {name: flags.FLAGS[name].value for name in COMPRESSION}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def define_stream_flags(of: str) -> None:
+    """Defines how a video is watched as it arrives; `of` names what is watched."""
+    default = StreamSettings()
+    flags.DEFINE_float(
+        "fps", default.fps, f"Frames per second of {of} to use; 0 uses all.", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "budget_tokens",
+        default.budget_tokens,
+        f"Visual tokens of {of} in a prompt at most.",
+        lower_bound=1,
+    )
+    flags.DEFINE_enum(
+        "policy",
+        default.policy,
+        POLICIES,
+        f"What makes room when the budget of {of} is used up: keep the newest groups of frames, drop every second old "
+        "one, or average neighbours of the old ones.",
+    )
+    flags.DEFINE_integer(
+        "recent", default.recent, "Newest groups that stride and merge leave alone.", lower_bound=0
+    )
+
+
+def stream_flags() -> StreamSettings | None:
+    """The values of the flags; None if none is set."""
+    found: dict[str, Any] = {
+        field.name: flags.FLAGS[field.name] for field in dataclasses.fields(StreamSettings)
+    }
+    if not any(flag.present for flag in found.values()):
+        return None
+    return StreamSettings(**{name: flag.value for name, flag in found.items()})
 
 
 def define_weights_flag() -> flags.FlagHolder:

@@ -318,6 +318,99 @@ def longvideobench_hub(root: pathlib.Path, videos: Videos) -> None:
         write_rows(root / f"{name}-00000-of-00001.parquet", rows)
 
 
+STREAM_SECONDS = 12  # of the videos of the streaming benchmarks, which have 2 frames per second
+
+
+def _put_long(path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_numbered(path, 2 * STREAM_SECONDS, rate=2)
+
+
+def streamingbench_entries(split: str) -> list[Any]:
+    """Three questions about each of two videos, at 2, 5 and 7 seconds; the answers are A, B, C, D in turn. In the
+    split `proactive`, they wait for 4, 8 and 9 seconds."""
+    entries = []
+    for video in range(2):
+        parts = []
+        for place, time in enumerate((2, 5, 7)):
+            number = 3 * video + place
+            row: dict[str, Any] = {
+                "task_type": {"real": "Counting", "omni": "Scene Understanding"}.get(
+                    split, "Sequential Question Answering"
+                ),
+                "question": f"What is {number}?",
+                "time_stamp": f"00:00:{time:02}",
+                "answer": "ABCD"[number % 4],
+                "options": lettered(OPTIONS[:4]) if number % 2 else list(OPTIONS[:4]),
+            }
+            if split == "proactive":
+                row = {
+                    "task_type": "Proactive Output",
+                    "question": f'When {number} appears, output "{number}".',
+                    "time_stamp": f"0:00:{time:02}",
+                    "ground_truth_time_stamp": f"0:00:{(4, 8, 9)[place]:02}",
+                    "ground_truth_output": str(number),
+                }
+            path = f"./videos/sample_{video}_{split}.mp4"
+            parts.append({"questions": [row], "video_path": path, "time": "[0:00:00 - 0:00:10]"})
+        entries += [parts] if split == "sqa" else parts
+    return entries
+
+
+def streamingbench_authors(root: pathlib.Path, videos: Videos) -> None:
+    """As the authors' scripts leave it, in their repository."""
+    for split in ("real", "omni", "sqa", "proactive"):
+        write_json(root / f"src/data/questions_{split}.json", streamingbench_entries(split))
+        for video in range(2):
+            _put_long(root / f"src/data/videos/sample_{video}_{split}.mp4")
+
+
+def streamingbench_unpacked(root: pathlib.Path, videos: Videos) -> None:
+    for split in ("real", "sqa", "proactive"):
+        write_json(root / f"questions_{split}.json", streamingbench_entries(split))
+        for video in range(2):
+            _put_long(root / f"data/{split}/sample_{video}/video.mp4")
+
+
+def ovobench_rows() -> list[dict[str, Any]]:
+    """Questions about two videos: 4 of EPM, 2 of OCR, and 3, 2 and 2 of REC, SSR and CRR."""
+    rows: list[dict[str, Any]] = [
+        {
+            "id": number,
+            "task": "EPM" if number < 4 else "OCR",
+            "video": f"COIN/v{number % 2}.mp4",
+            "realtime": (1.5, 3, 5, 8.2, 6, 40)[number],  # the last one is after the end
+            "question": f"What is {number}?",
+            "answer": OPTIONS[number % 3],
+            "options": list(OPTIONS[:3]),
+            "gt": number % 3,
+        }
+        for number in range(6)
+    ]
+    video = {"video": "COIN/v0.mp4"}
+    counts = [{"realtime": time, "count": count} for time, count in ((2, 0), (4, 1), (9.0, 12))]
+    rows.append({"id": 6, "task": "REC", **video, "activity": "jump", "test_info": counts})
+    steps = [{"realtime": time, "step": "mix", "type": kind} for time, kind in ((3, 0), (7, 1))]
+    rows.append({"id": 7, "task": "SSR", **video, "test_info": steps})
+    clues = [{"realtime": time, "type": kind} for time, kind in ((3, 0), (7, 1))]
+    rows.append({"id": 8, "task": "CRR", **video, "question": "Where is it?", "test_info": clues})
+    return rows
+
+
+def ovobench_whole(root: pathlib.Path, videos: Videos) -> None:
+    write_json(root / "data/ovo_bench_new.json", ovobench_rows())
+    for video in range(2):
+        _put_long(root / f"data/src_videos/COIN/v{video}.mp4")
+
+
+def ovobench_chunks(root: pathlib.Path, videos: Videos) -> None:
+    write_json(root / "ovo_bench_new.json", ovobench_rows())
+    for row in ovobench_rows():
+        names = [f"{row['id']}_{n}" for n in range(len(row.get("test_info", ())))] or [row["id"]]
+        for name in names:
+            videos.put(root / f"chunked_videos/{name}.mp4")
+
+
 class FakeModel:
     """Replies by question; counts what it is asked, and fails if `reply` returns None.
 

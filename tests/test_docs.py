@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -16,6 +17,7 @@ from storm_jax.config import RunConfig, SourceConfig, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import EvalPlan
+from storm_jax.inference.streaming.settings import StreamSettings
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.text.tokenizer import load_tokenizer
@@ -78,6 +80,8 @@ def test_commands_name_scripts_and_flags_that_exist(document):
             sources[name] += " ".join(f'"{flag}"' for flag in command_line.COMPRESSION)
         if "define_process_flags" in source:
             sources[name] += " ".join(f'"{flag}"' for flag in command_line.PROCESS_FLAGS)
+        if "define_stream_flags" in source:
+            sources[name] += " ".join(f'"{f.name}"' for f in dataclasses.fields(StreamSettings))
     commands = re.findall(
         r"python (\w+\.py|-m storm_jax\.(?:weights|data|preflight|serve)(?= ))(.*)",
         document.read_text(),

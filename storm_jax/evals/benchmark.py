@@ -25,13 +25,27 @@ class BenchmarkError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """When a model is asked each second whether it is time to answer a question.
+
+    Attributes:
+      begin, end: the first time is a second after `begin`, the last one at `end`, in seconds of the video.
+      poll: what is asked; yes ends it.
+    """
+
+    begin: int
+    end: int
+    poll: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
     """One row of a benchmark.
 
     Attributes:
       id: unique within its split; predictions refer to it.
       video: the video it is about. Questions about one video are not statistically independent.
-      media: the file, which need not exist.
+      media: the file, which need not exist. It is asked at `media.end`, or at the end of the file.
       text: the question without its options.
       options: without letters; () if the answer is free text.
       answer: the letter of the right option, or the text of a free answer. None if the answer is not
@@ -41,6 +55,7 @@ class Question:
       subtitles: the video's subtitle file, or None.
       captions: subtitles to show with the sampled frames; None if subtitles are not requested.
       guess: accuracy of guessing, if it is not 1 / number of options.
+      watch: how the model is asked for the right time to answer; None if it is asked at once.
       extra: fields used by this benchmark only.
     """
 
@@ -55,6 +70,7 @@ class Question:
     subtitles: pathlib.Path | None = None
     captions: tuple[Caption, ...] | None = None
     guess: float | None = None
+    watch: Watch | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -187,11 +203,13 @@ class Benchmark:
       prompts: prompt styles by name; the first is the default.
       parsers: by name. Each prompt style uses the parser of its name, or else the first.
       headline: the authors' name for their main metric.
-      headline_over: the dimension whose groups the main metric averages; "" = mean over questions.
+      headline_over: the dimensions whose groups the main metric averages, outermost first; () = mean over
+        questions.
       captions: `(question, times of its frames) ->` the subtitles shown at these times, without
         placeholders; None if the benchmark has no subtitles.
       ceiling: `(question, compression) ->` the best expected accuracy without temporal mixing.
       submit: `(split, replies, folder) ->` the files written for the authors' own scorers.
+      is_streaming: whether questions are asked while a video is watched, unless another mode is chosen.
     """
 
     name: str
@@ -202,10 +220,11 @@ class Benchmark:
     prompts: Mapping[str, Callable[[Question], Sample]]
     parsers: Mapping[str, Parser]
     headline: str = "accuracy"
-    headline_over: str = ""
+    headline_over: tuple[str, ...] = ()
     captions: Callable[[Question, np.ndarray], list[Caption]] | None = None
     ceiling: Callable[[Question, CompressionConfig], float | None] | None = None
     submit: Callable[[str, Sequence[ScoredReply], pathlib.Path], list[pathlib.Path]] | None = None
+    is_streaming: bool = False
 
     def pick_split(self, name: str) -> str:
         """Returns `name`, or the default split if it is empty.

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from storm_jax.config import CompressionConfig, RunConfig
-from storm_jax.evals.benchmark import Benchmark, BenchmarkError
+from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Question
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.provenance import about_this_machine, config_hash
 from storm_jax.evals.report.files import Report
 from storm_jax.evals.runner import run_benchmark
-from storm_jax.evals.settings import ANSWERS, PAPER_SETTINGS, EvalSettings
+from storm_jax.evals.settings import ANSWERS, MODES, PAPER_SETTINGS, EvalSettings
 from storm_jax.inference.predictor import Predictor
+from storm_jax.inference.streaming.settings import StreamSettings
 from storm_jax.run import Run
 
 COMPRESSION_FIELDS = tuple(field.name for field in dataclasses.fields(CompressionConfig))
@@ -56,6 +57,9 @@ def evaluate(
     temporal_pool: int | None = None,
     spatial_pool: int | None = None,
     temporal_sample: int | None = None,
+    mode: str = "",
+    stream: StreamSettings | None = None,
+    context_seconds: float | None = None,
     prompt_style: str = "",
     parser: str = "",
     answers: str = "generate",
@@ -85,6 +89,11 @@ def evaluate(
       settings: name of a row of the paper's Table 15, e.g. "storm_t_pool".
       num_frames, temporal_pool, spatial_pool, temporal_sample: compression; each defaults to `settings`,
         or else to the value used in training.
+      mode: "offline" asks each question about a clip of `num_frames` frames; "stream" watches each video once, and
+        asks its questions on the way. Defaults to what the benchmark is for.
+      stream: how a video is watched in mode "stream"; defaults to `StreamSettings()`.
+      context_seconds: how much of a video before a question its clip shows, in mode "offline", of benchmarks whose
+        questions have times. Defaults to everything.
       prompt_style, parser: names; default to the benchmark's first prompt style and the parser of the style.
       answers: "generate", or "likelihood" of each option's letter.
       subtitles: whether the prompt contains the subtitles of the sampled frames.
@@ -108,7 +117,13 @@ def evaluate(
         raise BenchmarkError(f"--subtitles: {found.title} has no subtitles")
     if answers not in ANSWERS:
         raise BenchmarkError(f"--answers={answers}: must be one of {', '.join(ANSWERS)}")
+    mode = mode or ("stream" if found.is_streaming else "offline")
+    _check_mode(mode, found, num_frames, stream, context_seconds, subtitles)
     questions = found.questions(_data_root(data_root, found, model.run), split)
+    if mode == "stream":
+        _check_videos(questions, found)
+    elif context_seconds is not None:
+        questions = [_with_context(question, context_seconds) for question in questions]
     if answers == "likelihood" and not all(question.options for question in questions):
         raise BenchmarkError("--answers=likelihood: some questions have no options")
     overrides = (num_frames, temporal_pool, spatial_pool, temporal_sample)
@@ -122,6 +137,8 @@ def evaluate(
             dict(zip(COMPRESSION_FIELDS, overrides, strict=True)),
         ),
         max_new_tokens=max_new_tokens or found.splits[split].max_new_tokens,
+        stream=(stream or StreamSettings()) if mode == "stream" else None,
+        context_seconds=context_seconds,
         subtitles=subtitles,
         answers=answers,
         limit=limit,
@@ -143,6 +160,58 @@ def evaluate(
         batch_size=batch_size,
         shard=shard,
     )
+
+
+def _check_mode(
+    mode: str,
+    benchmark: Benchmark,
+    num_frames: int | None,
+    stream: StreamSettings | None,
+    context_seconds: float | None,
+    subtitles: bool,
+) -> None:
+    """Raises BenchmarkError for options that the mode does not use."""
+    if mode not in MODES:
+        raise BenchmarkError(f"--mode={mode}: must be one of {', '.join(MODES)}")
+    if mode == "offline":
+        if stream is not None:
+            raise BenchmarkError("--fps, --budget_tokens, --policy and --recent need --mode=stream")
+        if context_seconds is not None and not benchmark.is_streaming:
+            raise BenchmarkError(
+                f"--context_seconds: the questions of {benchmark.title} have no times"
+            )
+        return
+    if num_frames is not None:
+        raise BenchmarkError(
+            f"--num_frames={num_frames}: a stream takes --fps frames per second; use --mode=offline"
+        )
+    if context_seconds is not None:
+        raise BenchmarkError(
+            f"--context_seconds={context_seconds:g}: a stream shows what fits into --budget_tokens; "
+            f"use --mode=offline"
+        )
+    if subtitles:
+        raise BenchmarkError("--subtitles: a stream has none; use --mode=offline")
+
+
+def _check_videos(questions: Sequence[Question], benchmark: Benchmark) -> None:
+    """Raises BenchmarkError if a medium cannot be watched from its beginning."""
+    for question in questions:
+        medium = question.media
+        is_file = medium.path is not None and medium.span is None and medium.data is None
+        if medium.kind != "video" or not is_file or (medium.start and not question.watch):
+            raise BenchmarkError(
+                f"--mode=stream: {medium.name} of {benchmark.title} is not a whole video in a file; "
+                f"use --mode=offline"
+            )
+
+
+def _with_context(question: Question, seconds: float) -> Question:
+    """The same question about the last seconds before it; one with a `watch` begins when that begins."""
+    if question.media.end is None or question.watch:
+        return question
+    start = max(0.0, question.media.end - seconds)
+    return dataclasses.replace(question, media=dataclasses.replace(question.media, start=start))
 
 
 def resolve_compression(

@@ -14,6 +14,7 @@ writes the report.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections import defaultdict
@@ -24,23 +25,36 @@ import numpy as np
 
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmark import MISSING, Benchmark, Question, parse_replies
+from storm_jax.evals.dialogues import in_rounds
 from storm_jax.evals.files import is_there
 from storm_jax.evals.journal import Journal, JournalWriter
 from storm_jax.evals.report.files import Report, write_report
 from storm_jax.evals.report.thumbnails import FRAMES, Thumbnails
 from storm_jax.evals.scoring import score
+from storm_jax.evals.sessions import in_sessions
 from storm_jax.evals.settings import EvalSettings
 from storm_jax.files import digest
 from storm_jax.inference.encoding import EncodedBatch
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
+from storm_jax.inference.streaming.stream import Stream
 from storm_jax.media.media import Media, MediaError
 from storm_jax.progress import with_progress
 from storm_jax.text.sample import Sample, SampleError
 
 
 class Model(Protocol):
-    """What answers: a `Predictor`, or anything with these two methods."""
+    """What answers: a `Predictor`, or anything with these methods."""
+
+    def stream(
+        self,
+        *,
+        compression: CompressionConfig | None = None,
+        fps: float = 1.0,
+        budget_tokens: int = 8192,
+        policy: str = "window",
+        recent: int = 16,
+    ) -> Stream: ...
 
     def encode(
         self,
@@ -148,32 +162,62 @@ def _ask_all(
     batch_size: int | None,
 ) -> None:
     """Saves a prediction for every question."""
-    by_media: dict[Media, list[Question]] = defaultdict(list)
+    answerable = []
     for question in questions:
         path = question.media.path
         if path is not None and not is_there(path):
             error = MediaError(question.media, MISSING, "there is no such file")
             writer.add(question.id, Prediction(error=str(error), cause=MISSING))
         else:
-            by_media[question.media].append(question)
-    if not by_media:
+            answerable.append(question)
+    if not answerable:
         return
-    predictions = _predict(load_model(), benchmark, by_media, settings, writer, batch_size)
-    total = sum(map(len, by_media.values()))
-    progress = with_progress(predictions, total, "answering", unit="questions")
+    model = load_model()
+    if settings.stream is None:
+        ask = functools.partial(_predict, model, benchmark, settings, writer, batch_size)
+        predictions = in_rounds(answerable, ask)
+    else:
+        stream = model.stream(
+            compression=settings.compression, **dataclasses.asdict(settings.stream)
+        )
+        reply = functools.partial(_reply, model, benchmark, settings)
+        predictions = in_sessions(answerable, stream, settings.stream.fps, reply, writer)
+    progress = with_progress(predictions, len(answerable), "answering", unit="questions")
     for question, prediction in progress:
         writer.add(question.id, prediction)
+
+
+def _reply(
+    model: Model,
+    benchmark: Benchmark,
+    settings: EvalSettings,
+    batch: EncodedBatch,
+    question: Question,
+) -> Prediction:
+    """The reply to a question about the only scene of a batch."""
+    (scene,) = batch.scenes
+    sample = dataclasses.replace(_sample(benchmark, settings, question, ()), media=scene.media)
+    [(_, prediction)] = model.ask(
+        batch,
+        [sample],
+        sampling=Sampling(settings.max_new_tokens),
+        choices=[question.letters] if settings.answers == "likelihood" else None,
+    )
+    return prediction
 
 
 def _predict(
     model: Model,
     benchmark: Benchmark,
-    by_media: Mapping[Media, Sequence[Question]],
     settings: EvalSettings,
     writer: JournalWriter,
     batch_size: int | None,
+    questions: Sequence[Question],
 ) -> Iterator[tuple[Question, Prediction]]:
     """Yields the prediction of each question; thumbnails of its video have been saved before."""
+    by_media: dict[Media, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_media[question.media].append(question)
     batches = model.encode(
         [(media,) for media in by_media],
         compression=settings.compression,
@@ -186,7 +230,7 @@ def _predict(
         for scene in batch.scenes:
             (media,) = scene.media
             if scene.previews:
-                ids = [question.id for question in by_media[media]]
+                ids = [question.id for question in by_media[media] if question.watch is None]
                 writer.add_thumbnails(ids, Thumbnails.of(scene.previews[0], media.kind))
             for question in by_media[media]:
                 try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -123,7 +123,7 @@ def score(
     return Scores(
         headline_name=benchmark.headline,
         headline=estimate(keyed, benchmark.headline_over) if keyed else None,
-        micro=estimate(keyed, "") if keyed else None,
+        micro=estimate(keyed) if keyed else None,
         macro={
             dimension: float(
                 np.mean([g.accuracy.value for g in groups if g.dimension == dimension])
@@ -138,27 +138,41 @@ def score(
     )
 
 
-def estimate(replies: Sequence[ScoredReply], over: str) -> Estimate:
-    """The mean over replies, or over the groups of dimension `over`, with its 95 % interval.
+def estimate(replies: Sequence[ScoredReply], over: Sequence[str] = ()) -> Estimate:
+    """The mean over replies with its 95 % interval.
+
+    Args:
+      over: dimensions, outermost first: the mean over the groups of the first one, of the means over the
+        groups of the second one in each, and so on.
 
     The variance is that of a weighted mean with questions clustered by video (Miller, arXiv 2411.00640,
     eq. 4). The interval is Wilson's (1927) for the number of independent questions with that variance,
     which is at most the number of replies.
     """
-    sizes = Counter(reply.question.groups[over] if over else "" for reply in replies)
-    right = Counter(reply.question.groups[over] if over else "" for reply in replies if reply.right)
-    value = sum(right[group] / size for group, size in sizes.items()) / len(sizes)
+    cells = [tuple(reply.question.groups[dimension] for dimension in over) for reply in replies]
+    sizes = Counter(cells)
+    right = Counter(cell for cell, reply in zip(cells, replies, strict=True) if reply.right)
+    shares = {  # of each cell in the mean
+        cell: 1 / math.prod(_children(cell[:depth], sizes) for depth in range(len(over)))
+        for cell in sizes
+    }
+    value = sum(shares[cell] * right[cell] / size for cell, size in sizes.items())
     by_video: dict[str, float] = defaultdict(float)
-    for reply in replies:
-        group = reply.question.groups[over] if over else ""
-        mean = right[group] / sizes[group]
-        by_video[reply.question.video] += (reply.right - mean) / (sizes[group] * len(sizes))
+    for cell, reply in zip(cells, replies, strict=True):
+        deviation = reply.right - right[cell] / sizes[cell]
+        by_video[reply.question.video] += deviation * shares[cell] / sizes[cell]
     variance = sum(deviation**2 for deviation in by_video.values())
     independent: float = len(by_video)  # if all or none are right
     if 0 < value < 1:
         independent = value * (1 - value) / variance if variance > 0 else math.inf
     low, high = wilson_interval(value, min(independent, len(replies)))
     return Estimate(value, low, high)
+
+
+def _children(parent: tuple[str, ...], cells: Iterable[tuple[str, ...]]) -> int:
+    """How many groups of the next dimension there are in a group."""
+    depth = len(parent)
+    return len({cell[depth] for cell in cells if cell[:depth] == parent})
 
 
 def wilson_interval(proportion: float, total: float, z: float = 1.96) -> tuple[float, float]:
@@ -182,6 +196,7 @@ def _groups(
 ) -> list[GroupResult]:
     results = []
     for dimension in dimensions:
+        inner = _inner(benchmark.headline_over, dimension)
         by_group: dict[str, list[ScoredReply]] = defaultdict(list)
         for reply in replies:
             by_group[reply.question.groups[dimension]].append(reply)
@@ -197,12 +212,17 @@ def _groups(
                     right=sum(reply.right for reply in members),
                     total=len(members),
                     unanswered=sum(bool(reply.prediction.error) for reply in members),
-                    accuracy=estimate(members, ""),
+                    accuracy=estimate(members, inner),
                     chance=float(np.mean([reply.question.chance for reply in members])),
                     ceiling=ceiling,
                 )
             )
     return results
+
+
+def _inner(over: Sequence[str], dimension: str) -> Sequence[str]:
+    """The dimensions that the main metric averages within the groups of `dimension`."""
+    return over[over.index(dimension) + 1 :] if dimension in over else ()
 
 
 def _counts(published: int, total: int, replies: Sequence[ScoredReply], without_key: int) -> Counts:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmark import BenchmarkError
+from storm_jax.inference.streaming.settings import StreamSettings
 
 ANSWERS = ("generate", "likelihood")
+MODES = ("offline", "stream")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class EvalSettings:
       subtitles: whether the prompt contains subtitles.
       answers: "generate", or "likelihood" of each option's letter.
       compression: frames, pooling and sampling.
+      stream: how videos are watched while questions are asked; None if each is asked about a clip.
+      context_seconds: how much of a video before a question its clip shows; None = all.
       max_new_tokens: maximum length of a reply.
       limit: ask only so many questions; None = all.
     """
@@ -30,6 +34,8 @@ class EvalSettings:
     prompt_style: str
     compression: CompressionConfig
     max_new_tokens: int
+    stream: StreamSettings | None = None
+    context_seconds: float | None = None
     subtitles: bool = False
     answers: str = "generate"
     limit: int | None = None
@@ -37,10 +43,14 @@ class EvalSettings:
     def folder_name(self, step: int, default_style: str) -> str:
         """E.g. "step600_frames16_k4_p1_s1", followed by whatever is not a default."""
         c = self.compression
-        parts = [
-            f"step{step}_frames{c.num_frames}_k{c.temporal_pool}_p{c.spatial_pool}"
-            f"_s{c.temporal_sample}"
-        ]
+        shown = f"frames{c.num_frames}"
+        if self.stream:
+            shown = f"fps{self.stream.fps:g}_{self.stream.policy}{self.stream.budget_tokens}"
+            if self.stream.policy != "window":
+                shown += f"_recent{self.stream.recent}"
+        parts = [f"step{step}_{shown}_k{c.temporal_pool}_p{c.spatial_pool}_s{c.temporal_sample}"]
+        if self.context_seconds is not None:
+            parts.append(f"context{self.context_seconds:g}")
         if self.prompt_style != default_style:
             parts.append(self.prompt_style)
         if self.subtitles:

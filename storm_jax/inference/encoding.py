@@ -9,6 +9,7 @@ import grain
 import jax
 import numpy as np
 
+from storm_jax.compression import ClipPlan
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.inference.programs import Programs
@@ -31,6 +32,7 @@ class EncodedScene:
       previews: per medium, some of its frames, evenly spaced, for display.
       visual_tokens: number of visual tokens in a prompt about the scene.
       entries: per medium, the positions of its tokens in the scene's visual table.
+      plans: per medium, the groups of its frames; None if they follow from the number of frames.
       error: None if the media could be read; otherwise times, previews and entries are empty.
     """
 
@@ -39,6 +41,7 @@ class EncodedScene:
     previews: tuple[Clip, ...] = ()
     visual_tokens: int = 0
     entries: tuple[np.ndarray, ...] = ()
+    plans: tuple[ClipPlan, ...] | None = None
     error: MediaError | None = None
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from storm_jax.compression import plan_groups
 from storm_jax.config import CompressionConfig
 from storm_jax.data.encoder import SampleEncoder
-from storm_jax.inference.encoding import EncodedBatch, SceneEncoder
+from storm_jax.inference.encoding import EncodedBatch, EncodedScene, SceneEncoder
 from storm_jax.inference.engine import Engine, EngineShape, Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
@@ -57,9 +57,7 @@ class Watched:
         Raises:
           ValueError: if the question is too long.
         """
-        placeholders = "".join(f"<{medium.kind}>\n" for medium in self._media)
-        turn = Turn("user", placeholders + PLACEHOLDER.sub("", question))
-        sample = Sample(id="question", turns=(turn,), media=self._media, extra={})
+        sample = _question(question, self._media)
         [(_, prediction)] = self._predictor.ask(self._batch, [sample], sampling=sampling, seed=seed)
         if prediction.error:
             raise ValueError(prediction.error)
@@ -246,35 +244,28 @@ class Predictor:
         indices: dict[Request, int] = {}
         for index, sample in enumerate(samples):
             place = places[sample.media]
-            scene = batch.scenes[place]
             try:
-                if scene.error:
-                    raise scene.error
-                encoded = batch.encoder.encode(sample, scene.times)
-                self._check_length(sample, len(encoded), 0 if choices else sampling.max_new_tokens)
+                request = self._request(
+                    batch,
+                    place,
+                    sample,
+                    sampling,
+                    sample_seed(seed, index),
+                    candidates[index] if choices else (),
+                )
             except (MediaError, SampleError) as error:
                 yield index, Prediction(error=str(error), cause=error.cause)
             else:
-                request = Request(
-                    tokens=encoded.tokens,
-                    visual_index=encoded.visual_index(scene.entries),
-                    table=batch.table,
-                    scene=place,
-                    sampling=sampling,
-                    seed=sample_seed(seed, index),
-                    candidates=candidates[index] if choices else (),
-                )
                 indices[request] = index
         if not indices:
             return
         encoding = batch.seconds / len(indices)
         requests = sorted(indices, key=lambda request: len(request.tokens))
-        shape = EngineShape.for_batch(
-            batch.rows,
-            len(requests[-1].tokens),
-            sampling.max_new_tokens,
-            self._programs.mesh.size,
-        )
+        longest, new = len(requests[-1].tokens), sampling.max_new_tokens
+        if batch.rows == 1:
+            shape = EngineShape.for_one(longest, new)
+        else:
+            shape = EngineShape.for_batch(batch.rows, longest, new, self._programs.mesh.size)
         for request in self.engine(shape, _BATCH_STEPS).run(requests):
             index = indices[request]
             if choices is None:
@@ -334,8 +325,22 @@ class Predictor:
                 return RecurrentVideo(self._programs, grid, factors, capacity, policy, recent)
             return WindowVideo(self._programs, grid, factors, capacity, model.vision.image_size)
 
-        def make_request(shown: Shown, question: str, sampling: Sampling, seed: int) -> Request:
-            return self._request_about(shown, question, encoder, sampling, seed)
+        def make_batch(shown: Shown) -> EncodedBatch:
+            scene = EncodedScene(
+                media=(Media(kind="video", name="stream"),),
+                times=(shown.times,),
+                visual_tokens=shown.plan.num_tokens,
+                entries=(shown.entries,),
+                plans=(shown.plan,),
+            )
+            return EncodedBatch(
+                number=0,
+                scenes=(scene,),
+                rows=1,
+                table=shown.table,
+                encoder=encoder,
+                seconds=shown.seconds,
+            )
 
         settings = {
             "run": str(self.run.path),
@@ -346,23 +351,44 @@ class Predictor:
             "policy": policy,
             "recent": recent,
         }
-        return Stream(make_video, make_request, self._write, model.vision.image_size, fps, settings)
+        size = model.vision.image_size
+        return Stream(make_video, make_batch, self._request_about, self._write, size, fps, settings)
 
     def _request_about(
-        self, shown: Shown, question: str, encoder: SampleEncoder, sampling: Sampling, seed: int
+        self, batch: EncodedBatch, question: str, sampling: Sampling, seed: int
     ) -> Request:
-        """The prompt of a question about a stream."""
-        turn = Turn("user", f"<video>\n{PLACEHOLDER.sub('', question)}")
-        medium = Media(kind="video", name="stream")
-        sample = Sample(id="question", turns=(turn,), media=(medium,), extra={})
-        encoded = encoder.encode(sample, [shown.times], [shown.plan])
-        self._check_length(sample, len(encoded), sampling.max_new_tokens)
+        """The prompt of a question about the first scene of a batch."""
+        sample = _question(question, batch.scenes[0].media)
+        return self._request(batch, 0, sample, sampling, sample_seed(seed, 0))
+
+    def _request(
+        self,
+        batch: EncodedBatch,
+        place: int,
+        sample: Sample,
+        sampling: Sampling,
+        seed: int,
+        candidates: Sequence[int] = (),
+    ) -> Request:
+        """The prompt of a sample about one of the batch's scenes.
+
+        Raises:
+          MediaError: the scene could not be read.
+          SampleError: the prompt is too long.
+        """
+        scene = batch.scenes[place]
+        if scene.error:
+            raise scene.error
+        encoded = batch.encoder.encode(sample, scene.times, scene.plans)
+        self._check_length(sample, len(encoded), 0 if candidates else sampling.max_new_tokens)
         return Request(
             tokens=encoded.tokens,
-            visual_index=encoded.visual_index([shown.entries]),
-            table=shown.table,
+            visual_index=encoded.visual_index(scene.entries),
+            table=batch.table,
+            scene=place,
             sampling=sampling,
-            seed=sample_seed(seed, 0),
+            seed=seed,
+            candidates=candidates,
         )
 
     def _write(self, request: Request) -> Iterator[str]:
@@ -460,6 +486,13 @@ class Predictor:
 def kind_of(path: Path) -> str:
     """ "image" or "video", by the suffix of a file."""
     return "image" if pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES else "video"
+
+
+def _question(text: str, media: tuple[Media, ...]) -> Sample:
+    """A question that a user asks about media."""
+    placeholders = "".join(f"<{medium.kind}>\n" for medium in media)
+    turn = Turn("user", placeholders + PLACEHOLDER.sub("", text))
+    return Sample(id="question", turns=(turn,), media=media, extra={})
 
 
 def sample_seed(seed: int, index: int) -> int:

@@ -128,7 +128,7 @@ def test_no_parser_needs_a_key():
         for name, parse in benchmark.parsers.items():
             for reply in ("", "(", "B", "B) boat"):
                 assert parse(reply, question(answer="")) != "", name
-            if name != "exact":
+            if (benchmark.name, name) not in {("shapes", "exact"), ("streamingbench", "official")}:
                 assert parse("(B)", question(answer=None)) == "B", name
 
 

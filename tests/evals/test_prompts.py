@@ -59,7 +59,65 @@ LVB_ASKED = (
 )
 EGO_OPTIONS = "A. red car\nB. blue boat\nC. green tree\nD. white house\nE. black dog\n"
 DIRECTLY = "nswer with the option's letter from the given choices directly."
+ASSISTANT = (
+    "You are an advanced video question-answering AI assistant. You have been provided with "
+)
+CHOOSE = (
+    "choosing from the four options provided. Respond with only the letter (A, B, C, or D) of the "
+    "correct option.\n\n"
+)
+WHOLE_OPTIONS = f"Options:\n{FOUR}\nThe best option is:"
+ONLY = "Do not include any additional text or explanation in your response.\n"
+STREAMING = {
+    ("streamingbench_authors", "real", 1, "official"): Prompt(
+        f"<video>\n{ASSISTANT}some frames from the video and a multiple-choice question related to the "
+        "video. Your task is to carefully analyze the video and provide the best answer to question, "
+        f"{CHOOSE}Question: What is 1?\n\n{WHOLE_OPTIONS}"
+    ),
+    ("streamingbench_unpacked", "sqa", 1, "official"): Prompt(
+        f"<video>\n{ASSISTANT}a video and a multiple-choice question related to the video. Your task is "
+        "to carefully analyze the video and the provided context to answer the question, "
+        f"{CHOOSE}Here are the contextual information related to the video. Please answer the questions "
+        "based on the contextual information: At timestamp 00:00:02, the following question and answer "
+        "occurred: Question: What is 0?; Options: A. red car, B. blue boat, C. green tree, D. white "
+        "house; Answer: A; \n\nHere is the question. Answer it and don't confuse it with the previous "
+        f"conversation.\nQuestion: What is 1?\n\n{WHOLE_OPTIONS}"
+    ),
+    ("streamingbench_unpacked", "proactive", 1, "official"): Prompt(
+        "<video>\nYou are an advanced image question-answering AI assistant. You have been provided with "
+        "images and a question related to the images. Your task is to carefully analyze the images and "
+        "provide the answer to the question. You need to carefully confirm whether the images content "
+        "meet the conditions of the question, and then output the correct content.\n\n"
+        'Question: When 1 appears, output "1".\n\nThe answer is:\n'
+    ),
+    ("ovobench_whole", "test", 1, "official"): Prompt(
+        "<video>\n\nQuestion: What is 1?\nOptions:\nA. red car; B. blue boat; C. green tree;\n\n"
+        f"Respond only with the letter corresponding to your chosen option (e.g., A, B, C). \n{ONLY}"
+    ),
+    ("ovobench_chunks", "test", 7, "official"): Prompt(
+        "<video>\n\nYou're watching a video in which people may perform a certain type of action "
+        "repetively. \nThe person performing this kind of action are referred to as 'they' in the "
+        "following statement.\nYou're task is to count how many times have different people in the "
+        "video perform this kind of action in total.\nOne complete motion counts as one. \n"
+        "Now, answer the following question: How many times did they jump?\nProvide your answer as a "
+        f"single number (e.g., 0, 1, 2, 3…) indicating the total count.\n{ONLY}"
+    ),
+    ("ovobench_whole", "test", 9, "official"): Prompt(
+        "<video>\n\nYou're watching a tutorial video which contain a sequential of steps. \nThe "
+        "following is one step from the whole procedures: \nmix\nYour task is to determine if the man "
+        "or woman in the video is currently performing this step.\n"
+        f"Answer only with “Yes” or “No”.\n{ONLY}"
+    ),
+    ("ovobench_whole", "test", 12, "official"): Prompt(
+        "<video>\n\nYou're responsible of answering questions based on the video content. \nThe "
+        "following question are relevant to the latest frames, i.e. the end of the video.\nWhere is "
+        "it?\nDecide whether existing visual content, especially latest frames, i.e. frames that near "
+        "the end of the video, provide enough information for answering the question.\n"
+        f"Answer only with “Yes” or “No”.\n{ONLY}"
+    ),
+}
 GOLDEN = {
+    **STREAMING,
     ("videomme_hub", "test", 1, "vila"): Prompt(VIDEOMME_AUTHORS),
     ("videomme_hub", "test", 1, "official"): Prompt(VIDEOMME_AUTHORS),
     ("videomme_flat", "test", 1, "vila"): Prompt(VIDEOMME_AUTHORS),
@@ -139,7 +197,7 @@ def roots(tmp_path_factory) -> dict[str, pathlib.Path]:
     return roots
 
 
-@pytest.mark.parametrize("key", list(GOLDEN), ids=lambda key: f"{key[0]}-{key[3]}")
+@pytest.mark.parametrize("key", list(GOLDEN), ids=lambda key: f"{key[0]}-{key[2]}-{key[3]}")
 def test_prompts_are_those_of_the_style(key, roots):
     layout, split, row, style = key
     benchmark = BENCHMARKS[layout.partition("_")[0]]

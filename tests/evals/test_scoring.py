@@ -46,22 +46,22 @@ def test_wilson_interval_is_the_published_one():
 
 
 def test_independent_questions_have_wilsons_interval():
-    found = estimate(replies([True] * 8 + [False] * 2, [str(i) for i in range(10)]), "")
+    found = estimate(replies([True] * 8 + [False] * 2, [str(i) for i in range(10)]))
     assert found.value == 0.8
     assert (found.low, found.high) == pytest.approx(wilson_interval(0.8, 10))
 
 
 def test_a_video_that_is_asked_about_three_times_counts_once_where_its_answers_agree():
     right = [True] * 8 + [False] * 2
-    once = estimate(replies(right, [str(i) for i in range(10)]), "")
-    thrice = estimate(replies(right * 3, [str(i) for i in range(10)] * 3), "")
+    once = estimate(replies(right, [str(i) for i in range(10)]))
+    thrice = estimate(replies(right * 3, [str(i) for i in range(10)] * 3))
     assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
-    all_right = estimate(replies([True] * 30, [str(i) for i in range(10)] * 3), "")
+    all_right = estimate(replies([True] * 30, [str(i) for i in range(10)] * 3))
     assert (all_right.low, all_right.high) == pytest.approx(wilson_interval(1, 10))
 
 
 def test_questions_that_disagree_within_a_video_are_no_surer_than_independent_ones():
-    mixed = estimate(replies([True, False] * 10, [str(i // 2) for i in range(20)]), "")
+    mixed = estimate(replies([True, False] * 10, [str(i // 2) for i in range(20)]))
     assert (mixed.low, mixed.high) == pytest.approx(wilson_interval(0.5, 20))
 
 
@@ -72,7 +72,7 @@ def test_the_mean_of_groups_and_its_interval_are_those_of_a_simulation(rng):
     for _ in range(400):
         groups = [name for name, size in sizes.items() for _ in range(size)]
         right = [bool(rng.random() < true[name]) for name in groups]
-        found = estimate(replies(right, [str(i) for i in range(220)], groups), "g")
+        found = estimate(replies(right, [str(i) for i in range(220)], groups), ("g",))
         by_hand = np.mean([np.mean(right[:20]), np.mean(right[20:])])
         assert found.value == pytest.approx(by_hand)
         covered += found.low <= 0.55 <= found.high

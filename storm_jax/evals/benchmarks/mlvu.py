@@ -201,6 +201,6 @@ BENCHMARK = Benchmark(
         "official": parsing.before_bracket,
     },
     headline="M-Avg",
-    headline_over="task",
+    headline_over=("task",),
     submit=submit,
 )

@@ -185,5 +185,5 @@ BENCHMARK = Benchmark(
         "official": parsing.check_answer,
     },
     headline="mean of tasks",
-    headline_over="task",
+    headline_over=("task",),
 )

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-POLICIES = ("window", "stride", "merge")
+from storm_jax.inference.streaming.settings import POLICIES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,7 +125,9 @@ class Source:
             with contextlib.closing(container):
                 self._read(container)
         except Exception as error:  # decoders can raise anything
-            self._put(SourceError(f"{self._url} is damaged after {self._last:.2f} s: {error}"))
+            self._put(
+                SourceError(f"{_path(self._url)} is damaged after {self._last:.2f} s: {error}")
+            )
         else:
             self._put(None)
 
@@ -173,17 +175,21 @@ class Source:
                         self.counts.dropped += 1
 
 
+def _path(url: str) -> pathlib.Path:
+    return pathlib.Path(url.removeprefix("file://").removeprefix("file:"))
+
+
 def _open_file(url: str) -> Any:
-    path = pathlib.Path(url.removeprefix("file://").removeprefix("file:"))
+    path = _path(url)
     try:
         # A playlist must not open other files or the network.
         container = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise SourceError(f"--stream={url} cannot be read: {reason}") from error
+        raise SourceError(f"{path} cannot be read: {reason}") from error
     if best_stream(container) is None:
         container.close()
-        raise SourceError(f"--stream={url} cannot be read: it has no video")
+        raise SourceError(f"{path} cannot be read: it has no video")
     return container
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from storm_jax.inference.encoding import EncodedBatch
 from storm_jax.inference.engine import Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.streaming.time_grid import TimeGrid
@@ -46,12 +47,17 @@ class StreamStats:
 
 
 class Stream:
-    """One video. Streams of one `Predictor` are independent, but may not be used by several threads at once."""
+    """One video. Streams of one `Predictor` are independent, but may not be used by several threads at once.
+
+    Attributes:
+      image_size: height and width of the frames that the model sees.
+    """
 
     def __init__(
         self,
         make_video: Callable[[], Video],
-        make_request: Callable[[Shown, str, Sampling, int], Request],
+        make_batch: Callable[[Shown], EncodedBatch],
+        make_request: Callable[[EncodedBatch, str, Sampling, int], Request],
         write: Callable[[Request], Iterator[str]],
         image_size: int,
         fps: float,
@@ -61,12 +67,14 @@ class Stream:
 
         Args:
           make_video: what is kept of the frames; called again by `reset`.
-          make_request: the prompt of a question about a video.
+          make_batch: what is kept, as a batch of one scene.
+          make_request: the prompt of a question about it.
           write: its answer, in pieces.
           settings: those that a snapshot must have been made with.
         """
-        self._make_video, self._make_request, self._write = make_video, make_request, write
-        self._size, self._fps = image_size, fps
+        self._make_video, self._make_batch = make_video, make_batch
+        self._make_request, self._write = make_request, write
+        self.image_size, self._fps = image_size, fps
         self._settings = {"fps": fps, **settings}
         self.reset()
 
@@ -116,9 +124,17 @@ class Stream:
 
     def request(self, question: str, *, sampling: Sampling | None = None, seed: int = 0) -> Request:
         """What `ask` asks an engine."""
+        return self._make_request(self.encoded(), question, sampling or Sampling(), seed)
+
+    def encoded(self) -> EncodedBatch:
+        """The frames so far as a batch of one scene with one medium, for `Predictor.ask`.
+
+        Raises:
+          ValueError: there are no frames yet.
+        """
         if not self._used:
             raise ValueError("nothing has been pushed yet: a question needs at least one frame")
-        return self._make_request(self._video.shown(), question, sampling or Sampling(), seed)
+        return self._make_batch(self._video.shown())
 
     @property
     def seconds(self) -> float:
@@ -187,7 +203,7 @@ class Stream:
         return frames, seconds
 
     def _resized(self, frame: np.ndarray) -> np.ndarray:
-        size = (self._size, self._size)
+        size = (self.image_size, self.image_size)
         if frame.shape[:2] == size:
             return frame
         return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))

@@ -39,12 +39,14 @@ class Shown:
       entries: the positions of its tokens in the table, in order, int32.
       times: of its frames, float64 [T], in seconds.
       plan: their groups.
+      seconds: model time of encoding that `shown` itself did.
     """
 
     table: jax.Array
     entries: np.ndarray
     times: np.ndarray
     plan: ClipPlan
+    seconds: float = 0.0
 
 
 class Video(Protocol):
@@ -233,10 +235,17 @@ class WindowVideo:
         clip = row["frames"][: len(self._times)]
         groups, grid, compression = self._groups, self._grid, self._compression
         (entries,) = place_clips(row, [clip], groups, grid, compression, UsedSlots())
+        seconds = 0.0
         if self._encoded is None:
             visual = VisualShape(groups, compression.spatial_pool)
-            self._encoded, _ = self._programs.encode(self._arrays, visual)
-        return Shown(table=self._encoded, entries=entries, times=self._times, plan=self.plan())
+            self._encoded, seconds = self._programs.encode(self._arrays, visual)
+        return Shown(
+            table=self._encoded,
+            entries=entries,
+            times=self._times,
+            plan=self.plan(),
+            seconds=seconds,
+        )
 
     def snapshot(self) -> dict[str, Any]:
         frames = self._arrays["frames"][0, : len(self._times)].copy()
