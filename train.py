@@ -97,7 +97,7 @@ def make_evaluators(run: Run, spec: StateSpec, pool: WorkerPool) -> dict[str, Ev
     if not config.data.val or not config.train.eval_every:
         return {}
     with distributed.main_first("validation data"):
-        mixture = open_mixture(config, config.data.val, run.tokenizer(), pool)
+        mixture = open_mixture(config, config.data.val, run.tokenizer(), pool, config.unsampled)
     return {"validation": make_validation(run, spec, mixture, pool)}
 
 

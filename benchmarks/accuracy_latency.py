@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storm_jax.compression import Grid, plan_clip
+from storm_jax.compression import Grid, VisualShape, plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
@@ -18,7 +18,6 @@ from storm_jax.inference.engine import Engine, EngineShape, Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.programs import Programs
 from storm_jax.media.read import read_media
-from storm_jax.models.storm import VisualShape
 from storm_jax.run import Run
 from storm_jax.text.conversation import ConversationEncoder
 from storm_jax.text.sample import Sample
@@ -51,16 +50,14 @@ class FirstTokens:
         grid, size = Grid.of(config.model), config.model.vision.image_size
         encoder = SampleEncoder.of(config, text, compression)
         plan = plan_clip(compression.num_frames, grid, compression)
-        self._visual = VisualShape(plan.num_groups, compression.spatial_pool)
+        self._visual = VisualShape(plan.num_groups, (compression.spatial_pool,))
         self._rows = empty_frames(len(samples), compression.num_frames, size)
         self._prompts: list[tuple[np.ndarray, np.ndarray]] = []
         for slot, sample in enumerate(samples):
             (medium,) = sample.media
             clip = read_media(medium, compression.num_frames, size, max_damage=0.0)
             row = {name: array[slot] for name, array in self._rows.items()}
-            entries = place_clips(
-                row, [clip.frames], plan.num_groups, grid, compression, UsedSlots()
-            )
+            entries = place_clips(row, [clip.frames], self._visual, grid, compression, UsedSlots())
             encoded = encoder.encode(sample, [clip.times])
             self._prompts.append((encoded.tokens, encoded.visual_index(entries)))
         count, longest = len(samples), max(len(tokens) for tokens, _ in self._prompts)

@@ -207,7 +207,7 @@ def open_files(
                 frames=64,
                 image_size=size,
                 grid=Grid.square(8),
-                compression=compression,
+                compressions=(compression,),
             )
         ],
         seed=0,

@@ -47,14 +47,14 @@ from benchmarks.models import (
 )
 from benchmarks.timing import Call, seconds_by_round
 from benchmarks.torch_models import feature_tower, features, torch_decoder
-from storm_jax.compression import Grid, plan_clip
+from storm_jax.compression import Grid, VisualShape, plan_clip
 from storm_jax.config import CompressionConfig, MeshConfig, ModelConfig
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.files import write_atomically
 from storm_jax.inference.engine import Engine, EngineShape, Request
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.programs import Programs
-from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.models.storm import Storm
 from storm_jax.params import abstract_model
 from storm_jax.sharding import make_mesh
 
@@ -78,9 +78,9 @@ class Prompt:
         row = {name: array[0] for name, array in empty_frames(1, frames, size).items()}
         rng = np.random.default_rng(0)
         clip = rng.integers(0, 256, (frames, size, size, 3)).astype(np.uint8)
-        (entries,) = place_clips(row, [clip], groups, grid, compression, UsedSlots())
+        self.shape = VisualShape(groups, (compression.spatial_pool,))
+        (entries,) = place_clips(row, [clip], self.shape, grid, compression, UsedSlots())
         self.frames = {name: jnp.asarray(array[None]) for name, array in row.items()}
-        self.shape = VisualShape(groups, compression.spatial_pool)
         self.tokens = len(entries) + TEXT
         self.index = np.concatenate([entries, np.full(TEXT, -1)]).astype(np.int32)
 

@@ -70,7 +70,7 @@ class Row:
             frames=frames,
             image_size=size,
             grid=grid,
-            compression=compression,
+            compressions=(compression,),
         )
         media = np.where(np.arange(self.shape.tokens) < visual, 0, -1)
         tokens = rng.integers(0, model.decoder.vocab_size, self.shape.tokens).astype(np.int32)
@@ -78,13 +78,13 @@ class Row:
         clip = rng.integers(0, 256, (frames, size, size, 3)).astype(np.uint8)
         self.arrays = empty_rows(1, 0, self.shape)
         row = {name: array[0] for name, array in self.arrays.items()}
-        fill_row(row, [RowSample(Encoded(tokens, answer, media), [clip])], self.shape)
+        fill_row(row, [RowSample(Encoded(tokens, answer, media), [clip], compression)], self.shape)
 
 
 def run_config(model: ModelConfig, row: Row, remat: bool) -> RunConfig:
     return RunConfig(
         model=model,
-        compression=row.shape.compression,
+        compression=row.shape.compressions[0],
         data=DataConfig(
             train=(SourceConfig(name="random", path=""),),
             rows=(RowConfig(tokens=row.shape.tokens, frames=row.shape.frames),),
@@ -127,7 +127,7 @@ class TorchModel(torch.nn.Module):
         merged = model.vision.width * model.stem.downsample**2
         self.stem = torch.nn.Linear(merged, model.decoder.width)
         self._side, self._merge = model.vision.side, model.stem.downsample
-        self._pool, self._frames = row.shape.compression.temporal_pool, row.shape.frames
+        self._pool, self._frames = row.shape.compressions[0].temporal_pool, row.shape.frames
         self.tower, self.decoder = tower, decoder
         if remat:
             tower.gradient_checkpointing_enable()

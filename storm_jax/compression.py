@@ -9,8 +9,9 @@ the model, the evaluator and the docs. It uses NumPy only.
 A partial last group averages the frames it has, and partial edge cells the tokens they have. An image is a
 clip of one frame and is never pooled or sampled.
 
-The visual table of a row has `G` group slots. It consists of `G * N'` pooled tokens; `G * N` tokens that images
-index, if those differ (p > 1, or another grid); and the newline, if the layout has one.
+The visual table of a row has `G` group slots. It consists of `G * N'` pooled tokens for each spatial pooling factor that
+the row's clips use; `G * N` tokens that images index, if none of those are theirs (p > 1, or another grid); and the
+newline, if the layout has one.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ class ClipPlan:
       num_groups: number of emitted groups.
       side: tokens along one side of a group; that of an image is not pooled.
       newline: where the newline goes: "none", or after each "row", "group" or "clip".
-      pooled: whether the tokens are in the spatially pooled part of the visual table.
+      part: the part of the visual table that the tokens are in (see `VisualShape.parts`).
     """
 
     frame_group: np.ndarray
     num_groups: int
     side: int
     newline: str
-    pooled: bool
+    part: int
 
     @property
     def tokens_per_group(self) -> int:
@@ -81,6 +82,21 @@ class ClipPlan:
     @property
     def num_tokens(self) -> int:
         return sum(self.tokens_of_groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualShape:
+    """Static shape of a row's visual table: number of groups (G) and spatial pooling factors (p)."""
+
+    num_groups: int
+    spatial_pools: tuple[int, ...]
+
+    def parts(self, grid: Grid) -> dict[int, int]:
+        """The parts of the table in order: by spatial pooling factor, the tokens along one side of a group. 0 is the
+        part of images with another grid."""
+        sides = {pool: pooled_side(grid.video, pool) for pool in self.spatial_pools}
+        image = _image_part(grid)
+        return sides if image in sides else {**sides, image: grid.image}
 
 
 def pooled_side(side: int, spatial_pool: int) -> int:
@@ -102,7 +118,7 @@ def plan_clip(num_frames: int, grid: Grid, compression: CompressionConfig) -> Cl
             num_groups=1,
             side=grid.image,
             newline="clip" if grid.image_newline else "none",
-            pooled=not _has_images_apart(grid, compression.spatial_pool),
+            part=_image_part(grid),
         )
     group = np.arange(num_frames, dtype=np.int32) // compression.temporal_pool
     emitted = group % compression.temporal_sample == 0
@@ -117,24 +133,22 @@ def plan_groups(frame_group: np.ndarray, grid: Grid, compression: CompressionCon
         num_groups=int(frame_group.max()) + 1,
         side=pooled_side(grid.video, compression.spatial_pool),
         newline=grid.video_newline,
-        pooled=True,
+        part=compression.spatial_pool,
     )
 
 
-def visual_index(
-    plan: ClipPlan, first_group: int, num_group_slots: int, grid: Grid, spatial_pool: int
-) -> np.ndarray:
+def visual_index(plan: ClipPlan, first_group: int, shape: VisualShape, grid: Grid) -> np.ndarray:
     """Returns the indices of a clip's tokens in its row's visual table, int32 [plan.num_tokens].
 
     Args:
       first_group: the group slot of the clip's first emitted group.
-      num_group_slots: G, the number of group slots of the row.
     """
-    pooled = num_group_slots * pooled_side(grid.video, spatial_pool) ** 2
-    images = num_group_slots * grid.image**2 if _has_images_apart(grid, spatial_pool) else 0
-    first = first_group * plan.side**2 + (0 if plan.pooled else pooled)
-    starts = first + np.arange(plan.num_groups) * plan.side**2
-    return index_of_groups(plan, starts, pooled + images)
+    firsts, end = {}, 0
+    for part, side in shape.parts(grid).items():
+        firsts[part] = end
+        end += shape.num_groups * side**2
+    groups = first_group + np.arange(plan.num_groups)
+    return index_of_groups(plan, firsts[plan.part] + groups * plan.side**2, end)
 
 
 def index_of_groups(plan: ClipPlan, starts: np.ndarray, newline: int) -> np.ndarray:
@@ -155,6 +169,6 @@ def index_of_groups(plan: ClipPlan, starts: np.ndarray, newline: int) -> np.ndar
     return np.append(index, np.int32(newline)) if plan.newline == "clip" else index
 
 
-def _has_images_apart(grid: Grid, spatial_pool: int) -> bool:
-    """Whether the visual table has separate tokens for images."""
-    return spatial_pool > 1 or grid.image != grid.video
+def _image_part(grid: Grid) -> int:
+    """The part of the visual table with the tokens of images, which are not pooled."""
+    return 1 if grid.image == grid.video else 0

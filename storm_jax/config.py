@@ -315,13 +315,34 @@ class CompressionConfig:
       num_frames: frames sampled from a video.
       temporal_pool: k, frames averaged into one group.
       spatial_pool: p, side of the cells of tokens that are averaged.
-      temporal_sample: s, keep every s-th group; at test time only.
+      temporal_sample: s, keep every s-th group; at test time only, unless `train.compressions` says otherwise.
     """
 
     num_frames: int
     temporal_pool: int = 1
     spatial_pool: int = 1
     temporal_sample: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedCompression:
+    """One of several compressions that a stage trains with: see `CompressionConfig`.
+
+    Attributes:
+      weight: share of the samples, relative to the other weights.
+    """
+
+    temporal_pool: int = 1
+    spatial_pool: int = 1
+    temporal_sample: int = 1
+    weight: float = 1.0
+
+    @property
+    def factors(self) -> dict[str, int]:
+        """The fields that it shares with `CompressionConfig`."""
+        fields = dataclasses.asdict(self)
+        del fields["weight"]
+        return fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -511,6 +532,8 @@ class TrainConfig:
 
     Attributes:
       batch_size: the global number of rows per step, over all devices and accumulation steps.
+      compressions: one is drawn for every sample, each time it comes, so that one model serves every budget of tokens.
+        By default all samples have `compression`, without temporal sampling.
       checkpoint_dir: where this run keeps its checkpoints, a folder or gs://BUCKET/PATH; by default RUN/checkpoints.
       profile_steps: "A:B" traces the steps A to B, both included and numbered as they are printed, into RUN/profile. A
         training that resumes within them traces the rest. The first step, and any with a new row shape, compiles in
@@ -519,6 +542,7 @@ class TrainConfig:
 
     steps: int
     batch_size: int
+    compressions: tuple[TrainedCompression, ...] = ()
     accumulation: int = 1
     seed: int = _at_least(0, 0)
     remat: bool = True
@@ -539,6 +563,10 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         found = []
+        factors = [each.factors for each in self.compressions]
+        if repeated := [each for i, each in enumerate(factors) if each in factors[:i]]:
+            listed = ", ".join(f"{name}={value}" for name, value in repeated[0].items())
+            found.append(f"compressions has {listed} twice: give it a larger weight instead")
         if self.profile_steps:
             found += self._profile_problems()
         if self.batch_size % self.accumulation:
@@ -589,6 +617,21 @@ class RunConfig:
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
     init_from: str = ""
+
+    @property
+    def unsampled(self) -> CompressionConfig:
+        """`compression` without temporal sampling: that of validation, and by default of training."""
+        return dataclasses.replace(self.compression, temporal_sample=1)
+
+    @property
+    def trained_compressions(self) -> tuple[CompressionConfig, ...]:
+        """The compressions of training samples."""
+        if not self.train.compressions:
+            return (self.unsampled,)
+        return tuple(
+            dataclasses.replace(self.compression, **each.factors)
+            for each in self.train.compressions
+        )
 
     def problems(self) -> list[str]:
         found = []

@@ -13,9 +13,9 @@ import math
 import re
 from collections.abc import Mapping
 
+from storm_jax.compression import VisualShape
 from storm_jax.config import DecoderConfig, ModelConfig, RunConfig
 from storm_jax.data.rows import RowShape
-from storm_jax.models.storm import VisualShape
 from storm_jax.ops.ssd import DEFAULT_SIZES
 
 
@@ -93,8 +93,7 @@ def train_work(config: RunConfig, shape: RowShape) -> dict[str, Passes]:
     decoder = rates.decoder > 0 and not lora
     before = vision or projector
     layers = decoder_layers(model.decoder, rows, shape.tokens, shape.tokens)
-    visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
-    pool = _Layers(0, mixing=_pooling(model, rows, shape.frames, visual) / 2)
+    pool = _Layers(0, mixing=_pooling(model, rows, shape.frames, shape.visual) / 2)
     patches, encoder = _vision(model, frames)
     # A chunk of frames is computed again as a whole, and then each of its layers.
     again = vision * remat * (patches.forward() + encoder.forward()).forward

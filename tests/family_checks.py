@@ -60,7 +60,10 @@ def our_logits(run: Run, samples: Samples) -> list[np.ndarray]:
     encoded = [encoder.encode(s, [np.arange(len(c)) * 1.0 for c in clips]) for s, clips in samples]
     for (sample, clips), found in zip(samples, encoded, strict=True):
         assert len(encoder.plan(sample, [len(clip) for clip in clips])) >= len(found)
-    rows = [RowSample(e, clips) for e, (_, clips) in zip(encoded, samples, strict=True)]
+    rows = [
+        RowSample(each, clips, encoder.compression)
+        for each, (_, clips) in zip(encoded, samples, strict=True)
+    ]
     return packed_logits(run, rows)
 
 

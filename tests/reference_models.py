@@ -22,7 +22,7 @@ from storm_jax.compression import Grid
 from storm_jax.config import RunConfig, from_dict
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.rows import RowSample, RowShape
-from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.models.storm import Storm
 from storm_jax.params import abstract_model, flat_params, with_sharding
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh, param_shardings
@@ -182,10 +182,10 @@ def packed_logits(run: Run, rows: Sequence[RowSample]) -> list[np.ndarray]:
     config, lengths = run.config, [len(row.encoded) for row in rows]
     shape = RowShape(
         tokens=-(-sum(lengths) // 256) * 256, frames=40, image_size=config.model.vision.image_size,
-        grid=Grid.of(config.model), compression=config.compression,
+        grid=Grid.of(config.model), compressions=(config.compression,),
     )  # fmt: skip
     batch = {k: jnp.asarray(v) for k, v in build_rows([rows], 0, shape).items()}
-    visual = VisualShape(shape.num_groups, config.compression.spatial_pool)
+    visual = shape.visual
     logits = nnx.jit(lambda model, batch: model(batch, visual) @ model.decoder.head())
     found = np.asarray(logits(load_model(run.path), batch)[0, : sum(lengths)])
     return np.split(found, np.cumsum(lengths)[:-1])

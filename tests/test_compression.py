@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storm_jax.compression import Grid, plan_clip, pooled_side, visual_index
+from storm_jax.compression import Grid, VisualShape, plan_clip, pooled_side, visual_index
 from storm_jax.config import CompressionConfig
 from storm_jax.ops import pooling
 
@@ -35,7 +35,7 @@ def test_video_plan_is_the_closed_form(num_frames, side, k, p, s):
     assert plan.num_groups == math.ceil(math.ceil(num_frames / k) / s)
     assert plan.tokens_per_group == math.ceil(side / p) ** 2 == pooled_side(side, p) ** 2
     assert plan.num_tokens == plan.num_groups * plan.tokens_per_group
-    assert plan.pooled
+    assert plan.part == p
     assert plan.frame_group.dtype == np.int32
     assert plan.frame_group.shape == (num_frames,)
     for frame, group in enumerate(plan.frame_group.tolist()):
@@ -53,7 +53,7 @@ def test_image_is_never_pooled_or_sampled(side, k, p, s):
     assert plan.frame_group.tolist() == [0]
     assert plan.num_groups == 1
     assert plan.num_tokens == side**2
-    assert plan.pooled == (p == 1)  # the table has an unpooled part only when p > 1
+    assert plan.part == 1  # that of tokens that are not pooled
 
 
 @pytest.mark.parametrize("num_frames", [0, -1])
@@ -117,7 +117,7 @@ def test_visual_index_points_at_what_pooling_emits(lengths, side, k, p, s):
 
     used = []
     for plan, frame, group in placed:
-        index = visual_index(plan, group, GROUP_SLOTS, Grid.square(side), p)
+        index = visual_index(plan, group, VisualShape(GROUP_SLOTS, (p,)), Grid.square(side))
         assert index.dtype == np.int32
         assert index.shape == (plan.num_tokens,)
         clip = x[frame : frame + len(plan.frame_group)]
@@ -129,6 +129,38 @@ def test_visual_index_points_at_what_pooling_emits(lengths, side, k, p, s):
     # All inputs are positive, so the slots that pooling filled are those above zero.
     emitted = sum(plan.num_groups for plan, _, _ in placed) * pooled_side(side, p) ** 2
     assert (pooled > 0).all(axis=-1).sum() == emitted
+
+
+@repeatable
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=4, unique=True),
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=4
+    ),
+    st.integers(2, 7),
+    st.booleans(),
+)
+def test_clips_of_several_compressions_share_no_entry(pools, clips, side, halved):
+    """Each part of the table has all group slots, so a clip's tokens are in the part of its factor."""
+    grid = Grid(side, -(-side // 2) if halved else side)
+    shape = VisualShape(GROUP_SLOTS, tuple(pools))
+    parts, ends = shape.parts(grid), {}
+    start = 0
+    for part, tokens in parts.items():
+        ends[part] = (start, start + GROUP_SLOTS * tokens**2)
+        start = ends[part][1]
+    used, group = [], 0
+    for frames, k, which in clips:
+        plan = plan_clip(frames, grid, compression(k, pools[which % len(pools)], 1))
+        if group + plan.num_groups > GROUP_SLOTS:
+            continue
+        index = visual_index(plan, group, shape, grid)
+        group += plan.num_groups
+        first, end = ends[plan.part]
+        assert first <= index.min() and index.max() < end
+        assert parts[plan.part] == plan.side
+        used += index.tolist()
+    assert len(set(used)) == len(used)
 
 
 @repeatable
@@ -162,7 +194,7 @@ def test_newlines_and_a_smaller_grid_for_videos(frames, side, halved, image_newl
                 entry += pooled
             expected += [newline] * (position == "group")
         expected += [newline] * (position == "clip")
-    index = visual_index(plan, first, GROUP_SLOTS, grid, p)
+    index = visual_index(plan, first, VisualShape(GROUP_SLOTS, (p,)), grid)
     assert index.dtype == np.int32
     assert index.tolist() == expected
     assert plan.num_tokens == len(expected) == sum(plan.tokens_of_groups)

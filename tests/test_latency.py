@@ -15,10 +15,9 @@ import torch
 from benchmarks import accelerator, latency, models, start, training
 from benchmarks.torch_models import torch_decoder
 from configs import storm_qwen2_7b
-from storm_jax.compression import Grid, plan_clip
+from storm_jax.compression import Grid, VisualShape, plan_clip
 from storm_jax.config import ModelConfig, RunConfig, from_dict
 from storm_jax.flops import encode_work, prefill_work
-from storm_jax.models.storm import VisualShape
 
 
 def flops_of_an_answer(model: ModelConfig, frames: int, name: str) -> dict[str, float]:
@@ -28,7 +27,7 @@ def flops_of_an_answer(model: ModelConfig, frames: int, name: str) -> dict[str, 
     config = dataclasses.replace(config, model=model)
     clip = plan_clip(frames, Grid.of(model), compression)
     tokens = clip.num_tokens + models.TEXT
-    encoded = encode_work(config, 1, frames, VisualShape(clip.num_groups, 1))
+    encoded = encode_work(config, 1, frames, VisualShape(clip.num_groups, (1,)))
     prefill = sum(part.forward for part in prefill_work(config, 1, tokens, tokens).values())
     return {name: part.forward for name, part in encoded.items()} | {"prefill": prefill}
 

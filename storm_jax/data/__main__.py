@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from storm_jax import command_line
-from storm_jax.config import ConfigError, RunConfig, SourceConfig, from_dict
+from storm_jax.config import CompressionConfig, ConfigError, RunConfig, SourceConfig, from_dict
 from storm_jax.data.check import check
 from storm_jax.data.mixture import Ref, open_mixture
 from storm_jax.data.show import show
@@ -47,6 +47,9 @@ READ_MEDIA = flags.DEFINE_integer(
 )
 SOURCE = flags.DEFINE_string("source", "", "show: name of the source; defaults to the first.")
 INDEX = flags.DEFINE_integer("index", 0, "show: index of the sample in its source.", lower_bound=0)
+COMPRESSION = flags.DEFINE_integer(
+    "compression", 0, "show: index of the compression in train.compressions.", lower_bound=0
+)
 flags.mark_flag_as_required("config")
 
 
@@ -61,10 +64,16 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"data.{SPLIT.value} is empty: it must list at least one source")
     tokenizer = load_tokenizer(tokenizer_folder(config))
     if command == "check":
-        found = check(config, sources, tokenizer, pathlib.Path(OUT.value), READ_MEDIA.value)
+        out = pathlib.Path(OUT.value)
+        found = check(config, sources, tokenizer, out, READ_MEDIA.value, _compression(config))
         sys.exit(1 if found.failures else 0)
     for path in _show(config, _named(sources, SOURCE.value), tokenizer):
         print(path)
+
+
+def _compression(config: RunConfig) -> CompressionConfig | None:
+    """That of validation samples; None draws those of training."""
+    return config.unsampled if SPLIT.value == "val" else None
 
 
 def _named(sources: Sequence[SourceConfig], name: str) -> SourceConfig:
@@ -79,12 +88,18 @@ def _show(
     config: RunConfig, source: SourceConfig, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> list[pathlib.Path]:
     with WorkerPool(config.data.num_workers) as pool:
-        mixture = open_mixture(config, [source], tokenizer, pool)
+        mixture = open_mixture(config, [source], tokenizer, pool, _compression(config))
+        if COMPRESSION.value >= len(mixture.compressions):
+            raise ConfigError(
+                f"--compression={COMPRESSION.value}: there are {len(mixture.compressions)}, from 0"
+            )
         part = mixture.parts[0]
         if INDEX.value >= len(part.source):
             raise DataError(f"--index={INDEX.value}: {source.name} has {len(part.source)} samples")
         reader = MediaReader(pool, config.model.vision.image_size, config.data.frames)
-        return show(mixture, Ref(0, INDEX.value), reader, pathlib.Path(OUT.value))
+        return show(
+            mixture, Ref(0, INDEX.value, COMPRESSION.value), reader, pathlib.Path(OUT.value)
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import numpy as np
 import transformers
 
 from storm_jax.compression import plan_clip
-from storm_jax.config import RunConfig, SourceConfig
+from storm_jax.config import CompressionConfig, RunConfig, SourceConfig
+from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.length_plot import choose_edges, draw_lengths
 from storm_jax.data.mixture import Mixture, Part, open_mixture
 from storm_jax.data.plan import TrainPlan
@@ -49,19 +50,21 @@ def check(
     tokenizer: transformers.PreTrainedTokenizerBase,
     out: pathlib.Path,
     read_media: int,
+    compression: CompressionConfig | None = None,
 ) -> Check:
     """Prints a report on a mixture, and writes skipped.jsonl and lengths.png to `out`.
 
     Args:
       read_media: number of samples per source whose media are decoded; for all others, only the existence
         of the files is checked. -1 decodes all.
+      compression: as in `open_mixture`.
     """
     found = Check([], [])
     lenient = dataclasses.replace(
         config, data=dataclasses.replace(config.data, max_skip_fraction=1.0)
     )
     with WorkerPool(config.data.num_workers) as pool:
-        mixture = open_mixture(lenient, [], tokenizer, pool)
+        mixture = open_mixture(lenient, [], tokenizer, pool, compression)
         for source in sources:
             try:
                 part = mixture.add(source)
@@ -162,9 +165,9 @@ def _media_skips(
         return [skip for skip in progress if skip is not None]
 
 
-def visual_tokens(mixture: Mixture, part: Part) -> np.ndarray:
+def visual_tokens(part: Part, encoder: SampleEncoder) -> np.ndarray:
     """Returns the number of visual tokens of every sample of a source, int64 [M]."""
-    grid, compression = mixture.encoder.grid, mixture.encoder.compression
+    grid, compression = encoder.grid, encoder.compression
     counts, inverse = np.unique(part.lengths.counts, return_inverse=True)
     of_count = np.array([plan_clip(int(n), grid, compression).num_tokens for n in counts], np.int64)
     sums = np.concatenate([[0], np.cumsum(of_count[inverse])])
@@ -173,30 +176,53 @@ def visual_tokens(mixture: Mixture, part: Part) -> np.ndarray:
 
 
 def _lengths_report(mixture: Mixture) -> str:
+    lines = []
+    for number, encoder in enumerate(mixture.encoders):
+        if len(mixture.encoders) > 1:
+            lines += [
+                "",
+                f"{describe(encoder.compression)}: {mixture.shares[number]:.1%} of samples",
+            ]
+        lines += _lengths_table(mixture, number)
+    largest = mixture.shapes[-1].tokens
+    lines += ["", f"tokens per sample (the largest row has {largest:,}):", *_histogram(mixture)]
+    return "\n".join(lines)
+
+
+def describe(compression: CompressionConfig) -> str:
+    """E.g. "temporal_pool=4, spatial_pool=1, temporal_sample=2"."""
+    fields = dataclasses.asdict(compression)
+    del fields["num_frames"]
+    return ", ".join(f"{name}={value}" for name, value in fields.items())
+
+
+def _lengths_table(mixture: Mixture, number: int) -> list[str]:
+    """The lengths of every source in compression `number`."""
     lines = ["", f"{'':<20}{'samples':>9}{'tokens: mean':>14}{'median':>8}{'max':>8}"
              f"{'visual: mean':>14}{'frames: mean':>14}{'truncated':>11}{'of mixture':>12}"]  # fmt: skip
     total = sum(part.amount for part in mixture.parts)
     largest = mixture.shapes[-1].tokens
     for part in mixture.parts:
-        tokens, frames = part.lengths.tokens[part.usable], part.lengths.frames[part.usable]
-        visual = visual_tokens(mixture, part)[part.usable]
+        tokens = part.lengths.tokens[part.usable, number]
+        frames = part.lengths.frames[part.usable]
+        visual = visual_tokens(part, mixture.encoders[number])[part.usable]
         truncated = int((tokens > largest).sum())
         lines.append(
             f"{part.config.name:<20}{len(tokens):>9,}{tokens.mean():>14,.1f}{np.median(tokens):>8,.0f}"
             f"{tokens.max():>8,}{visual.mean():>14,.1f}{frames.mean():>14,.1f}{truncated:>11,}"
             f"{float(part.amount / total):>12.1%}"
         )
-    lines += ["", f"tokens per sample (the largest row has {largest:,}):", *_histogram(mixture)]
-    return "\n".join(lines)
+    return lines
 
 
 def _histogram(mixture: Mixture) -> list[str]:
     tokens = np.concatenate([part.lengths.tokens[part.usable] for part in mixture.parts])
     edges = choose_edges(np.unique(tokens), 12)
-    counts, _ = np.histogram(tokens, bins=edges)
-    width = max(1, int(counts.max()))
+    weights = np.broadcast_to(mixture.shares, tokens.shape)
+    counts, _ = np.histogram(tokens, bins=edges, weights=weights)
+    width = max(1.0, float(counts.max()))
     return [
-        f"  {low + 0.5:>8,.0f} to {high - 0.5:>8,.0f}  {'#' * round(_BAR_WIDTH * count / width):<{_BAR_WIDTH}} {count:,}"
+        f"  {low + 0.5:>8,.0f} to {high - 0.5:>8,.0f}  {'#' * round(_BAR_WIDTH * count / width):<{_BAR_WIDTH}} {count:,.0f}"
         for count, low, high in zip(counts, edges, edges[1:], strict=False)
     ]
 

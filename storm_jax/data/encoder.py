@@ -45,6 +45,10 @@ class SampleEncoder:
             layout=model.layout,
         )
 
+    def compressed(self, compression: CompressionConfig) -> SampleEncoder:
+        """The same encoder with another compression."""
+        return dataclasses.replace(self, compression=compression)
+
     def frame_counts(self, media: Sequence[Media]) -> list[int]:
         """Returns the number of frames of each medium.
 

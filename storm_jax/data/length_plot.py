@@ -23,7 +23,7 @@ def draw_lengths(mixture: Mixture, path: pathlib.Path) -> None:
     parts, shapes = mixture.parts, mixture.shapes
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
-    tokens = [part.lengths.tokens[part.usable] for part in parts]
+    tokens = [part.lengths.tokens[part.usable].ravel() for part in parts]  # in all compressions
     frames = [part.lengths.frames[part.usable] for part in parts]
     colours = colormaps["tab20"](np.arange(len(parts)) % 20)
     bars = draw_counts(axes[0], tokens, [shape.tokens for shape in shapes], colours)

@@ -30,7 +30,7 @@ from storm_jax.text.sample import SampleError
 from storm_jax.text.template import DATE
 from storm_jax.text.tokenizer import load_tokenizer
 
-_VERSION = 3
+_VERSION = 4
 _CHUNK = 1024  # samples per call
 _MIN_SPEED = 10.0  # samples a second
 _START = 60.0  # seconds in which a worker loads the tokenizer and opens the source
@@ -38,11 +38,11 @@ _START = 60.0  # seconds in which a worker loads the tokenizer and opens the sou
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Lengths of the M samples of a source.
+    """Lengths of the M samples of a source in each of C compressions.
 
     Attributes:
-      tokens: int32 [M], 0 for unusable samples.
-      min_tokens: int32 [M], tokens that a row must have room for: all media and the start of an answer.
+      tokens: int32 [M, C], 0 for unusable samples.
+      min_tokens: int32 [M, C], tokens that a row must have room for: all media and the start of an answer.
       frames: int32 [M], frames of all media of a sample.
       counts: int32 [K], frames of every medium, sample after sample.
       ends: int64 [M], where the media of each sample end in `counts`.
@@ -68,10 +68,14 @@ def read_lengths(
     config: SourceConfig,
     source: Source,
     encoder: SampleEncoder,
+    compressions: Sequence[CompressionConfig],
     index_dir: str,
     pool: WorkerPool,
 ) -> Lengths:
     """Returns the lengths of a source, measuring them if they are not cached.
+
+    Args:
+      compressions: with the same number of frames.
 
     Raises:
       DataError: the cache is not writable.
@@ -79,8 +83,8 @@ def read_lengths(
     arrays = cached_arrays(
         index_folder(config, index_dir),
         "lengths",
-        _key(source, encoder),
-        lambda: _measure_all(config, source, encoder, index_dir, pool),
+        _key(source, encoder, compressions),
+        lambda: _measure_all(config, source, encoder, compressions, index_dir, pool),
         keep=lambda arrays: not _has_hung(arrays),
     )
     skips = json.loads(arrays["skips"].tobytes())
@@ -105,11 +109,11 @@ def _has_hung(arrays: Mapping[str, np.ndarray]) -> bool:
     return any(skip[3] in LASTING for skip in json.loads(arrays["skips"].tobytes()))
 
 
-def _key(source: Source, encoder: SampleEncoder) -> str:
-    frames, compression = encoder.frames, encoder.compression
+def _key(source: Source, encoder: SampleEncoder, compressions: Sequence[CompressionConfig]) -> str:
+    frames = encoder.frames
     inputs = (
         _VERSION, source.stamp, encoder.text.digest, encoder.text.system, DATE, encoder.grid,
-        frames.fps, frames.time_text, compression, encoder.layout,
+        frames.fps, frames.time_text, tuple(compressions), encoder.layout,
     )  # fmt: skip
     return repr(inputs)
 
@@ -122,6 +126,7 @@ def _measure_all(
     config: SourceConfig,
     source: Source,
     encoder: SampleEncoder,
+    compressions: Sequence[CompressionConfig],
     index_dir: str,
     pool: WorkerPool,
 ) -> dict[str, np.ndarray]:
@@ -131,12 +136,13 @@ def _measure_all(
     if pool.count and (len(parts) > 2 or encoder.frames.fps):
         job = _Job(
             config=config, index_dir=index_dir, tokenizer=str(encoder.text.tokenizer.name_or_path), system=encoder.text.system,
-            grid=encoder.grid, compression=encoder.compression, frames=encoder.frames, layout=encoder.layout,
+            grid=encoder.grid, compressions=tuple(compressions), frames=encoder.frames, layout=encoder.layout,
         )  # fmt: skip
         with concurrent.futures.ThreadPoolExecutor(pool.count) as threads:
             chunks = threads.map(lambda part: _measure_in_worker(pool, job, source, part), parts)
             return _join([*_with_progress(chunks, source)])
-    return _join([*_with_progress((_measure(source, encoder, part) for part in parts), source)])
+    encoders = [encoder.compressed(each) for each in compressions]
+    return _join([*_with_progress((_measure(source, encoders, part) for part in parts), source)])
 
 
 def _measure_in_worker(pool: WorkerPool, job: _Job, source: Source, part: range) -> _Chunk:
@@ -152,10 +158,7 @@ def _measure_in_worker(pool: WorkerPool, job: _Job, source: Source, part: range)
         cause = "timeout" if isinstance(error, WorkerTimeoutError) else "crashed"
         message = f"its media's headers were not read within data.frames.time_limit={limit:g} s"
         skip = (part[0], "", source.where(part[0]), cause, str(error) or message)
-        arrays = {
-            name: np.zeros(1, np.int32) for name in ("tokens", "min_tokens", "frames", "media")
-        }
-        return {**arrays, "counts": np.zeros(0, np.int32)}, [skip], b""
+        return _zeros(1, len(job.compressions)), [skip], b""
 
 
 def _together(chunks: Sequence[_Chunk]) -> _Chunk:
@@ -188,7 +191,7 @@ class _Job:
     tokenizer: str
     system: str
     grid: Grid
-    compression: CompressionConfig
+    compressions: tuple[CompressionConfig, ...]
     frames: FramesConfig
     layout: LayoutConfig
 
@@ -198,20 +201,31 @@ def _measure_part(job: _Job, part: range) -> _Chunk:
 
 
 @functools.lru_cache(4)
-def _prepare(job: _Job) -> tuple[Source, SampleEncoder]:
+def _prepare(job: _Job) -> tuple[Source, list[SampleEncoder]]:
     text = ConversationEncoder(load_tokenizer(job.tokenizer), job.system)
-    encoder = SampleEncoder(
-        text=text,
-        grid=job.grid,
-        compression=job.compression,
-        frames=job.frames,
-        layout=job.layout,
-    )
-    return open_source(job.config, job.index_dir), encoder
+    encoders = [
+        SampleEncoder(
+            text=text, grid=job.grid, compression=each, frames=job.frames, layout=job.layout
+        )
+        for each in job.compressions
+    ]
+    return open_source(job.config, job.index_dir), encoders
 
 
-def _measure(source: Source, encoder: SampleEncoder, indices: range) -> _Chunk:
-    tokens, min_tokens, frames, media = (np.zeros(len(indices), np.int32) for _ in range(4))
+def _zeros(samples: int, compressions: int) -> dict[str, np.ndarray]:
+    """The arrays of samples without media."""
+    return {
+        "tokens": np.zeros((samples, compressions), np.int32),
+        "min_tokens": np.zeros((samples, compressions), np.int32),
+        "frames": np.zeros(samples, np.int32),
+        "media": np.zeros(samples, np.int32),
+        "counts": np.zeros(0, np.int32),
+    }
+
+
+def _measure(source: Source, encoders: Sequence[SampleEncoder], indices: range) -> _Chunk:
+    """Measures samples with encoders that differ in compression only."""
+    arrays = _zeros(len(indices), len(encoders))
     counts: list[int] = []
     skips: list[tuple] = []
     content = hashlib.sha256()
@@ -219,18 +233,16 @@ def _measure(source: Source, encoder: SampleEncoder, indices: range) -> _Chunk:
         try:
             sample = source.sample(index)
             content.update(repr((sample.id, sample.turns)).encode())
-            frame_counts = encoder.frame_counts(sample.media)
-            encoded = encoder.plan(sample, frame_counts)
+            frame_counts = encoders[0].frame_counts(sample.media)
+            planned = [encoder.plan(sample, frame_counts) for encoder in encoders]
         except SampleError as error:
             skips.append((index, error.sample_id, source.where(index), error.cause, str(error)))
             continue
-        tokens[row], min_tokens[row] = len(encoded), encoded.min_tokens
-        frames[row] = sum(frame_counts)
-        media[row] = len(frame_counts)
+        arrays["tokens"][row] = [len(encoded) for encoded in planned]
+        arrays["min_tokens"][row] = [encoded.min_tokens for encoded in planned]
+        arrays["frames"][row] = sum(frame_counts)
+        arrays["media"][row] = len(frame_counts)
         counts += frame_counts
-    content.update(tokens.tobytes() + frames.tobytes())
-    arrays = {
-        "tokens": tokens, "min_tokens": min_tokens, "frames": frames, "media": media,
-        "counts": np.array(counts, np.int32),
-    }  # fmt: skip
+    arrays["counts"] = np.array(counts, np.int32)
+    content.update(arrays["tokens"].tobytes() + arrays["frames"].tobytes())
     return arrays, skips, content.digest()

@@ -3,8 +3,8 @@
     samples of a source in the first n windows = floor(n * window * proportion)
     position p in a source's own sequence      = sample p mod M of its epoch p div M
 
-Every sample of a source is used once before any is repeated. The stream depends only on the seed, not on
-the number of processes and workers.
+Every sample of a source is used once before any is repeated. With `train.compressions`, one of them is drawn for each
+sample, each time it comes. The stream depends only on the seed, not on the number of processes and workers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import transformers
 
-from storm_jax.config import RunConfig, SourceConfig
+from storm_jax.config import CompressionConfig, RunConfig, SourceConfig
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.lengths import Lengths, read_lengths
 from storm_jax.data.rows import RowShape, row_shapes
@@ -30,6 +30,7 @@ from storm_jax.text.sample import Sample
 
 # Rows are planned in windows of this many samples, or of an epoch if that is shorter.
 WINDOW = 2**16
+_DRAW = 3  # seed word of the draws of compressions, as no other draw has
 
 
 def open_mixture(
@@ -37,15 +38,21 @@ def open_mixture(
     sources: Sequence[SourceConfig],
     tokenizer: transformers.PreTrainedTokenizerBase,
     pool: WorkerPool,
+    compression: CompressionConfig | None = None,
 ) -> Mixture:
-    """Opens the mixture of `sources` for a run's model."""
-    data, shapes = config.data, row_shapes(config)
+    """Opens the mixture of `sources` for a run's model.
+
+    Args:
+      compression: that of all samples; by default, one of those of training is drawn for each.
+    """
+    data = config.data
+    compressions = (compression,) if compression else config.trained_compressions
+    weights = [1.0] if compression else [each.weight for each in config.train.compressions] or [1.0]
     return Mixture(
         sources,
-        SampleEncoder.of(
-            config, ConversationEncoder(tokenizer, data.system), shapes[-1].compression
-        ),
-        shapes,
+        SampleEncoder.of(config, ConversationEncoder(tokenizer, data.system), compressions[0]),
+        row_shapes(config, compressions),
+        weights=weights,
         seed=config.train.seed,
         index_dir=data.index_dir,
         max_skip_fraction=data.max_skip_fraction,
@@ -54,10 +61,11 @@ def open_mixture(
 
 
 class Ref(NamedTuple):
-    """A sample of a mixture: the index of its source, and its index in the source."""
+    """A sample of a mixture: the index of its source, its index in the source, and that of its compression."""
 
     source: int
     item: int
+    compression: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,15 @@ class Part:
 class Mixture:
     """The opened and measured sources of `data.train` or `data.val`.
 
+    Attributes:
+      shapes: of rows.
+      encoders: one for each compression.
+      shares: fraction of the samples in each compression.
+
+    Args:
+      shapes: with the same compressions.
+      weights: of the compressions.
+
     Raises:
       DataError: a source is missing, or has no usable or too many unusable samples.
     """
@@ -91,12 +108,16 @@ class Mixture:
         encoder: SampleEncoder,
         shapes: Sequence[RowShape],
         *,
+        weights: Sequence[float] = (1.0,),
         seed: int,
         index_dir: str,
         max_skip_fraction: float,
         pool: WorkerPool,
     ):
-        self.encoder, self.shapes, self.seed = encoder, list(shapes), seed
+        self.shapes, self.seed = list(shapes), seed
+        self.compressions = self.shapes[0].compressions
+        self.encoders = [encoder.compressed(each) for each in self.compressions]
+        self.shares = np.array(weights) / np.sum(weights)
         self._index_dir, self._max_skip_fraction = index_dir, max_skip_fraction
         self._pool = pool
         self.parts: list[Part] = []
@@ -112,15 +133,16 @@ class Mixture:
         """
         number, index_dir = len(self.parts), self._index_dir
         source = open_source(config, index_dir)
-        lengths = read_lengths(config, source, self.encoder, index_dir, self._pool)
-        largest = self.shapes[-1]
-        fits = (lengths.min_tokens <= largest.tokens) & (lengths.frames <= largest.frames)
+        lengths = read_lengths(
+            config, source, self.encoders[0], self.compressions, index_dir, self._pool
+        )
+        fits = self._fits(lengths, slice(None)).any(axis=1)
         too_long = np.flatnonzero(~fits)
         skips = [*lengths.skips.values()]
         for index in too_long.tolist():
             skips.append(self._too_long(config, source, lengths, index))
         check_skips(skips, len(source), self._max_skip_fraction, f"{config.path} has")
-        usable = np.flatnonzero(fits & (lengths.tokens > 0))
+        usable = np.flatnonzero(fits & (lengths.tokens[:, 0] > 0))
         if not len(usable):
             raise DataError(
                 f"{config.path}: data source {config.name!r} has no usable samples; the first error: "
@@ -147,12 +169,18 @@ class Mixture:
         )
         return self.parts[-1]
 
+    def _fits(self, lengths: Lengths, indices: slice | np.ndarray) -> np.ndarray:
+        """Whether samples fit the largest row in each compression, bool [n, C]."""
+        largest = self.shapes[-1]
+        tokens, frames = lengths.min_tokens[indices], lengths.frames[indices]
+        return (tokens <= largest.tokens) & (frames <= largest.frames)[:, None]
+
     def _too_long(self, config: SourceConfig, source: Source, lengths: Lengths, index: int) -> Skip:
         largest = self.shapes[-1]
         name = source.sample(index).id
         return Skip(
             source=config.name, sample=name, where=source.where(index), cause="too_long",
-            message=f"sample {name!r}: {lengths.min_tokens[index]} tokens of media and prompt and "
+            message=f"sample {name!r}: {lengths.min_tokens[index].min()} tokens of media and prompt and "
             f"{lengths.frames[index]} frames do not fit the largest row of data.rows "
             f"({largest.tokens} tokens, {largest.frames} frames)",
         )  # fmt: skip
@@ -166,17 +194,22 @@ class Mixture:
         """Samples that can never be used."""
         return [skip for part in self.parts for skip in part.skips]
 
+    @property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        return self.encoders[0].text.tokenizer
+
     def sample(self, ref: Ref) -> Sample:
         return self.parts[ref.source].source.sample(ref.item)
 
     def lengths(self, refs: Sequence[Ref]) -> np.ndarray:
         """Returns the (token, frame) slots of samples, int64 [n, 2], truncated to the largest row."""
-        table = np.array(refs, np.int64).reshape(-1, 2)
+        table = np.array(refs, np.int64).reshape(-1, 3)
         found = np.zeros((len(table), 2), np.int64)
         for number, part in enumerate(self.parts):
             mine = table[:, 0] == number
-            indices = table[mine, 1]
-            found[mine, 0] = np.minimum(part.lengths.tokens[indices], self.shapes[-1].tokens)
+            indices, chosen = table[mine, 1], table[mine, 2]
+            tokens = part.lengths.tokens[indices, chosen]
+            found[mine, 0] = np.minimum(tokens, self.shapes[-1].tokens)
             found[mine, 1] = part.lengths.frames[indices]
         return found
 
@@ -199,9 +232,23 @@ class Mixture:
         for number, part in enumerate(self.parts):
             per_window = self._window * part.amount / total
             first, last = int(window * per_window), int((window + 1) * per_window)
-            refs += [Ref(number, int(i)) for i in self._sequence(number, first, last)]
+            items = self._sequence(number, first, last)
+            chosen = self._choose(number, items, window)
+            refs += [
+                Ref(number, *each) for each in zip(items.tolist(), chosen.tolist(), strict=True)
+            ]
         order = np.random.default_rng([self.seed, window, len(self.parts)]).permutation(len(refs))
         return [refs[i] for i in order]
+
+    def _choose(self, number: int, items: np.ndarray, window: int) -> np.ndarray:
+        """Draws the compression of each sample, of those in which it fits the largest row, int [n]."""
+        if len(self.compressions) == 1:
+            return np.zeros(len(items), np.int64)
+        rng = np.random.default_rng([self.seed, window, number, _DRAW])
+        weights = self.shares * self._fits(self.parts[number].lengths, items)
+        edges = np.cumsum(weights, axis=1)
+        drawn = rng.random(len(items)) * edges[:, -1]
+        return (drawn[:, None] >= edges[:, :-1]).sum(axis=1)
 
     def _sequence(self, number: int, first: int, last: int) -> np.ndarray:
         """Returns positions `first` to `last` (exclusive) of a source's own sequence of samples."""

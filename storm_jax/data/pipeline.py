@@ -72,7 +72,7 @@ def batches(
     def load_batch(step: int) -> Batch:
         planned = plan[step]
         shape = mixture.shapes[planned.shape]
-        pad_id = mixture.encoder.text.tokenizer.pad_token_id
+        pad_id = mixture.tokenizer.pad_token_id
         arrays = empty_rows(local, pad_id, shape, reader.empty(local, shape.frames))
 
         def load_row(number: int) -> list[Outcome]:
@@ -122,7 +122,7 @@ def read_sample(
     """
     part = mixture.parts[ref.source]
     largest = mixture.shapes[-1].tokens
-    planned = min(int(part.lengths.tokens[ref.item]), largest)
+    planned = min(int(part.lengths.tokens[ref.item, ref.compression]), largest)
     name, began = str(ref.item), time.monotonic()
     try:
         sample = mixture.sample(ref)
@@ -130,7 +130,8 @@ def read_sample(
         counts = part.lengths.counts_of(ref.item)
         clips = reader.read_all(sample.media, counts, out)
         seconds = time.monotonic() - began
-        encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
+        encoder = mixture.encoders[ref.compression]
+        encoded = encoder.encode(sample, [clip.times for clip in clips])
         is_truncated = len(encoded) > planned
         if is_truncated and planned < largest:
             raise SampleError(
@@ -159,4 +160,5 @@ def read_sample(
         damaged=sum(clip.damaged for clip in clips),
         seconds=seconds,
     )
-    return RowSample(encoded, [clip.frames for clip in clips]), outcome
+    frames = [clip.frames for clip in clips]
+    return RowSample(encoded, frames, encoder.compression), outcome

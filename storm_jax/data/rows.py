@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from storm_jax.compression import Grid, plan_clip, pooled_side, visual_index
+from storm_jax.compression import Grid, VisualShape, plan_clip, pooled_side, visual_index
 from storm_jax.config import CompressionConfig, RunConfig
 from storm_jax.text.conversation import Encoded
 
@@ -30,31 +30,35 @@ class RowShape:
       tokens, frames: slots S and F.
       image_size: H = W in pixels.
       grid: tokens of a frame before spatial pooling.
-      compression: pooling and sampling factors.
+      compressions: those that the clips of a row may have.
     """
 
     tokens: int
     frames: int
     image_size: int
     grid: Grid
-    compression: CompressionConfig
+    compressions: tuple[CompressionConfig, ...]
 
     @property
-    def num_groups(self) -> int:
-        """Group slots G, bounded by the frame slots and by S / N' (a group fills N' token slots or more)."""
-        per_group = pooled_side(self.grid.video, self.compression.spatial_pool) ** 2
-        return max(1, min(self.frames, self.tokens // per_group))
+    def visual(self) -> VisualShape:
+        """Shape of the visual table. Group slots G are bounded by the frame slots and by S / N' (a group fills N' token
+        slots or more)."""
+        pools = tuple(dict.fromkeys(each.spatial_pool for each in self.compressions))
+        per_group = min(pooled_side(self.grid.video, pool) ** 2 for pool in pools)
+        return VisualShape(max(1, min(self.frames, self.tokens // per_group)), pools)
 
 
-def row_shapes(config: RunConfig) -> list[RowShape]:
-    """The shapes of a run's rows. Temporal sampling is off: it is for test time only."""
+def row_shapes(
+    config: RunConfig, compressions: tuple[CompressionConfig, ...] | None = None
+) -> list[RowShape]:
+    """The shapes of a run's rows, by default those of training."""
     return [
         RowShape(
             tokens=row.tokens,
             frames=row.frames,
             image_size=config.model.vision.image_size,
             grid=Grid.of(config.model),
-            compression=dataclasses.replace(config.compression, temporal_sample=1),
+            compressions=compressions or config.trained_compressions,
         )
         for row in config.data.rows
     ]
@@ -62,10 +66,11 @@ def row_shapes(config: RunConfig) -> list[RowShape]:
 
 @dataclasses.dataclass(frozen=True)
 class RowSample:
-    """A sample ready for a row: its tokens and, per medium, its frames uint8 [T, H, W, 3]."""
+    """A sample ready for a row: its tokens, per medium its frames uint8 [T, H, W, 3], and their compression."""
 
     encoded: Encoded
     clips: Sequence[np.ndarray]
+    compression: CompressionConfig
 
 
 def empty_rows(
@@ -115,9 +120,7 @@ def fill_row(
     for segment, sample in enumerate(samples, start=1):
         if sample is None:
             continue
-        indices = place_clips(
-            row, sample.clips, shape.num_groups, shape.grid, shape.compression, used
-        )
+        indices = place_clips(row, sample.clips, shape.visual, shape.grid, sample.compression, used)
         _fill_text(row, sample.encoded, token, segment, indices)
         token += len(sample.encoded)
 
@@ -134,7 +137,7 @@ class UsedSlots:
 def place_clips(
     row: Mapping[str, np.ndarray],
     clips: Sequence[np.ndarray],
-    num_groups: int,
+    visual: VisualShape,
     grid: Grid,
     compression: CompressionConfig,
     used: UsedSlots,
@@ -145,7 +148,7 @@ def place_clips(
       row: `frames`, `frame_clip` and `frame_group` of the row.
       clips: frames uint8 [T, H, W, 3] of each clip. Frames that are already in their slots of `row`
         are not copied.
-      num_groups: group slots G of the row.
+      visual: shape of the row's visual table.
 
     Returns:
       The `visual_index` of each clip's tokens: their entries in the row's visual table.
@@ -161,7 +164,7 @@ def place_clips(
         row["frame_group"][slots] = np.where(
             plan.frame_group < 0, -1, plan.frame_group + used.groups
         )
-        indices.append(visual_index(plan, used.groups, num_groups, grid, compression.spatial_pool))
+        indices.append(visual_index(plan, used.groups, visual, grid))
         used.frames += len(frames)
         used.groups += plan.num_groups
     return indices

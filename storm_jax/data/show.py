@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from storm_jax.data.check import describe as describe_compression
 from storm_jax.data.mixture import Mixture, Ref
 from storm_jax.media.contact_sheet import MAX_FRAMES, draw_frames, sheet_height
 from storm_jax.media.frames import Clip
@@ -40,7 +41,8 @@ def show(mixture: Mixture, ref: Ref, reader: MediaReader, out: pathlib.Path) -> 
     part = mixture.parts[ref.source]
     sample = mixture.sample(ref)
     clips = reader.read_all(sample.media, part.lengths.counts_of(ref.item))
-    encoded = mixture.encoder.encode(sample, [clip.times for clip in clips])
+    encoder = mixture.encoders[ref.compression]
+    encoded = encoder.encode(sample, [clip.times for clip in clips])
     is_truncated = len(encoded) > mixture.shapes[-1].tokens
     encoded = encoded.truncated(mixture.shapes[-1].tokens)
     tokens = describe(encoded, mixture)
@@ -49,6 +51,8 @@ def show(mixture: Mixture, ref: Ref, reader: MediaReader, out: pathlib.Path) -> 
         f"{len(encoded):,} tokens{', truncated' if is_truncated else ''}, {int((encoded.media >= 0).sum()):,} of "
         f"them visual, {int(encoded.answer.sum()):,} trained on"
     )
+    if len(mixture.encoders) > 1:
+        facts += f"; {describe_compression(encoder.compression)}"
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{part.config.name}_{ref.item}"
     text, picture = stem.with_suffix(".txt"), stem.with_suffix(".png")
@@ -85,7 +89,7 @@ def _listed(times: np.ndarray) -> str:
 
 def describe(encoded: Encoded, mixture: Mixture) -> list[Token]:
     """Returns the tokens in order, with adjacent visual tokens of one medium as one entry."""
-    tokenizer = mixture.encoder.text.tokenizer
+    tokenizer = mixture.tokenizer
     found: list[Token] = []
     position = 0
     while position < len(encoded):

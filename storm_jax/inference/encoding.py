@@ -9,7 +9,7 @@ import grain
 import jax
 import numpy as np
 
-from storm_jax.compression import ClipPlan
+from storm_jax.compression import ClipPlan, VisualShape
 from storm_jax.data.encoder import SampleEncoder
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.inference.programs import Programs
@@ -17,7 +17,6 @@ from storm_jax.inference.scenes import Scene, batch_scenes, scenes_per_call
 from storm_jax.media.frames import Clip
 from storm_jax.media.media import Media, MediaError
 from storm_jax.media.reader import MediaReader
-from storm_jax.models.storm import VisualShape
 
 # Limit for frames decoded ahead.
 _BYTES_AHEAD = 2**31
@@ -117,12 +116,12 @@ class SceneEncoder:
           slots: C.
         """
         shape = scenes[0][0].shape
+        visual = VisualShape(shape.groups, (self._encoder.compression.spatial_pool,))
         arrays = empty_frames(slots, shape.frames, self._image_size)
         placed = []
         for slot, (scene, clips) in enumerate(scenes):
             row = {name: array[slot] for name, array in arrays.items()}
-            placed.append(self._place(scene, clips, row, preview_frames))
-        visual = VisualShape(shape.groups, self._encoder.compression.spatial_pool)
+            placed.append(self._place(scene, clips, row, visual, preview_frames))
         table, seconds = self._programs.encode(arrays, visual)
         return placed, table, seconds
 
@@ -131,6 +130,7 @@ class SceneEncoder:
         scene: Scene,
         clips: list[Clip] | MediaError,
         row: dict[str, np.ndarray],
+        visual: VisualShape,
         preview_frames: int,
     ) -> EncodedScene:
         """Copies the frames of a scene into a row of the arrays that are encoded."""
@@ -139,7 +139,7 @@ class SceneEncoder:
         entries = place_clips(
             row,
             [clip.frames for clip in clips],
-            scene.shape.groups,
+            visual,
             self._encoder.grid,
             self._encoder.compression,
             UsedSlots(),

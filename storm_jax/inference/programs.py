@@ -13,6 +13,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from storm_jax.compression import VisualShape
 from storm_jax.config import CompressionConfig, MeshConfig
 from storm_jax.inference.generate import (
     Answers,
@@ -25,7 +26,7 @@ from storm_jax.inference.generate import (
     prefill,
 )
 from storm_jax.inference.weights import load
-from storm_jax.models.storm import StreamState, VisualShape
+from storm_jax.models.storm import StreamState
 from storm_jax.run import Run
 from storm_jax.sharding import batch_sharding, constrain, make_mesh
 

@@ -9,13 +9,13 @@ Training composes the three (`__call__`); inference calls them separately.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from storm_jax.compression import VisualShape
 from storm_jax.config import CompressionConfig, ModelConfig
 from storm_jax.models.decoder import Cache, Decoder
 from storm_jax.models.mamba import State
@@ -23,14 +23,6 @@ from storm_jax.models.siglip import SigLIP
 from storm_jax.models.temporal_projector import TemporalProjector
 from storm_jax.ops.pooling import PartialGroup, spatial_pool, temporal_pool, temporal_pool_block
 from storm_jax.sharding import constrain
-
-
-@dataclasses.dataclass(frozen=True)
-class VisualShape:
-    """Static shape of a row's visual table: number of groups (G) and spatial pooling factor (p)."""
-
-    num_groups: int
-    spatial_pool: int
 
 
 class StreamState(NamedTuple):
@@ -71,7 +63,8 @@ class Storm(nnx.Module):
           frame_group: int [B, F], the group of each frame; -1 is padding or sampled out.
 
         Returns:
-          [B, V, D]: G * N' pooled tokens, G * N tokens of images if those differ, and the newline if there is one.
+          [B, V, D]: G * N' tokens for each spatial pooling factor, G * N tokens of images if none of those are theirs,
+          and the newline if there is one.
         """
         with jax.named_scope("vision"):
             features = self.vision.encode_clips(frames)  # [B, F, P, Dv]
@@ -86,10 +79,10 @@ class Storm(nnx.Module):
             videos, images = self.projector(features, frame_clip)  # [B, F, Nv, D], [B, F, N, D]
         with jax.named_scope("pool"):
             groups = temporal_pool(videos, frame_group, shape.num_groups)  # [B, G, Nv, D]
-            parts = [spatial_pool(groups, shape.spatial_pool)]  # [B, G, N', D]
+            parts = [spatial_pool(groups, pool) for pool in shape.spatial_pools]  # [B, G, N', D]
             if images is not videos:
                 parts.append(temporal_pool(images, frame_group, shape.num_groups))  # [B, G, N, D]
-            elif shape.spatial_pool > 1:
+            elif 1 not in shape.spatial_pools:
                 parts.append(groups)
             width = videos.shape[-1]
             tables = [part.reshape(batch, -1, width) for part in parts]

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from storm_jax.compression import Grid, plan_clip
+from storm_jax.compression import Grid, VisualShape, plan_clip
 from storm_jax.config import RunConfig
 from storm_jax.data.rows import RowShape, empty_frames, empty_rows
 from storm_jax.flops import Work, decode_work, encode_work, prefill_work, train_work
@@ -28,7 +28,7 @@ from storm_jax.inference.generate import (
 )
 from storm_jax.inference.scenes import SceneShape, default_rows, round_up, scenes_per_call
 from storm_jax.models.decoder import Cache
-from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.models.storm import Storm
 from storm_jax.params import abstract_model, compute_dtypes, flat_params, with_sharding
 from storm_jax.sharding import batch_sharding, constrain, param_shardings
 from storm_jax.train.state import StateSpec
@@ -112,7 +112,7 @@ def encode_program(config: RunConfig, mesh: Mesh) -> Program:
         sizes.scenes,
         empty_frames(1, sizes.scene.frames, config.model.vision.image_size),
     )
-    visual = VisualShape(sizes.scene.groups, config.compression.spatial_pool)
+    visual = VisualShape(sizes.scene.groups, (config.compression.spatial_pool,))
 
     def encode(model: Storm, rows: dict[str, jax.Array]) -> jax.Array:
         table = model.encode(rows["frames"], rows["frame_clip"], rows["frame_group"], visual)

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data.rows import RowShape
-from storm_jax.models.storm import VisualShape
 from storm_jax.ops.cross_entropy import cross_entropy
 from storm_jax.sharding import LocalRows, batch_sharding
 from storm_jax.train.optim import make_optimizer, schedule
@@ -109,11 +108,10 @@ def make_eval_step(spec: StateSpec, shape: RowShape) -> EvalStep:
 
 def make_loss_sums(graphdef: nnx.GraphDef, shape: RowShape) -> Callable[[dict, dict], Sums]:
     """The forward pass: sums of loss, weight, right answers, tokens and frames over a batch."""
-    visual_shape = VisualShape(shape.num_groups, shape.compression.spatial_pool)
 
     def loss_sums(params: dict[str, Any], batch: dict[str, jax.Array]) -> Sums:
         model = nnx.merge(graphdef, unflatten_dict(params, sep="/"))
-        hidden = model(batch, visual_shape)
+        hidden = model(batch, shape.visual)
         with jax.named_scope("loss"):
             loss, weight, right = cross_entropy(
                 hidden, model.decoder.head(), batch["targets"], batch["loss_weights"]

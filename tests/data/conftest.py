@@ -21,7 +21,9 @@ SHAPE = RowShape(
     frames=24,
     image_size=32,
     grid=Grid.square(2),
-    compression=CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1),
+    compressions=(
+        CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1),
+    ),
 )
 
 
@@ -43,7 +45,7 @@ def make_mixture(tokenizer):
             SampleEncoder(
                 text=text,
                 grid=first.grid,
-                compression=first.compression,
+                compression=first.compressions[0],
                 frames=frames or FramesConfig(),
             ),
             shapes,

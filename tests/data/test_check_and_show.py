@@ -11,7 +11,7 @@ import pytest
 from forked import run_forked
 
 from configs import tiny
-from storm_jax.config import FramesConfig, RunConfig, SourceConfig, from_dict
+from storm_jax.config import FramesConfig, RunConfig, SourceConfig, TrainedCompression, from_dict
 from storm_jax.data.check import check
 from storm_jax.data.length_plot import choose_edges
 from storm_jax.data.mixture import Ref, open_mixture
@@ -91,6 +91,34 @@ def test_histogram_edges_cover_whole_numbers(values: list, bins: int, edges: lis
     assert len(found) <= bins + 1
     np.testing.assert_allclose(found, edges, atol=1)
     assert np.histogram(values, found)[0].sum() == len(values)
+
+
+def test_check_and_show_name_the_compressions(shapes_folder, tokenizer, tmp_path, capsys):
+    """Of 16 frames, 64 tokens become 16 at temporal_pool=4, and 2 with spatial_pool=2 and temporal_sample=2 too."""
+    drawn = (
+        TrainedCompression(temporal_pool=4, weight=3),
+        TrainedCompression(temporal_pool=4, spatial_pool=2, temporal_sample=2),
+    )
+    settings = config()
+    train = dataclasses.replace(settings.train, compressions=drawn)
+    settings = dataclasses.replace(settings, train=train)
+    used = source(shapes_folder / "train.json")
+    assert not check(settings, [used], tokenizer, tmp_path, read_media=0).failures
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line for line in lines if "of samples" in line]
+    assert heads == [
+        "temporal_pool=4, spatial_pool=1, temporal_sample=1: 75.0% of samples",
+        "temporal_pool=4, spatial_pool=2, temporal_sample=2: 25.0% of samples",
+    ]
+    records = json.loads((shapes_folder / "train.json").read_text())
+    index = next(i for i, record in enumerate(records) if "video" in record)
+    with WorkerPool(0) as pool:
+        mixture = open_mixture(settings, [used], tokenizer, pool)
+        reader = MediaReader(pool, settings.model.vision.image_size, settings.data.frames)
+        for number, tokens in enumerate((16, 2)):
+            text, _ = show(mixture, Ref(0, index, number), reader, tmp_path)
+            facts = text.read_text().splitlines()[1]
+            assert f" {tokens} of them visual" in facts and f"spatial_pool={number + 1}" in facts
 
 
 def test_show_draws_a_sample_and_lists_its_tokens(

@@ -37,7 +37,11 @@ def read(tokenizer):
         )
         source = open_source(config)
         with WorkerPool(count) as workers:
-            return read_lengths(config, source, encoder, "", workers), source, encoder
+            return (
+                read_lengths(config, source, encoder, [encoder.compression], "", workers),
+                source,
+                encoder,
+            )
 
     return measure
 
@@ -61,9 +65,9 @@ def test_lengths_are_those_of_the_encoded_samples(read, tmp_path: pathlib.Path):
     for i in (0, 2, 3):
         sample = source.sample(i)
         encoded = encoder.encode(sample, [np.zeros(n) for n in found.counts_of(i)])
-        assert (found.tokens[i], found.min_tokens[i]) == (len(encoded), encoded.min_tokens)
+        assert (found.tokens[i, 0], found.min_tokens[i, 0]) == (len(encoded), encoded.min_tokens)
         assert found.frames[i] == sum(found.counts_of(i))
-    assert found.tokens[[1, 4]].tolist() == [0, 0]
+    assert found.tokens[[1, 4]].tolist() == [[0], [0]]
     assert {i: (skip.sample, skip.cause) for i, skip in found.skips.items()} == {
         1: ("bad", "placeholder"),
         4: ("worse", "empty_conversation"),

@@ -149,10 +149,10 @@ def test_samples_that_fit_any_shape_are_used(make_mixture, write_texts, tmp_path
         frames=4,
         image_size=32,
         grid=Grid.square(2),
-        compression=make_mixture(path, skip=1.0).shapes[0].compression,
+        compressions=make_mixture(path, skip=1.0).compressions,
     )
     large = RowShape(
-        tokens=600, frames=4, image_size=32, grid=Grid.square(2), compression=small.compression
+        tokens=600, frames=4, image_size=32, grid=Grid.square(2), compressions=small.compressions
     )
     assert len(make_mixture(path, shapes=(small, large))) == 30
     assert len(make_mixture(path, shapes=(small,), skip=1.0)) < 30

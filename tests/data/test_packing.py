@@ -21,7 +21,7 @@ LARGE, SMALL = (
         frames=frames,
         image_size=4,
         grid=Grid.square(2),
-        compression=CompressionConfig(num_frames=4),
+        compressions=(CompressionConfig(num_frames=4),),
     )
     for tokens, frames in ((TOKENS, FRAMES), (TOKENS // 2, FRAMES // 4))
 )

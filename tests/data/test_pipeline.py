@@ -39,7 +39,7 @@ def read(
     rows: range | None = None,
 ) -> list[Batch]:
     with WorkerPool(workers) as pool:
-        reader = MediaReader(pool, 32, frames or mixture.encoder.frames)
+        reader = MediaReader(pool, 32, frames or mixture.encoders[0].frames)
         plan = plan or TrainPlan(mixture, size)
         return list(batches(mixture, plan, steps, rows or range(size), reader))
 
@@ -121,7 +121,9 @@ def test_batches_contain_the_planned_samples(mixture: Mixture, expected: list[Ba
             for segment, sample in enumerate(row, start=1):
                 tokens = batch.arrays["tokens"][b][segments[b] == segment]
                 times = [np.zeros(1 if m.kind == "image" else 8) for m in sample.media]
-                np.testing.assert_array_equal(tokens, mixture.encoder.encode(sample, times).tokens)
+                np.testing.assert_array_equal(
+                    tokens, mixture.encoders[0].encode(sample, times).tokens
+                )
 
 
 def test_evaluation_pads_the_last_batch_with_empty_rows(mixture: Mixture):
@@ -142,7 +144,7 @@ def test_a_truncated_answer_fills_its_row_and_is_counted(make_mixture, tmp_path:
     arrays = batch.arrays
     assert (arrays["segment_ids"] == 1).all()
     trained = arrays["targets"][arrays["loss_weights"] > 0]
-    assert mixture.encoder.text.tokenizer.eos_token_id not in trained and len(trained) > 100
+    assert mixture.tokenizer.eos_token_id not in trained and len(trained) > 100
     assert arrays["loss_weights"][0, -1] == 0
 
 
@@ -152,7 +154,7 @@ def test_timestamps_are_in_the_text(make_mixture, tmp_path: pathlib.Path):
     mixture = make_mixture(path, frames=FramesConfig(time_text="per_group"))
     (batch,) = read(mixture, steps=range(1), size=1)
     shown = batch.arrays["tokens"][0][batch.arrays["segment_ids"][0] == 1]
-    text = mixture.encoder.text.tokenizer.decode(shown)
+    text = mixture.tokenizer.decode(shown)
     assert [f"{t} s: " in text for t in ("0.0", "0.8", "1.7", "2.5")] == [True] * 4
     assert (batch.arrays["visual_index"] >= 0).sum() == 4
     assert batch.outcomes[0].tokens <= mixture.lengths(mixture.draw(0))[0, 0]
@@ -168,7 +170,7 @@ def test_batches_that_are_held_are_never_overwritten(
     """A training holds two batches, JAX arrays that share their memory, and a batch that it saves."""
     held, places = {}, Counter()
     with WorkerPool(workers) as pool:
-        reader = MediaReader(pool, 32, mixture.encoder.frames)
+        reader = MediaReader(pool, 32, mixture.encoders[0].frames)
         stream = batches(mixture, TrainPlan(mixture, BATCH), range(40), range(BATCH), reader)
         for step, batch in enumerate(stream):
             frames = batch.arrays["frames"]
@@ -197,7 +199,7 @@ def test_frames_of_earlier_batches_and_failed_samples_do_not_stay(
     with WorkerPool(0) as pool:
         shape = expected[0].arrays["frames"].shape
         pool.memory.empty(shape)[:] = 255
-        reader = Fails(pool, 32, mixture.encoder.frames)
+        reader = Fails(pool, 32, mixture.encoders[0].frames)
         (batch,) = batches(mixture, TrainPlan(mixture, BATCH), range(1), range(BATCH), reader)
     assert {skip.cause for skip in batch.skips} == {"crashed"}
     assert not batch.arrays["frames"].any() and not batch.arrays["frame_clip"].any()
@@ -305,8 +307,8 @@ def test_every_frame_is_where_it_was_planned(make_mixture, tmp_path: pathlib.Pat
         frames=32,
         image_size=32,
         grid=Grid.square(2),
-        compression=CompressionConfig(
-            num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1
+        compressions=(
+            CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1),
         ),
     )
     mixture = make_mixture(write(tmp_path, records), shapes=[shape], frames=FramesConfig(fps=fps))

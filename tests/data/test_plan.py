@@ -18,7 +18,9 @@ from storm_jax.data.rows import RowShape
 
 COMPRESSION = CompressionConfig(num_frames=8, temporal_pool=2, spatial_pool=2, temporal_sample=1)
 SMALL, LARGE = (
-    RowShape(tokens=160, frames=frames, image_size=32, grid=Grid.square(2), compression=COMPRESSION)
+    RowShape(
+        tokens=160, frames=frames, image_size=32, grid=Grid.square(2), compressions=(COMPRESSION,)
+    )
     for frames in (2, 24)
 )
 BATCH = 4

@@ -26,19 +26,19 @@ LARGE = RowShape(
     frames=FRAMES,
     image_size=IMAGE,
     grid=Grid.square(2),
-    compression=CompressionConfig(num_frames=4),
+    compressions=(CompressionConfig(num_frames=4),),
 )
 SMALL = RowShape(
     tokens=TOKENS // 2,
     frames=FRAMES // 4,
     image_size=IMAGE,
     grid=Grid.square(2),
-    compression=CompressionConfig(num_frames=4),
+    compressions=(CompressionConfig(num_frames=4),),
 )
 
 
 def clip_tokens(shape: RowShape, frames: int) -> int:
-    return plan_clip(frames, shape.grid, shape.compression).num_tokens
+    return plan_clip(frames, shape.grid, shape.compressions[0]).num_tokens
 
 
 def make_sample(rng: np.random.Generator, shape: RowShape, lengths: list[int]) -> RowSample:
@@ -52,7 +52,7 @@ def make_sample(rng: np.random.Generator, shape: RowShape, lengths: list[int]) -
     answer = (slots < 0) & (rng.random(len(slots)) < 0.5)
     answer[-1] = True
     clips = [rng.integers(1, 256, (length, IMAGE, IMAGE, 3)).astype(np.uint8) for length in lengths]
-    return RowSample(Encoded(tokens, answer, slots), clips)
+    return RowSample(Encoded(tokens, answer, slots), clips, shape.compressions[0])
 
 
 @st.composite
@@ -69,7 +69,7 @@ def packed(draw) -> tuple[RowShape, list[RowSample]]:
         frames=20,
         image_size=IMAGE,
         grid=Grid.square(draw(st.integers(1, 4))),
-        compression=compression,
+        compressions=(compression,),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     clip = st.sampled_from([1, compression.num_frames])
@@ -84,8 +84,8 @@ def packed(draw) -> tuple[RowShape, list[RowSample]]:
 
 def table(shape: RowShape) -> tuple[int, int, int]:
     """Group slots, and visual tokens of a pooled and of an unpooled group."""
-    side = -(-shape.grid.image // shape.compression.spatial_pool)
-    return shape.num_groups, side * side, shape.grid.image * shape.grid.image
+    side = -(-shape.grid.image // shape.compressions[0].spatial_pool)
+    return shape.visual.num_groups, side * side, shape.grid.image * shape.grid.image
 
 
 @PROPERTY
@@ -147,7 +147,7 @@ def test_frames_are_in_order_with_the_id_of_their_clip(case):
 def test_groups_of_a_row_are_the_emitted_groups_of_each_clip(case):
     shape, samples = case
     row = build_row(samples, PAD, shape)
-    k, s = shape.compression.temporal_pool, shape.compression.temporal_sample
+    k, s = shape.compressions[0].temporal_pool, shape.compressions[0].temporal_sample
     expected, next_group = [], 0
     for clip in (clip for sample in samples for clip in sample.clips):
         kept = [0] if len(clip) == 1 else range(0, -(-len(clip) // k), s)
@@ -155,7 +155,7 @@ def test_groups_of_a_row_are_the_emitted_groups_of_each_clip(case):
         expected += [slots.get(t // k, -1) for t in range(len(clip))]
         next_group += len(slots)
     assert row["frame_group"][: len(expected)].tolist() == expected
-    assert next_group <= shape.num_groups
+    assert next_group <= shape.visual.num_groups
 
 
 @PROPERTY
@@ -164,7 +164,7 @@ def test_visual_slots_match_the_plan_and_index_their_own_groups(case):
     shape, samples = case
     row = build_row(samples, PAD, shape)
     groups, pooled, unpooled = table(shape)
-    is_unpooled = shape.compression.spatial_pool > 1
+    is_unpooled = shape.compressions[0].spatial_pool > 1
     size = groups * pooled + (groups * unpooled if is_unpooled else 0)
     visual = row["visual_index"]
     assert (visual >= -1).all() and (visual < size).all()
@@ -195,7 +195,7 @@ def test_image_indexes_the_unpooled_part_when_space_is_pooled(spatial_pool: int,
     """Side 3 is 9 tokens, or 4 if pooled by 2; a row of 20 tokens then has 5 group slots."""
     compression = CompressionConfig(num_frames=4, spatial_pool=spatial_pool)
     shape = RowShape(
-        tokens=20, frames=5, image_size=IMAGE, grid=Grid.square(3), compression=compression
+        tokens=20, frames=5, image_size=IMAGE, grid=Grid.square(3), compressions=(compression,)
     )
     sample = make_sample(np.random.default_rng(0), shape, [1])
     row = build_row([sample], PAD, shape)
@@ -222,9 +222,9 @@ def test_group_slots_are_bounded_by_frames_and_tokens(
         frames=frames,
         image_size=IMAGE,
         grid=Grid.square(side),
-        compression=CompressionConfig(num_frames=4, spatial_pool=pool),
+        compressions=(CompressionConfig(num_frames=4, spatial_pool=pool),),
     )
-    assert shape.num_groups == groups
+    assert shape.visual.num_groups == groups
 
 
 # Samples that failed to decode.
@@ -250,7 +250,7 @@ def test_row_of_failed_samples_is_padding():
         frames=5,
         image_size=IMAGE,
         grid=Grid.square(3),
-        compression=CompressionConfig(num_frames=4),
+        compressions=(CompressionConfig(num_frames=4),),
     )
     got, expected = build_row([None, None], PAD, shape), build_row([], PAD, shape)
     for name in expected:
@@ -265,7 +265,7 @@ def test_arrays_have_their_documented_shapes_and_types():
         frames=5,
         image_size=IMAGE,
         grid=Grid.square(3),
-        compression=CompressionConfig(num_frames=4),
+        compressions=(CompressionConfig(num_frames=4),),
     )
     batch = empty_rows(3, PAD, shape)
     expected = dict.fromkeys(
@@ -283,7 +283,7 @@ def test_rows_of_a_batch_are_independent():
         frames=5,
         image_size=IMAGE,
         grid=Grid.square(3),
-        compression=CompressionConfig(num_frames=4),
+        compressions=(CompressionConfig(num_frames=4),),
     )
     rng = np.random.default_rng(0)
     samples = [[make_sample(rng, shape, [])] for _ in range(2)]

@@ -58,7 +58,7 @@ def shape(small_model) -> RowShape:
         frames=FRAMES,
         image_size=small_model.vision.image_size,
         grid=Grid.of(small_model),
-        compression=CompressionConfig(num_frames=8, temporal_pool=3),
+        compressions=(CompressionConfig(num_frames=8, temporal_pool=3),),
     )
 
 
@@ -68,13 +68,12 @@ def batch(shape) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
 
     def sample(frames: int) -> RowSample:
-        visual = plan_clip(frames, shape.grid, shape.compression).num_tokens
+        visual = plan_clip(frames, shape.grid, shape.compressions[0]).num_tokens
         tokens = rng.integers(1, 500, visual + 9).astype(np.int32)
         media = np.where(np.arange(len(tokens)) < visual, 0, -1)
         size = (frames, shape.image_size, shape.image_size, 3)
-        return RowSample(
-            Encoded(tokens, media < 0, media), [rng.integers(0, 256, size).astype(np.uint8)]
-        )
+        clip = rng.integers(0, 256, size).astype(np.uint8)
+        return RowSample(Encoded(tokens, media < 0, media), [clip], shape.compressions[0])
 
     return build_rows([[sample(3 + row % 4), sample(9 - row % 3)] for row in range(ROWS)], 0, shape)
 

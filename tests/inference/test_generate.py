@@ -13,7 +13,7 @@ from rows_by_hand import build_rows
 
 from configs.storm_qwen2_7b import MODEL as QWEN2_7B
 from configs.tiny import MODEL as TINY
-from storm_jax.compression import Grid, plan_clip
+from storm_jax.compression import Grid, VisualShape, plan_clip
 from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import RowSample, RowShape
 from storm_jax.inference.generate import (
@@ -29,7 +29,7 @@ from storm_jax.inference.generate import (
     next_logits,
     prefill,
 )
-from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.models.storm import Storm
 from storm_jax.params import abstract_model, compute_dtypes, flat_params
 from storm_jax.text.conversation import Encoded
 
@@ -38,9 +38,9 @@ SHAPE = RowShape(
     frames=8,
     image_size=32,
     grid=Grid.of(TINY),
-    compression=CompressionConfig(num_frames=8, temporal_pool=4),
+    compressions=(CompressionConfig(num_frames=8, temporal_pool=4),),
 )
-VISUAL = VisualShape(SHAPE.num_groups, 1)
+VISUAL = SHAPE.visual
 NEW = 5  # tokens
 STOP = (511,)
 
@@ -51,12 +51,12 @@ def batch() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     rows, lengths = [], []
     for frames, words in ((0, 11), (8, 21), (7, 40)):
-        visual = plan_clip(frames, SHAPE.grid, SHAPE.compression).num_tokens if frames else 0
+        visual = plan_clip(frames, SHAPE.grid, SHAPE.compressions[0]).num_tokens if frames else 0
         tokens = np.concatenate([np.zeros(visual, int), rng.integers(1, 500, words)])
         media = np.where(np.arange(visual + words) < visual, 0, -1)
         clips = [rng.integers(0, 256, (frames, 32, 32, 3)).astype(np.uint8)] if frames else []
         encoded = Encoded(tokens.astype(np.int32), media < 0, media)
-        rows.append([RowSample(encoded, clips)])
+        rows.append([RowSample(encoded, clips, SHAPE.compressions[0])])
         lengths.append(len(encoded))
     arrays = build_rows(rows, 0, SHAPE) | {"lengths": np.array(lengths, np.int32)}
     return {name: jnp.asarray(array) for name, array in arrays.items()}
@@ -227,7 +227,7 @@ def test_the_papers_longest_setting_has_the_shapes_it_should():
         return jax.ShapeDtypeStruct(size, dtype)
 
     def encode(params, frames, clip, group):
-        return nnx.merge(graphdef, params).encode(frames, clip, group, VisualShape(64, 1))
+        return nnx.merge(graphdef, params).encode(frames, clip, group, VisualShape(64, (1,)))
 
     frames = shape((1, 256, 448, 448, 3), jnp.uint8)
     table = jax.eval_shape(encode, params, frames, shape((1, 256)), shape((1, 256)))

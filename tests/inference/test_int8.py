@@ -12,11 +12,12 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import storm_qwen2_7b
+from storm_jax.compression import VisualShape
 from storm_jax.config import ConfigError, MeshConfig
 from storm_jax.inference.predictor import Predictor
 from storm_jax.inference.weights import load
 from storm_jax.models.int8 import quantize, quantized_kernels, to_int8
-from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.models.storm import Storm
 from storm_jax.params import abstract_model, compute_dtypes, flat_params
 from storm_jax.run import Run
 from storm_jax.sharding import make_mesh
@@ -64,7 +65,7 @@ def test_a_quantized_model_computes_with_the_quantized_kernels(small_model, rand
         rounded[name] = q * jnp.expand_dims(scale, axes)
     size = small_model.vision.image_size
     frames = rng.integers(0, 256, (1, 2, size, size, 3)).astype(np.uint8)
-    clip, shape = np.ones((1, 2), np.int32), VisualShape(2, 1)
+    clip, shape = np.ones((1, 2), np.int32), VisualShape(2, (1,))
 
     def answer(model: Storm) -> jax.Array:
         table = model.encode(frames, clip, np.array([[0, 1]]), shape)

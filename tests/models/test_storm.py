@@ -12,10 +12,10 @@ from flax import nnx
 from rows_by_hand import build_rows
 
 from configs.tiny import MODEL as TINY
-from storm_jax.compression import Grid, plan_clip
+from storm_jax.compression import Grid, VisualShape, plan_clip
 from storm_jax.config import CompressionConfig, ConfigError, LayoutConfig, ModelConfig, StemConfig
 from storm_jax.data.rows import RowSample, RowShape
-from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.models.storm import Storm
 from storm_jax.models.temporal_projector import TemporalProjector
 from storm_jax.params import abstract_model
 from storm_jax.text.conversation import Encoded
@@ -27,19 +27,19 @@ def row_shape(compression: CompressionConfig, tokens: int = 96, frames: int = 24
         frames=frames,
         image_size=TINY.vision.image_size,
         grid=Grid.of(TINY),
-        compression=compression,
+        compressions=(compression,),
     )
 
 
 def make_sample(rng, shape: RowShape, frames: int, words: int) -> RowSample:
     """Creates a clip of `frames` frames with `words` text tokens before and after it."""
-    visual = plan_clip(frames, shape.grid, shape.compression).num_tokens
+    visual = plan_clip(frames, shape.grid, shape.compressions[0]).num_tokens
     text = rng.integers(1, 500, 2 * words)
     tokens = np.concatenate([text[:words], np.zeros(visual, int), text[words:]]).astype(np.int32)
     media = np.full(len(tokens), -1, np.int32)
     media[words : words + visual] = 0
     clip = rng.integers(0, 256, (frames, shape.image_size, shape.image_size, 3)).astype(np.uint8)
-    return RowSample(Encoded(tokens, media < 0, media), [clip])
+    return RowSample(Encoded(tokens, media < 0, media), [clip], shape.compressions[0])
 
 
 jitted = nnx.jit(lambda model, batch, shape: model(batch, shape), static_argnames="shape")
@@ -54,7 +54,7 @@ def hidden_states(
 ) -> np.ndarray:
     batch = build_rows(samples_per_row, 0, shape)
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
-    visual = VisualShape(shape.num_groups, shape.compression.spatial_pool)
+    visual = shape.visual
     return np.asarray(jitted(model, batch, shape=visual))
 
 
@@ -90,7 +90,7 @@ def test_images_keep_their_grid_beside_videos_with_a_smaller_one(small_model, ra
         start += size
     frames = jnp.asarray(samples[0].clips[0])[None]
     ones = jnp.ones((1, 1), jnp.int32)
-    table = nnx.jit(lambda m, x: m.encode(x, ones, ones - 1, VisualShape(1, 1)))(model, frames)
+    table = nnx.jit(lambda m, x: m.encode(x, ones, ones - 1, VisualShape(1, (1,))))(model, frames)
     side = config.side
     patches = nnx.jit(lambda m, x: m.vision(x))(model, frames[0])[None]
     image = nnx.jit(lambda m, x: m.projector.mixer(m.projector.stem(x), ones))(model, patches)
@@ -121,6 +121,28 @@ def test_packed_samples_equal_unpacked_ones(model, compression, rng):
         start += size
 
 
+def test_samples_of_different_compressions_share_a_row(model, rng):
+    """Each is what it is in a row of its compression alone; so are images, which are never pooled."""
+    factors = [
+        {"temporal_pool": 4},
+        {"spatial_pool": 2, "temporal_sample": 2},
+        {"temporal_pool": 3},
+    ]
+    compressions = [CompressionConfig(num_frames=8, **each) for each in factors]
+    mixed = dataclasses.replace(row_shape(compressions[0]), compressions=tuple(compressions))
+    assert mixed.visual.spatial_pools == (1, 2)
+    shapes = [row_shape(each) for each in compressions]
+    for frames in ((8, 7, 8), (1, 8, 1)):
+        samples = [make_sample(rng, *each, 4) for each in zip(shapes, frames, strict=True)]
+        (packed,) = hidden_states(model, [samples], mixed)
+        start = 0
+        for sample, shape in zip(samples, shapes, strict=True):
+            (alone,) = hidden_states(model, [[sample]], shape)
+            size = len(sample.encoded)
+            np.testing.assert_allclose(packed[start : start + size], alone[:size], atol=2e-4)
+            start += size
+
+
 def test_the_projector_mixes_time_before_pooling(small_model, randomise, rng):
     """Checks that the mixer affects the output, which the other tests rely on."""
     shape = row_shape(CompressionConfig(num_frames=8, temporal_pool=4))
@@ -146,7 +168,7 @@ def test_causal_projector_never_looks_ahead(small_model, randomise, rng):
         (small_model, False),
     ):
         model = random_storm(randomise, config)
-        encode = nnx.jit(lambda m, f: m.encode(f, clip, group, VisualShape(8, 1)))
+        encode = nnx.jit(lambda m, f: m.encode(f, clip, group, VisualShape(8, (1,))))
         before = np.asarray(encode(model, frames)).reshape(8, -1)[:5]
         after = np.asarray(encode(model, changed)).reshape(8, -1)[:5]
         assert np.allclose(before, after, atol=1e-5) == expected
@@ -183,7 +205,7 @@ def test_gradients_reach_every_trained_parameter(small_model, randomise, rng):
     graphdef, params = nnx.split(model)
 
     def loss(params):
-        hidden = nnx.merge(graphdef, params)(batch, VisualShape(shape.num_groups, 1))
+        hidden = nnx.merge(graphdef, params)(batch, shape.visual)
         return jnp.sum(jnp.sin(hidden))
 
     grads = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))

@@ -171,7 +171,8 @@ def test_ids_pixels_logits_and_greedy_tokens_are_ours(case, media, tmp_path):
         answers[question] = new = done.sequences[0, len(ids) :]
         logits = torch.cat([prompt_logits, *done.logits[1:]]).numpy()
         expected.append(logits[:, : config.model.decoder.vocab_size])
-        rows.append(RowSample(extended(encoded, new.tolist()), [clip.frames for clip in clips]))
+        frames = [clip.frames for clip in clips]
+        rows.append(RowSample(extended(encoded, new.tolist()), frames, config.compression))
         prompts.append(len(ids))
     for found, theirs, start, question in zip(
         packed_logits(run, rows), expected, prompts, QUESTIONS, strict=True

@@ -31,8 +31,9 @@ from reference_models import (
 from safetensors.torch import load_file, save_file
 
 from storm_jax.checkpoints import Checkpoints
+from storm_jax.compression import VisualShape
 from storm_jax.config import ConfigError
-from storm_jax.models.storm import Storm, VisualShape
+from storm_jax.models.storm import Storm
 from storm_jax.params import flat_params
 from storm_jax.run import Run
 from storm_jax.weights import WeightsError
@@ -344,7 +345,7 @@ def test_the_whole_model_runs_on_imported_weights(tower, decoder, tmp_path):
     model = load_model(import_of(tmp_path / "run", tower, decoder).path)
     frames = some_frames(56)[None]
     clip, group = jnp.ones((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32)
-    table = nnx.jit(lambda m: m.encode(frames, clip, group, VisualShape(1, 1)))(model)
+    table = nnx.jit(lambda m: m.encode(frames, clip, group, VisualShape(1, (1,))))(model)
     assert table.shape == (1, 4, 56) and bool(jnp.isfinite(table).all())
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from storm_jax.compression import (
     ClipPlan,
     Grid,
+    VisualShape,
     index_of_groups,
     plan_clip,
     plan_groups,
@@ -24,7 +25,6 @@ from storm_jax.config import CompressionConfig
 from storm_jax.data.rows import UsedSlots, empty_frames, place_clips
 from storm_jax.inference.programs import Programs
 from storm_jax.inference.streaming.groups import Frame, GroupMemory
-from storm_jax.models.storm import VisualShape
 
 # Frames of a block that is encoded at once; the rest of a push is encoded one by one. Each size is one program.
 BLOCK = 16
@@ -233,11 +233,10 @@ class WindowVideo:
         row = {name: array[0] for name, array in self._arrays.items()}
         row["frame_clip"][:], row["frame_group"][:] = 0, -1
         clip = row["frames"][: len(self._times)]
-        groups, grid, compression = self._groups, self._grid, self._compression
-        (entries,) = place_clips(row, [clip], groups, grid, compression, UsedSlots())
+        visual = VisualShape(self._groups, (self._compression.spatial_pool,))
+        (entries,) = place_clips(row, [clip], visual, self._grid, self._compression, UsedSlots())
         seconds = 0.0
         if self._encoded is None:
-            visual = VisualShape(groups, compression.spatial_pool)
             self._encoded, seconds = self._programs.encode(self._arrays, visual)
         return Shown(
             table=self._encoded,
