@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -12,16 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accuracy_latency, data, eval_throughput, scan, scan_compile
-from benchmarks import shapes as shapes_benchmark
+from benchmarks import data, eval_throughput, scan, scan_compile
+from benchmarks.evidence import __main__ as evidence
+from benchmarks.evidence import latency, rows, runs
 from storm_jax.config import CompressionConfig
+from storm_jax.evals.benchmark import Question, ScoredReply
 from storm_jax.inference.generate import Sampling
+from storm_jax.inference.prediction import Prediction
 from storm_jax.inference.predictor import Predictor
 from storm_jax.inference.programs import Programs
 from storm_jax.media.media import Media
 from storm_jax.media.read import read_media
 from storm_jax.ops.selective_scan import IMPLEMENTATIONS, KERNELS, selective_scan
 from storm_jax.run import Run
+from storm_jax.tasks import shapes
 
 
 @pytest.fixture(autouse=True)
@@ -158,9 +163,9 @@ def test_what_is_timed_is_what_the_predictor_runs(trained_run, shapes_folder, mo
 
     embed, pad = Programs.embed, Run(trained_run).tokenizer().pad_token_id
     monkeypatch.setattr(Programs, "embed", record)
-    samples = shapes_benchmark.video_questions(shapes_folder, 8)
+    samples = latency.video_questions(shapes_folder, 8)
     compression = CompressionConfig(num_frames=8, temporal_pool=2)
-    tokens = accuracy_latency.FirstTokens(trained_run, samples, compression)()
+    tokens = latency.FirstTokens(trained_run, samples, compression)()
     predictor = Predictor(trained_run)
     expected = predictor.predict(samples, compression=compression, sampling=Sampling(1))
     texts = [prediction.text for _, prediction in sorted(expected, key=lambda pair: pair[0])]
@@ -174,32 +179,82 @@ def test_what_is_timed_is_what_the_predictor_runs(trained_run, shapes_folder, mo
         np.testing.assert_allclose(our_visual, their_visual, rtol=1e-5, atol=1e-5)
 
 
-def test_accuracy_against_latency_of_trained_runs(
-    trained_run, shapes_folder, tmp_path, monkeypatch
-):
-    accuracies = dict.fromkeys(shapes_benchmark.FAMILIES, 0.5)
-    monkeypatch.setattr(shapes_benchmark, "render", lambda *_: shapes_folder)
-    monkeypatch.setattr(shapes_benchmark, "train", lambda *_: None)
-    monkeypatch.setattr(shapes_benchmark, "evaluate", lambda *_: accuracies)
-    monkeypatch.setattr(shapes_benchmark, "run_folder", lambda *_: trained_run)
-    monkeypatch.setattr(shapes_benchmark, "BATCH", 8)
-    monkeypatch.setattr(shapes_benchmark, "ROUNDS", 2)
-    drawn = []
-    monkeypatch.setattr(shapes_benchmark, "plot", lambda points, path: drawn.extend(points))
-    shapes_benchmark.main(
-        [f"--out={tmp_path}", "--seeds=0,1", "--projectors=storm", "--settings=4x,spatial"]
-    )
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["accuracy"]) == 2 * 2
-    timed = results["latency"]["milliseconds a clip"]
-    assert [(row["setting"], len(row["rounds"])) for row in timed] == [("4x", 2), ("spatial 4x", 2)]
-    assert "STORM ms a clip" in (tmp_path / "results.md").read_text()
-    assert [(point.setting, point.visual_tokens, point.is_spatial) for point in drawn] == [
-        ("4x", 16, False),
-        ("spatial 4x", 16, True),
+@pytest.fixture
+def evidence_of(trained_run, shapes_folder, tmp_path, monkeypatch):
+    """Runs the evidence of two rows, without training, on a copy of a trained run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "tokenizer", "checkpoints"):
+        (run / name).symlink_to(trained_run / name)
+    tested = [dataclasses.replace(r, tests=("4x", "8x")) for r in rows.TABLES["budgets"][:2]]
+    monkeypatch.setitem(rows.TABLES, "budgets", tested)
+    monkeypatch.setattr(runs, "render", lambda *_: shapes_folder)
+    monkeypatch.setattr(runs, "train", lambda *_: 36.0)
+    monkeypatch.setattr(evidence, "folder", lambda *_: run)
+    monkeypatch.setattr(latency, "BATCH", 8)
+    monkeypatch.setattr(latency, "ROUNDS", 2)
+    monkeypatch.setattr(evidence, "BUDGETS", {"4x": rows.BUDGETS["4x"]})
+    return lambda *more: evidence.main([f"--out={tmp_path}", "--seeds=0,1", *more])
+
+
+def test_evidence_is_recorded_once_and_shown(evidence_of, tmp_path, monkeypatch, capsys):
+    evidence_of("--latency")
+    records = json.loads((tmp_path / "results.json").read_text())
+    keys = [(r["seed"], r["row"], r["budget"], r["visual_tokens"]) for r in records]
+    assert keys == [
+        (seed, row, budget, tokens)
+        for seed in (0, 1)
+        for row in ("storm", "mlp")
+        for budget, tokens in (("4x", 8), ("8x", 4))  # of 8 frames
     ]
-    for point, row in zip(drawn, timed, strict=True):
-        assert point.accuracies == {key: [0.5, 0.5] for key in ("order", "motion", "needle")}
-        assert point.milliseconds()[1] == pytest.approx(row["median"], abs=1e-4)
-    accuracy_latency.plot(drawn, tmp_path / "accuracy_latency.png")
-    assert (tmp_path / "accuracy_latency.png").stat().st_size > 1000
+    assert {record["training_hours"] for record in records} == {0.01}
+    for record in records:
+        assert all(0 <= right <= total > 0 for right, total in record["right"].values())
+        for family, (right, total) in record["inside a group"].items():
+            assert 0 <= right <= total < record["right"][family][1]
+    page = (tmp_path / "results.md").read_text()
+    assert "| STORM, every budget | 2 | 600 | 0.01 |" in page
+    timed = json.loads((tmp_path / "latency.json").read_text())["rounds of a clip"]
+    assert [(row["row"], len(row["milliseconds"])) for row in timed] == [("storm", 2), ("mlp", 2)]
+    for name in ("budgets.png", "accuracy_latency.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained again"))
+    evidence_of()
+    assert json.loads((tmp_path / "results.json").read_text()) == records
+    with pytest.raises(SystemExit):
+        evidence_of("--rows=storm;stom")
+    assert "'stom' is not one of storm; mlp" in capsys.readouterr().err
+
+
+def test_rows_train_with_the_compressions_that_they_name():
+    every, baseline, only, *_ = rows.TABLES["budgets"]
+    config = every.config("data", 3, 5)
+    assert (config.train.seed, config.train.steps) == (3, 5)
+    assert config.trained_compressions == tuple(map(rows.compression, rows.BUDGETS))
+    assert baseline.config("data", 0, 5).model.mixer == "none"
+    assert only.config("data", 0, 5).trained_compressions == (rows.compression("4x"),)
+
+
+def test_one_group_has_the_events_whose_frames_are_averaged_together():
+    """Of 16 frames in groups of 4, an event of two frames straddles two groups in 3 of 15 places; dropped groups do not
+    count."""
+    settings = shapes.Settings(clips=1, seed=0, families=("order",), eval_clips=600)
+    replies = [
+        ScoredReply(
+            Question(
+                id=f"test-{index:06}", video="", media=Media(kind="video", name=""), text="", options=(),
+                answer="", groups={},
+            ),
+            Prediction(), None,
+        )
+        for index in range(600)
+    ]  # fmt: skip
+    for budget, share in (
+        ("1x", 0),
+        ("4x", 12 / 15),
+        ("2x", 8 / 15),
+        ("8x", 6 / 15),
+        ("16x", 3 / 15),
+    ):
+        found = runs._inside(replies, settings, rows.compression(budget))
+        assert abs(len(found) / 600 - share) < 0.07, budget

@@ -127,6 +127,20 @@ def test_order_answer_is_the_first_of_two_consecutive_flashes():
         assert seen[first] == sample.answer != seen[second]
 
 
+def test_the_event_of_a_sample_is_the_one_that_is_drawn():
+    settings = shapes.Settings(clips=1, seed=5, families=("order", "needle", "motion"))
+    for index in range(60):
+        event, sample = (
+            shapes.event_of(settings, "test", index),
+            shapes.render(settings, "test", index),
+        )
+        assert event.answer == sample.answer
+        if sample.family == "needle":
+            (flash,) = (t for t, label in enumerate(event.labels) if label is not None)
+            brightest = np.argmax(sample.frames.astype(int).max(axis=-1).mean(axis=(1, 2)))
+            assert brightest == flash
+
+
 def test_the_distractor_does_not_reveal_the_order_of_frames():
     """Its place must be independent of neighbouring frames; otherwise it would reveal their order."""
     kind, rng = shapes.FAMILIES["order"], np.random.default_rng(0)

@@ -4,7 +4,7 @@ from storm_jax.tasks.shapes.ceilings import ceiling
 from storm_jax.tasks.shapes.dataset import read_settings, write
 from storm_jax.tasks.shapes.events import COLOURS, DIRECTIONS, OUTLINES, PLACES, Event
 from storm_jax.tasks.shapes.families import FAMILIES, Family
-from storm_jax.tasks.shapes.rendering import LETTERS, SPLITS, Rendered, render
+from storm_jax.tasks.shapes.rendering import LETTERS, SPLITS, Rendered, event_of, render
 from storm_jax.tasks.shapes.settings import Settings
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Rendered",
     "Settings",
     "ceiling",
+    "event_of",
     "read_settings",
     "render",
     "write",

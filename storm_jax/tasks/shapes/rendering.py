@@ -34,12 +34,8 @@ class Rendered:
 def render(settings: Settings, split: str, index: int) -> Rendered:
     """Renders sample `index` of a split; it does not depend on the number of samples."""
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
-    turn, which = divmod(index, len(settings.families))
-    name = settings.families[which]
-    family = FAMILIES[name]
-    answer = family.answers[turn % len(family.answers)]  # exactly balanced
-    events = _events_by_answer(name, settings)[answer]
-    event = events[rng.integers(len(events))]
+    name, event = _draw_event(settings, index, rng)
+    family, answer = FAMILIES[name], event.answer
     frames = background(settings, 1 if family.is_image else settings.frames, rng)
     family.draw(frames, event, rng)
     question = str(rng.choice(family.questions[event.question]))
@@ -49,6 +45,21 @@ def render(settings: Settings, split: str, index: int) -> Rendered:
         listed = "\n".join(f"{letter}. {o}" for letter, o in zip(LETTERS, options, strict=True))
         question, answer = f"{question}\n{listed}", LETTERS[options.index(answer)]
     return Rendered(family=name, frames=frames, question=question, answer=answer, options=options)
+
+
+def event_of(settings: Settings, split: str, index: int) -> Event:
+    """What happens in sample `index` of a split."""
+    rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
+    return _draw_event(settings, index, rng)[1]
+
+
+def _draw_event(settings: Settings, index: int, rng: np.random.Generator) -> tuple[str, Event]:
+    """The family of a sample, and its event."""
+    turn, which = divmod(index, len(settings.families))
+    name = settings.families[which]
+    answers = FAMILIES[name].answers
+    events = _events_by_answer(name, settings)[answers[turn % len(answers)]]  # exactly balanced
+    return name, events[rng.integers(len(events))]
 
 
 @functools.lru_cache
