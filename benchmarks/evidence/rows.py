@@ -60,8 +60,8 @@ class Row:
         config.update_from_flattened_dict({f"model.{k}": v for k, v in self.model.items()})
         run = from_dict(RunConfig, config)
         trained = tuple(BUDGETS[name] for name in self.budgets)
-        # A row of 64 frames holds four clips, also of 64 visual tokens each.
-        rows = (RowConfig(tokens=416, frames=64),)
+        # A row of 64 frames holds four clips. Most take few tokens; the longer rows have room for 64 visual ones each.
+        rows = (RowConfig(tokens=224, frames=64), RowConfig(tokens=416, frames=64))
         return dataclasses.replace(
             run,
             data=dataclasses.replace(

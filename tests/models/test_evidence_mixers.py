@@ -1,0 +1,69 @@
+"""The mixers that Mamba is compared with: clips apart, all frames seen, and as many parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.evidence import mixers
+from configs.tiny import MODEL
+from storm_jax.params import abstract_model, flat_params
+
+CLASSES = ("FrameAttention", "WindowAttention", "TemporalConv")
+
+
+@pytest.fixture(params=CLASSES)
+def mixer(request) -> nnx.Module:
+    """With random values in all parameters that start at zero."""
+    made = getattr(mixers, request.param)(96, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    for layer in made.layers:
+        layer.out.kernel[...] = 0.1 * rng.standard_normal(layer.out.kernel.shape).astype(np.float32)
+    return made
+
+
+def test_clips_and_padding_do_not_mix(mixer, rng):
+    x = rng.standard_normal((1, 12, 4, 96)).astype(np.float32)
+    clips = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
+    together = mixer(jnp.asarray(x), clips)
+    for part in (slice(0, 5), slice(5, 9)):
+        alone = mixer(jnp.asarray(x[:, part]), jnp.ones((1, part.stop - part.start), jnp.int32))
+        np.testing.assert_allclose(together[:, part], alone, atol=2e-5)
+
+
+def test_a_frame_sees_those_before_and_after_it(mixer, rng):
+    x = rng.standard_normal((1, 10, 4, 96)).astype(np.float32)
+    clips = jnp.ones((1, 10), jnp.int32)
+    before = np.asarray(mixer(jnp.array(x), clips))
+    x[:, 5] = rng.standard_normal((1, 4, 96))
+    change = np.abs(np.asarray(mixer(jnp.array(x), clips)) - before).max(axis=(0, 2, 3))
+    assert (change[[2, 4, 6, 8]] > 1e-4).all()
+
+
+def test_the_order_of_frames_matters(mixer, rng):
+    x = jnp.asarray(rng.standard_normal((1, 6, 4, 96)).astype(np.float32))
+    clips = jnp.ones((1, 6), jnp.int32)
+    forward, backward = mixer(x, clips), mixer(x[:, ::-1], clips)[:, ::-1]
+    assert np.abs(np.asarray(forward - backward)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_they_start_as_the_identity_with_as_many_parameters_as_mamba(name):
+    made = getattr(mixers, name)(96, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 4, 96))
+    np.testing.assert_array_equal(made(x, jnp.ones((2, 8), jnp.int32)), x)
+    counts = []
+    for mixer in (f"benchmarks.evidence.mixers:{name}", "mamba1"):
+        params = flat_params(abstract_model(dataclasses.replace(MODEL, mixer=mixer))[1])
+        counts.append(sum(v.size for k, v in params.items() if k.startswith("projector/mixer")))
+    assert abs(counts[0] / counts[1] - 1) < 0.05
+
+
+def test_frames_are_numbered_within_their_clips():
+    clips = jnp.array([[3, 3, 3, 1, 1, 2, 0, 0]])
+    assert mixers._in_clip(clips).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
