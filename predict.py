@@ -22,11 +22,10 @@ from collections.abc import Iterator, Sequence
 from absl import app, flags
 
 from storm_jax import command_line
-from storm_jax.config import CompressionConfig
+from storm_jax.config import CompressionConfig, StreamSettings
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
 from storm_jax.inference.streaming.conversation import Conversation
-from storm_jax.inference.streaming.settings import StreamSettings
 from storm_jax.inference.streaming.sources import Source, SourceError
 from storm_jax.media.media import Media
 from storm_jax.run import Run, RunError

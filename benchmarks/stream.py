@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks.data import resident
 from benchmarks.machine import machine
+from storm_jax.config import STREAM_POLICIES
 from storm_jax.evals.report.text import markdown
 from storm_jax.files import write_atomically
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.predictor import Predictor
-from storm_jax.inference.streaming.groups import POLICIES
 
 QUESTION = "Which flash came first?"
 PARTS = 10
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, default=10, help="of video; default 10")
     parser.add_argument("--fps", type=float, default=1, help="frames a second; default 1")
     parser.add_argument("--budget_tokens", type=int, default=1024, help="default 1024")
-    parser.add_argument("--policy", choices=POLICIES, default="merge")
+    parser.add_argument("--policy", choices=STREAM_POLICIES, default="merge")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
     args = parser.parse_args(arguments)
     storm = Predictor(args.workdir)

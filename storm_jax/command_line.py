@@ -19,8 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
-from storm_jax.config import ConfigError
-from storm_jax.inference.streaming.settings import POLICIES, StreamSettings
+from storm_jax.config import STREAM_POLICIES, ConfigError, StreamSettings
 
 flags.disclaim_key_flags()  # flags defined here are those of the script, and in its --help
 COMPRESSION = {
@@ -60,7 +59,7 @@ def define_stream_flags(of: str) -> None:
     flags.DEFINE_enum(
         "policy",
         default.policy,
-        POLICIES,
+        STREAM_POLICIES,
         f"What makes room when the budget of {of} is used up: keep the newest groups of frames, drop every second old "
         "one, or average neighbours of the old ones.",
     )

@@ -32,6 +32,10 @@ T = TypeVar("T")
 _PROJECTIONS = ("query", "key", "value", "out", "gate_up", "down")
 
 
+# What makes room when the budget of a stream is used up.
+STREAM_POLICIES = ("window", "stride", "merge")
+
+
 def _at_least(minimum: float, default: Any = dataclasses.MISSING) -> Any:
     """Declares a number that is at least `minimum`. All other numbers must be positive."""
     return dataclasses.field(default=default, metadata={"minimum": minimum})
@@ -343,6 +347,23 @@ class TrainedCompression:
         fields = dataclasses.asdict(self)
         del fields["weight"]
         return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """How a video is watched as it arrives: the arguments of `Predictor.stream`, besides compression.
+
+    Attributes:
+      fps: frames per second to use; 0 uses all.
+      budget_tokens: visual tokens of a prompt at most.
+      policy: what makes room when they are used up (see `storm_jax.inference.streaming.groups`).
+      recent: how many of the newest groups stride and merge leave alone.
+    """
+
+    fps: float = 1.0
+    budget_tokens: int = 8192
+    policy: str = "window"
+    recent: int = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

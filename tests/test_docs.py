@@ -13,11 +13,10 @@ from PIL import Image
 
 from configs import tiny
 from storm_jax import command_line
-from storm_jax.config import RunConfig, SourceConfig, from_dict
+from storm_jax.config import RunConfig, SourceConfig, StreamSettings, from_dict
 from storm_jax.data.mixture import open_mixture
 from storm_jax.data.pipeline import batches
 from storm_jax.data.plan import EvalPlan
-from storm_jax.inference.streaming.settings import StreamSettings
 from storm_jax.media.reader import MediaReader
 from storm_jax.media.workers import WorkerPool
 from storm_jax.text.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storm_jax.config import CompressionConfig, RunConfig
+from storm_jax.config import CompressionConfig, RunConfig, StreamSettings
 from storm_jax.evals.benchmark import Benchmark, BenchmarkError, Question
 from storm_jax.evals.benchmarks import BENCHMARKS
 from storm_jax.evals.provenance import about_this_machine, config_hash
@@ -16,7 +16,6 @@ from storm_jax.evals.report.files import Report
 from storm_jax.evals.runner import run_benchmark
 from storm_jax.evals.settings import ANSWERS, MODES, PAPER_SETTINGS, EvalSettings
 from storm_jax.inference.predictor import Predictor
-from storm_jax.inference.streaming.settings import StreamSettings
 from storm_jax.run import Run
 
 COMPRESSION_FIELDS = tuple(field.name for field in dataclasses.fields(CompressionConfig))

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from storm_jax.evals.benchmark import BenchmarkError
+from storm_jax.files import write_atomically
 
 VIDEO_SUFFIXES = (
     ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".gif", ".flv", ".mpg", ".ts",
@@ -68,6 +69,11 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"{path} cannot be read: {error}") from error
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a .json file that people may read, atomically."""
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 class FileFinder:

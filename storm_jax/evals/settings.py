@@ -6,9 +6,8 @@ import dataclasses
 import types
 from collections.abc import Mapping
 
-from storm_jax.config import CompressionConfig
+from storm_jax.config import CompressionConfig, StreamSettings
 from storm_jax.evals.benchmark import BenchmarkError
-from storm_jax.inference.streaming.settings import StreamSettings
 
 ANSWERS = ("generate", "likelihood")
 MODES = ("offline", "stream")

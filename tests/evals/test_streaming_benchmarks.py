@@ -15,7 +15,7 @@ from media_files import numbers
 
 import storm_jax
 from storm_jax import evals
-from storm_jax.config import CompressionConfig
+from storm_jax.config import CompressionConfig, StreamSettings
 from storm_jax.evals import sessions
 from storm_jax.evals.benchmark import BenchmarkError
 from storm_jax.evals.benchmarks import BENCHMARKS
@@ -25,7 +25,6 @@ from storm_jax.evals.settings import EvalSettings
 from storm_jax.inference.encoding import EncodedBatch, EncodedScene
 from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
-from storm_jax.inference.streaming.settings import StreamSettings
 from storm_jax.media.media import Media
 from storm_jax.media.read import read_media
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from storm_jax.evals.benchmark import (
     without_letter,
     without_placeholders,
 )
-from storm_jax.evals.files import FileFinder, first_match, read_json, read_rows
+from storm_jax.evals.files import FileFinder, first_match, read_json, read_rows, write_json
 from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample
@@ -112,7 +111,7 @@ def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> 
     writer.writerows([("q_uid", "answer"), *answers.items()])
     paths = [folder / "submission.csv", folder / "submission.json"]
     write_atomically(paths[0], table.getvalue())
-    write_atomically(paths[1], json.dumps(answers, indent=1) + "\n")
+    write_json(paths[1], answers)
     return paths
 
 

@@ -9,7 +9,6 @@ If subtitles are requested, they are inserted among the frames.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -17,8 +16,7 @@ import numpy as np
 
 from storm_jax.evals import parsing, subtitles
 from storm_jax.evals.benchmark import Benchmark, Question, ScoredReply, Split, without_placeholders
-from storm_jax.evals.files import FileFinder, read_rows
-from storm_jax.files import write_atomically
+from storm_jax.evals.files import FileFinder, read_rows, write_json
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Caption, Sample
 
@@ -103,7 +101,7 @@ def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> 
         return []
     path = folder / "longvideobench_test_for_submission.json"
     texts = {reply.question.id: reply.prediction.text for reply in replies}
-    write_atomically(path, json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, texts)
     return [path]
 
 

@@ -10,7 +10,6 @@ output is read (`eval.py score --judgements`).
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections import Counter
@@ -28,9 +27,8 @@ from storm_jax.evals.benchmark import (
     without_placeholders,
 )
 from storm_jax.evals.benchmarks.mvbench import question_and_options
-from storm_jax.evals.files import FileFinder, read_file, read_rows
+from storm_jax.evals.files import FileFinder, read_file, read_rows, write_json
 from storm_jax.evals.judging import write_judge_input
-from storm_jax.files import write_atomically
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample
 
@@ -174,7 +172,7 @@ def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> 
         for reply in replies
     ]
     path = folder / "test_res.json"
-    write_atomically(path, json.dumps(options, indent=1) + "\n")
+    write_json(path, options)
     return [path]
 
 

@@ -11,7 +11,6 @@ chunk.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -28,8 +27,7 @@ from storm_jax.evals.benchmark import (
     Split,
     without_placeholders,
 )
-from storm_jax.evals.files import FileFinder, read_rows
-from storm_jax.files import write_atomically
+from storm_jax.evals.files import FileFinder, read_rows, write_json
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample
 
@@ -198,7 +196,7 @@ def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> 
             answer = {"response": text, "ground_truth": question.answer}
             results[mode].append({**about, "question": question.text, **answer})
     path = folder / "STORM_offline.json"
-    write_atomically(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, results)
     return [path]
 
 

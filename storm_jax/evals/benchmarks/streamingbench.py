@@ -11,7 +11,6 @@ times: from the first one on, the model is asked each second whether it is time 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -30,8 +29,7 @@ from storm_jax.evals.benchmark import (
     without_letter,
     without_placeholders,
 )
-from storm_jax.evals.files import VIDEO_SUFFIXES, FileFinder, first_match, read_json
-from storm_jax.files import write_atomically
+from storm_jax.evals.files import VIDEO_SUFFIXES, FileFinder, first_match, read_json, write_json
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Sample
 
@@ -252,8 +250,7 @@ def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> 
             row |= {"options": list(question.lines), "answer": question.answer, "STORM": text}
         entries.append({"video_path": f"./videos/{question.video}.mp4", "questions": [row]})
     path = folder / f"{split}_output_STORM.json"
-    nested = [entries] if split == "sqa" else entries
-    write_atomically(path, json.dumps(nested, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, [entries] if split == "sqa" else entries)
     return [path]
 
 

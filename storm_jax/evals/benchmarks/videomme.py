@@ -7,7 +7,6 @@ DIR/subtitle/VIDEO.srt                        or subtitles/; 744 videos have som
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +22,7 @@ from storm_jax.evals.benchmark import (
     without_letter,
     without_placeholders,
 )
-from storm_jax.evals.files import FileFinder, read_rows
-from storm_jax.files import write_atomically
+from storm_jax.evals.files import FileFinder, read_rows, write_json
 from storm_jax.media.media import Media
 from storm_jax.text.sample import Caption, Sample
 
@@ -137,8 +135,7 @@ def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> 
             }
         )
     path = folder / "videomme_results.json"
-    text = json.dumps(list(videos.values()), indent=1, ensure_ascii=False)
-    write_atomically(path, text + "\n")
+    write_json(path, list(videos.values()))
     return [path]
 
 

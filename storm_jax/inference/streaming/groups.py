@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from storm_jax.inference.streaming.settings import POLICIES
+from storm_jax.config import STREAM_POLICIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,8 @@ class GroupMemory:
         Raises:
           ValueError: an unknown policy, or too few slots for it.
         """
-        if policy not in POLICIES:
-            raise ValueError(f"policy={policy!r}: use one of {', '.join(POLICIES)}")
+        if policy not in STREAM_POLICIES:
+            raise ValueError(f"policy={policy!r}: use one of {', '.join(STREAM_POLICIES)}")
         if capacity < 1:
             raise ValueError("budget_tokens holds no group: raise it, or pool more")
         if policy != "window" and not 0 <= recent <= capacity - 2:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storm_jax.inference.streaming.groups import POLICIES, Frame, GroupMemory
+from storm_jax.config import STREAM_POLICIES
+from storm_jax.inference.streaming.groups import Frame, GroupMemory
 
 
 class Model:
@@ -41,7 +42,7 @@ class Model:
 
 @st.composite
 def memories(draw) -> tuple[int, str, int]:
-    policy = draw(st.sampled_from(POLICIES))
+    policy = draw(st.sampled_from(STREAM_POLICIES))
     capacity = draw(st.integers(1 if policy == "window" else 2, 9))
     return capacity, policy, draw(st.integers(0, max(0, capacity - 2)))
 
