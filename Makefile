@@ -6,7 +6,7 @@
 # make test-pythons  the quick part of the suite on Python 3.11, 3.12 and 3.13
 # make lint          ruff and mypy
 # make bench         latency, training steps and scan next to torch (under 15 minutes on 2 cores)
-# make evidence      the comparison in docs/results.md (hours; resumes if interrupted)
+# make evidence      the comparisons in docs/results.md (hours a seed; resumes if interrupted)
 #
 # PYTHON=python3.12 selects another interpreter; it gets a virtual environment to itself, .venv-3.12.
 
@@ -87,7 +87,7 @@ bench: $(VENV)/development
 	$(RUN) -m benchmarks.scan --problems 1x1024x512x16 1x4096x512x16 --rounds=3 --out=runs/bench/scan
 
 evidence: $(VENV)/runtime
-	$(RUN) -m benchmarks.shapes --out=runs/evidence --seeds=0,1
+	$(RUN) -m benchmarks.evidence --out=runs/evidence
 
 clean:
 	rm -rf .venv .venv-* build data/shapes data_report runs/align runs/sft runs/pretrained

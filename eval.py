@@ -225,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
             raise
         sys.exit(
             f"eval.py: out of device memory ({str(error).splitlines()[0]}); rerun with a smaller "
-            f"--batch_size to resume"
+            f"--batch_size to resume, or with a smaller --budget_tokens for a stream"
         )
     except KeyboardInterrupt:
         sys.exit("eval.py: stopped; rerun the same command to resume")

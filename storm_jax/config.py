@@ -341,6 +341,9 @@ class TrainedCompression:
     temporal_sample: int = 1
     weight: float = 1.0
 
+    def problems(self) -> list[str]:
+        return [] if math.isfinite(self.weight) else [f"weight={self.weight} must be finite"]
+
     @property
     def factors(self) -> dict[str, int]:
         """The fields that it shares with `CompressionConfig`."""

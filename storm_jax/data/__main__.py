@@ -91,7 +91,7 @@ def _show(
         mixture = open_mixture(config, [source], tokenizer, pool, _compression(config))
         if COMPRESSION.value >= len(mixture.compressions):
             raise ConfigError(
-                f"--compression={COMPRESSION.value}: there are {len(mixture.compressions)}, from 0"
+                f"--compression={COMPRESSION.value}: must be at most {len(mixture.compressions) - 1}"
             )
         part = mixture.parts[0]
         if INDEX.value >= len(part.source):

@@ -179,14 +179,21 @@ def _lengths_report(mixture: Mixture) -> str:
     lines = []
     for number, encoder in enumerate(mixture.encoders):
         if len(mixture.encoders) > 1:
-            lines += [
-                "",
-                f"{describe(encoder.compression)}: {mixture.shares[number]:.1%} of samples",
-            ]
+            share = _share(mixture, number)
+            lines += ["", f"{describe(encoder.compression)}: {share:.1%} of samples"]
         lines += _lengths_table(mixture, number)
     largest = mixture.shapes[-1].tokens
     lines += ["", f"tokens per sample (the largest row has {largest:,}):", *_histogram(mixture)]
     return "\n".join(lines)
+
+
+def _share(mixture: Mixture, number: int) -> float:
+    """How much of the mixture has a compression."""
+    total = sum(part.amount for part in mixture.parts)
+    return sum(
+        float(part.amount / total) * mixture.probabilities(part, part.usable)[:, number].mean()
+        for part in mixture.parts
+    )
 
 
 def describe(compression: CompressionConfig) -> str:
@@ -203,9 +210,12 @@ def _lengths_table(mixture: Mixture, number: int) -> list[str]:
     total = sum(part.amount for part in mixture.parts)
     largest = mixture.shapes[-1].tokens
     for part in mixture.parts:
-        tokens = part.lengths.tokens[part.usable, number]
-        frames = part.lengths.frames[part.usable]
-        visual = visual_tokens(part, mixture.encoders[number])[part.usable]
+        drawn = part.usable[mixture.probabilities(part, part.usable)[:, number] > 0]
+        if not len(drawn):
+            lines.append(f"{part.config.name:<20}{'no sample fits':>23}")
+            continue
+        tokens, frames = part.lengths.tokens[drawn, number], part.lengths.frames[drawn]
+        visual = visual_tokens(part, mixture.encoders[number])[drawn]
         truncated = int((tokens > largest).sum())
         lines.append(
             f"{part.config.name:<20}{len(tokens):>9,}{tokens.mean():>14,.1f}{np.median(tokens):>8,.0f}"
@@ -218,7 +228,7 @@ def _lengths_table(mixture: Mixture, number: int) -> list[str]:
 def _histogram(mixture: Mixture) -> list[str]:
     tokens = np.concatenate([part.lengths.tokens[part.usable] for part in mixture.parts])
     edges = choose_edges(np.unique(tokens), 12)
-    weights = np.broadcast_to(mixture.shares, tokens.shape)
+    weights = np.concatenate([mixture.probabilities(p, p.usable) for p in mixture.parts])
     counts, _ = np.histogram(tokens, bins=edges, weights=weights)
     width = max(1.0, float(counts.max()))
     return [

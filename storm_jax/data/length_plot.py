@@ -23,13 +23,16 @@ def draw_lengths(mixture: Mixture, path: pathlib.Path) -> None:
     parts, shapes = mixture.parts, mixture.shapes
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
-    tokens = [part.lengths.tokens[part.usable].ravel() for part in parts]  # in all compressions
+    tokens = [part.lengths.tokens[part.usable].ravel() for part in parts]
+    each = ", in each compression" if len(mixture.compressions) > 1 else ""
     frames = [part.lengths.frames[part.usable] for part in parts]
     colours = colormaps["tab20"](np.arange(len(parts)) % 20)
     bars = draw_counts(axes[0], tokens, [shape.tokens for shape in shapes], colours)
     limits = [shape.frames for shape in shapes]
     draw_counts(axes[1], frames, limits, colours, max_bars=_MAX_BARS)
-    axes[0].set(title="Tokens per sample (text and visual)", xlabel="tokens", ylabel="samples")
+    axes[0].set(
+        title=f"Tokens per sample (text and visual){each}", xlabel="tokens", ylabel="samples"
+    )
     axes[1].set(title="Frames per sample (all media)", xlabel="frames", ylabel="samples")
     names = [f"{part.config.name}: {len(part.usable):,}" for part in parts]
     columns = -(-len(names) // 24)

@@ -92,11 +92,10 @@ class Mixture:
     Attributes:
       shapes: of rows.
       encoders: one for each compression.
-      shares: fraction of the samples in each compression.
+      weights: of the compressions.
 
     Args:
       shapes: with the same compressions.
-      weights: of the compressions.
 
     Raises:
       DataError: a source is missing, or has no usable or too many unusable samples.
@@ -117,7 +116,7 @@ class Mixture:
         self.shapes, self.seed = list(shapes), seed
         self.compressions = self.shapes[0].compressions
         self.encoders = [encoder.compressed(each) for each in self.compressions]
-        self.shares = np.array(weights) / np.sum(weights)
+        self.weights = np.array(weights)
         self._index_dir, self._max_skip_fraction = index_dir, max_skip_fraction
         self._pool = pool
         self.parts: list[Part] = []
@@ -245,10 +244,14 @@ class Mixture:
         if len(self.compressions) == 1:
             return np.zeros(len(items), np.int64)
         rng = np.random.default_rng([self.seed, window, number, _DRAW])
-        weights = self.shares * self._fits(self.parts[number].lengths, items)
-        edges = np.cumsum(weights, axis=1)
+        edges = np.cumsum(self.probabilities(self.parts[number], items), axis=1)
         drawn = rng.random(len(items)) * edges[:, -1]
         return (drawn[:, None] >= edges[:, :-1]).sum(axis=1)
+
+    def probabilities(self, part: Part, items: np.ndarray) -> np.ndarray:
+        """How often a sample has each of the compressions in which it fits the largest row, float [n, C]."""
+        weights = self.weights * self._fits(part.lengths, items)
+        return weights / weights.sum(axis=1, keepdims=True)
 
     def _sequence(self, number: int, first: int, last: int) -> np.ndarray:
         """Returns positions `first` to `last` (exclusive) of a source's own sequence of samples."""

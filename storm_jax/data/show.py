@@ -55,6 +55,8 @@ def show(mixture: Mixture, ref: Ref, reader: MediaReader, out: pathlib.Path) -> 
         facts += f"; {describe_compression(encoder.compression)}"
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{part.config.name}_{ref.item}"
+    if len(mixture.encoders) > 1:
+        stem = stem.with_name(f"{stem.name}_{ref.compression}")
     text, picture = stem.with_suffix(".txt"), stem.with_suffix(".png")
     lines = [title, facts]
     lines += [f"{m.kind} {m.name}: {len(clip.frames)} frames at {_listed(clip.times)} s"

@@ -46,6 +46,7 @@ class Question:
       id: unique within its split; predictions refer to it.
       video: the video it is about. Questions about one video are not statistically independent.
       media: the file, which need not exist. It is asked at `media.end`, or at the end of the file.
+      asked_at: when it is asked, in seconds of the video, if the benchmark says so; also of clips that were cut there.
       text: the question without its options.
       options: without letters; () if the answer is free text.
       answer: the letter of the right option, or the text of a free answer. None if the answer is not
@@ -70,6 +71,7 @@ class Question:
     subtitles: pathlib.Path | None = None
     captions: tuple[Caption, ...] | None = None
     guess: float | None = None
+    asked_at: float | None = None
     watch: Watch | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

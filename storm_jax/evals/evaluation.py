@@ -117,12 +117,19 @@ def evaluate(
     if answers not in ANSWERS:
         raise BenchmarkError(f"--answers={answers}: must be one of {', '.join(ANSWERS)}")
     mode = mode or ("stream" if found.is_streaming else "offline")
-    _check_mode(mode, found, num_frames, stream, context_seconds, subtitles)
+    refused = {
+        "num_frames": num_frames,
+        "settings": settings or None,
+        "batch_size": batch_size,
+        "context_seconds": context_seconds,
+        "subtitles": subtitles or None,
+    }
+    _check_mode(mode, stream, refused)
     questions = found.questions(_data_root(data_root, found, model.run), split)
     if mode == "stream":
         _check_videos(questions, found)
     elif context_seconds is not None:
-        questions = [_with_context(question, context_seconds) for question in questions]
+        questions = _with_context(questions, context_seconds, found)
     if answers == "likelihood" and not all(question.options for question in questions):
         raise BenchmarkError("--answers=likelihood: some questions have no options")
     overrides = (num_frames, temporal_pool, spatial_pool, temporal_sample)
@@ -161,36 +168,22 @@ def evaluate(
     )
 
 
-def _check_mode(
-    mode: str,
-    benchmark: Benchmark,
-    num_frames: int | None,
-    stream: StreamSettings | None,
-    context_seconds: float | None,
-    subtitles: bool,
-) -> None:
-    """Raises BenchmarkError for options that the mode does not use."""
+def _check_mode(mode: str, stream: StreamSettings | None, of_offline: Mapping[str, object]) -> None:
+    """Raises BenchmarkError for options that the mode does not use.
+
+    Args:
+      of_offline: options that only "offline" uses; None if they are not set.
+    """
     if mode not in MODES:
         raise BenchmarkError(f"--mode={mode}: must be one of {', '.join(MODES)}")
-    if mode == "offline":
-        if stream is not None:
-            raise BenchmarkError("--fps, --budget_tokens, --policy and --recent need --mode=stream")
-        if context_seconds is not None and not benchmark.is_streaming:
-            raise BenchmarkError(
-                f"--context_seconds: the questions of {benchmark.title} have no times"
-            )
-        return
-    if num_frames is not None:
+    if mode == "offline" and stream is not None:
+        raise BenchmarkError("--fps, --budget_tokens, --policy and --recent need --mode=stream")
+    given = [f"--{name}={value}" for name, value in of_offline.items() if value is not None]
+    if mode == "stream" and given:
         raise BenchmarkError(
-            f"--num_frames={num_frames}: a stream takes --fps frames per second; use --mode=offline"
+            f"{given[0]} needs --mode=offline: a stream takes --fps frames per second, and shows what fits into "
+            f"--budget_tokens"
         )
-    if context_seconds is not None:
-        raise BenchmarkError(
-            f"--context_seconds={context_seconds:g}: a stream shows what fits into --budget_tokens; "
-            f"use --mode=offline"
-        )
-    if subtitles:
-        raise BenchmarkError("--subtitles: a stream has none; use --mode=offline")
 
 
 def _check_videos(questions: Sequence[Question], benchmark: Benchmark) -> None:
@@ -198,6 +191,7 @@ def _check_videos(questions: Sequence[Question], benchmark: Benchmark) -> None:
     for question in questions:
         medium = question.media
         is_file = medium.path is not None and medium.span is None and medium.data is None
+        is_file = is_file and not medium.is_folder()
         if medium.kind != "video" or not is_file or (medium.start and not question.watch):
             raise BenchmarkError(
                 f"--mode=stream: {medium.name} of {benchmark.title} is not a whole video in a file; "
@@ -205,12 +199,26 @@ def _check_videos(questions: Sequence[Question], benchmark: Benchmark) -> None:
             )
 
 
-def _with_context(question: Question, seconds: float) -> Question:
-    """The same question about the last seconds before it; one with a `watch` begins when that begins."""
-    if question.media.end is None or question.watch:
-        return question
-    start = max(0.0, question.media.end - seconds)
-    return dataclasses.replace(question, media=dataclasses.replace(question.media, start=start))
+def _with_context(
+    questions: Sequence[Question], seconds: float, benchmark: Benchmark
+) -> list[Question]:
+    """The same questions about the last seconds before them; those with a `watch` begin when that begins.
+
+    Raises:
+      BenchmarkError: no question has a time to count from.
+    """
+    if all(question.asked_at is None or question.watch for question in questions):
+        raise BenchmarkError(
+            f"--context_seconds={seconds:g}: the questions of {benchmark.title} have no times to count from"
+        )
+    found = []
+    for question in questions:
+        if question.asked_at is not None and not question.watch:
+            start = max(0.0, question.asked_at - seconds)
+            media = dataclasses.replace(question.media, start=start)
+            question = dataclasses.replace(question, media=media)
+        found.append(question)
+    return found
 
 
 def resolve_compression(

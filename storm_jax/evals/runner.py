@@ -135,8 +135,15 @@ def run_benchmark(
 
 def _digest(questions: Sequence[Question]) -> str:
     """Changes with the questions and their videos, but not with the answers or where the files are."""
-    asked = [(q.id, q.text, q.options, q.media.path and q.media.path.stem) for q in questions]
-    return digest(json.dumps(asked))
+    return digest(json.dumps([_identity(question) for question in questions]))
+
+
+def _identity(question: Question) -> tuple[Any, ...]:
+    q, path = question, question.media.path
+    if q.asked_at is None:
+        return q.id, q.text, q.options, path and path.stem
+    watch = q.watch and dataclasses.astuple(q.watch)
+    return q.id, q.text, q.options, q.video, q.asked_at, watch, q.lines, q.extra.get("context")
 
 
 def _remaining(
@@ -231,7 +238,8 @@ def _predict(
             (media,) = scene.media
             if scene.previews:
                 ids = [question.id for question in by_media[media] if question.watch is None]
-                writer.add_thumbnails(ids, Thumbnails.of(scene.previews[0], media.kind))
+                if ids:
+                    writer.add_thumbnails(ids, Thumbnails.of(scene.previews[0], media.kind))
             for question in by_media[media]:
                 try:
                     sample = _sample(benchmark, settings, question, scene.times)

@@ -88,7 +88,8 @@ class _Session:
     def end(self) -> Iterator[tuple[Question, Prediction]]:
         """The video has ended: the other questions are asked now."""
         if not self._seen:
-            yield from self.fail("it has no frames")
+            first = next(iter(self._questions.values()))
+            yield from self.fail(f"{first.media.name} has no frames")
         while self._next:
             yield from self._ask_next()
 

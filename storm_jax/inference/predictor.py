@@ -262,7 +262,7 @@ class Predictor:
         encoding = batch.seconds / len(indices)
         requests = sorted(indices, key=lambda request: len(request.tokens))
         longest, new = len(requests[-1].tokens), sampling.max_new_tokens
-        if batch.rows == 1:
+        if any(scene.plans is not None for scene in batch.scenes):  # a stream that grows
             shape = EngineShape.for_one(longest, new)
         else:
             shape = EngineShape.for_batch(batch.rows, longest, new, self._programs.mesh.size)

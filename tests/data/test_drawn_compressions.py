@@ -178,6 +178,7 @@ def test_the_configuration_names_them(small_config):
     [
         ([{"temporal_pool": 0}], r"compressions\[0\].temporal_pool"),
         ([{"weight": 0.0}], r"compressions\[0\].weight"),
+        ([{"weight": float("inf")}], r"weight=inf must be finite"),
         ([{"frames": 4}], "frames"),
         ([{}, {"weight": 2.0}], "temporal_pool=1, spatial_pool=1, temporal_sample=1 twice"),
     ],

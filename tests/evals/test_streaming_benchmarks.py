@@ -27,6 +27,7 @@ from storm_jax.inference.generate import Sampling
 from storm_jax.inference.prediction import Prediction
 from storm_jax.media.media import Media
 from storm_jax.media.read import read_media
+from storm_jax.run import RunError
 
 STREAMINGBENCH, OVOBENCH = BENCHMARKS["streamingbench"], BENCHMARKS["ovobench"]
 TWO_FPS = StreamSettings(fps=2)
@@ -246,6 +247,7 @@ def test_the_official_parsers_are_those_of_the_authors(roots):
     assert timed("[6 s] It is 4.", watched) == "4"
     assert timed("[7 s] It is 4.", watched) != "4"  # 3 seconds late
     assert timed("[4 s] nothing", watched) != "4"  # the time is not part of the reply
+    assert timed("4", watched) is None  # without a time
 
 
 def test_files_for_the_authors_scorers_have_their_fields(roots, tmp_path):
@@ -263,12 +265,43 @@ def test_files_for_the_authors_scorers_have_their_fields(roots, tmp_path):
     ask(STREAMINGBENCH, "proactive", root, tmp_path / "2", model)
     written = json.loads((tmp_path / "2/proactive_output_STORM.json").read_text())
     (row,) = written[0]["questions"]
+    assert "STORM" in row
     assert row["ground_truth_time_stamp"] == "00:00:04"
     assert row["STORM"]["dialog_history"] == [{"role": "assistant", "content": "0", "time": 4}]
     model = Watcher(STREAMINGBENCH.questions(root, "sqa"), oracle)
     ask(STREAMINGBENCH, "sqa", root, tmp_path / "3", model)
     [chain] = json.loads((tmp_path / "3/sqa_output_STORM.json").read_text())
     assert [entry["questions"][0]["STORM"] for entry in chain] == list("ABCDAB")
+
+
+def test_questions_without_a_reply_are_left_out_for_the_authors_scorers(roots, tmp_path):
+    """Their count.py takes the first character of each reply."""
+    root = roots["streamingbench_authors"]
+    questions = STREAMINGBENCH.questions(root, "real")
+    model = Watcher(questions, lambda number, question: "" if number == 2 else "A")
+    ask(STREAMINGBENCH, "real", root, tmp_path, model)
+    written = json.loads((tmp_path / "real_output_STORM.json").read_text())
+    answered = ["STORM" in entry["questions"][0] for entry in written]
+    assert answered == [True, True, False, True, True, True]
+
+
+def test_videos_that_arrive_later_are_asked_about_and_changed_questions_refused(tmp_path):
+    root = tmp_path / "root"
+    trees.ovobench_chunks(root, Videos(tmp_path))
+    (root / "chunked_videos/0.mp4").rename(tmp_path / "0.mp4")
+    report = ask(
+        OVOBENCH, "test", root, tmp_path / "out", Watcher(OVOBENCH.questions(root, "test"), oracle)
+    )
+    assert report.scores.counts.missing == 1
+    (tmp_path / "0.mp4").rename(root / "chunked_videos/0.mp4")
+    model = Watcher(OVOBENCH.questions(root, "test"), oracle)
+    report = ask(OVOBENCH, "test", root, tmp_path / "out", model)
+    assert model.asked == ["0"] and report.scores.counts.missing == 0
+    rows = trees.ovobench_rows()
+    rows[1]["realtime"] += 1
+    trees.write_json(root / "ovo_bench_new.json", rows)
+    with pytest.raises(RunError, match="questions"):
+        ask(OVOBENCH, "test", root, tmp_path / "out", model)
 
 
 def test_a_video_that_breaks_off_fails_the_questions_after_it(roots, tmp_path):
@@ -301,6 +334,12 @@ def test_the_context_before_a_question_can_be_limited(roots, trained_run, tmp_pa
     clips = [(r.question.media.start, r.question.media.end) for r in report.replies]
     assert clips[:3] == [(0.0, 2), (2.0, 5), (4.0, 7)]
     assert report.folder.name.endswith("_context3")
+    chunks = {"data_root": roots["ovobench_chunks"], "mode": "offline", "num_frames": 4, "limit": 2}
+    report = evals.evaluate(storm, "ovobench", context_seconds=1, **chunks)
+    clips = [(r.question.media.start, r.question.media.end) for r in report.replies]
+    assert clips == [(1.0, None), (2.0, None)]  # the chunks end at 2 and 3 seconds
+    with pytest.raises(BenchmarkError, match="StreamingBench have no times to count from"):
+        evals.evaluate(storm, "streamingbench", split="proactive", context_seconds=3, **options)
 
 
 def test_a_session_of_a_real_model_gives_what_its_stream_gives(roots, trained_run, tmp_path):
@@ -335,12 +374,21 @@ def test_a_session_of_a_real_model_gives_what_its_stream_gives(roots, trained_ru
 @pytest.mark.parametrize(
     ("benchmark", "options", "problem"),
     [
-        ("ovobench", {"num_frames": 8}, "--num_frames=8: a stream takes --fps"),
-        ("ovobench", {"context_seconds": 60}, "--context_seconds=60: a stream shows what fits"),
+        (
+            "ovobench",
+            {"num_frames": 8},
+            "--num_frames=8 needs --mode=offline: a stream takes --fps",
+        ),
+        ("ovobench", {"context_seconds": 60}, "--context_seconds=60 needs --mode=offline"),
+        ("ovobench", {"batch_size": 8}, "--batch_size=8 needs --mode=offline"),
+        ("ovobench", {"settings": "storm"}, "--settings=storm needs --mode=offline"),
         ("ovobench", {"mode": "live"}, "--mode=live: must be one of offline, stream"),
-        ("videomme", {"context_seconds": 60}, "the questions of Video-MME have no times"),
         ("videomme", {"stream": StreamSettings()}, "--recent need --mode=stream"),
-        ("videomme", {"mode": "stream", "subtitles": True}, "--subtitles: a stream has none"),
+        (
+            "videomme",
+            {"mode": "stream", "subtitles": True},
+            "--subtitles=True needs --mode=offline",
+        ),
     ],
 )
 def test_options_that_a_mode_does_not_use_are_refused(benchmark, options, problem, trained_run):
@@ -378,5 +426,10 @@ def test_times_are_read_as_the_authors_read_them(tmp_path):
     questions = STREAMINGBENCH.questions(tmp_path, "real")
     assert [question.media.end for question in questions] == [12450, 24, 8, 3601, 5]
     trees.write_json(tmp_path / "questions_real.json", entries)
+    late = trees.streamingbench_entries("proactive")
+    late[1]["questions"][0]["ground_truth_time_stamp"] = "0:00:01"
+    trees.write_json(tmp_path / "questions_proactive.json", late)
+    with pytest.raises(BenchmarkError, match="ground_truth_time_stamp='0:00:01' is before"):
+        STREAMINGBENCH.questions(tmp_path, "proactive")
     with pytest.raises(BenchmarkError, match=r"questions_real.json: time_stamp='x' must be a time"):
         STREAMINGBENCH.questions(tmp_path, "real")

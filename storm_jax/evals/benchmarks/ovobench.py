@@ -73,6 +73,7 @@ def _questions(row: Mapping[str, Any], whole: FileFinder, chunks: FileFinder) ->
             text=without_placeholders(_text(row, test)),
             options=options,
             answer=_answer(row, test),
+            asked_at=_end(test["realtime"], where),
             groups={"mode": _MODE_OF[task], "task": task},
             guess=0.5 if task in ("SSR", "CRR") else None,
             extra={

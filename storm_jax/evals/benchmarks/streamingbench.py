@@ -94,6 +94,7 @@ def load(root: pathlib.Path, split: str) -> list[Question]:
             answer=row.get("answer"),
             groups={"task": row["task_type"]},
             lines=lines,
+            asked_at=time,
             extra={
                 "time_stamp": row["time_stamp"],
                 **({"context": without_placeholders(context)} if context else {}),
@@ -109,6 +110,11 @@ def _watched(
 ) -> Question:
     """A question of the split `proactive`."""
     due, output = _seconds(row["ground_truth_time_stamp"], path), str(row["ground_truth_output"])
+    if due + POLLED_FOR <= begin:
+        raise BenchmarkError(
+            f"{path}: ground_truth_time_stamp={row['ground_truth_time_stamp']!r} is before "
+            f"time_stamp={row['time_stamp']!r}"
+        )
     poll = (
         f'{question.text} Is it the right time to output "{without_placeholders(output)}"? You can only answer yes or '
         f"no."
@@ -152,7 +158,7 @@ def _lines(row: Mapping[str, Any]) -> list[str]:
     """The options with their letters; of the rows with more than four, the first four, as the authors show them."""
     options = row.get("options", [])[:4]
     if options and not options[0].startswith("A."):
-        return [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
+        return [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=False)]
     return options
 
 
@@ -199,6 +205,8 @@ def _or_in_time(parse: Parser) -> Parser:
     def parse_any(reply: str, question: Question) -> str | None:
         if "due" not in question.extra:
             return parse(reply, question)
+        if not _is_timed(reply):
+            return None
         _, content = _last(reply)
         is_right = _is_in_time(reply, question) and (question.answer or "") in content
         return question.answer if is_right else reply
@@ -215,7 +223,14 @@ def in_time(reply: str, question: Question) -> str | None:
     """Of the split `proactive`, only when the reply comes."""
     if "due" not in question.extra:
         return parsing.strict(reply, question)
+    if not _is_timed(reply):
+        return None
     return question.answer if _is_in_time(reply, question) else reply
+
+
+def _is_timed(reply: str) -> bool:
+    """Whether a reply says when it came, or that none came."""
+    return re.match(r"\[(no answer by )?\d+ s\]", reply) is not None
 
 
 def _is_in_time(reply: str, question: Question) -> bool:
@@ -230,7 +245,8 @@ def _last(reply: str) -> tuple[float, str]:
 
 
 def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the input of the authors' count.py, with the model's name `STORM`."""
+    """Writes the input of the authors' count.py, with the model's name `STORM`. It leaves out questions without a reply,
+    but cannot read empty ones."""
     entries = []
     for reply in replies:
         question, text = reply.question, reply.prediction.text
@@ -245,9 +261,12 @@ def submit(split: str, replies: Sequence[ScoredReply], folder: pathlib.Path) -> 
             row["ground_truth_output"] = question.answer
             second, content = _last(text)
             last = {"role": "assistant", "content": content, "time": min(second, _NEVER)}
-            row["STORM"] = {"dialog_history": [last]}
+            answer: Any = {"dialog_history": [last]}
         else:
-            row |= {"options": list(question.lines), "answer": question.answer, "STORM": text}
+            row |= {"options": list(question.lines), "answer": question.answer}
+            answer = text
+        if text:
+            row["STORM"] = answer
         entries.append({"video_path": f"./videos/{question.video}.mp4", "questions": [row]})
     path = folder / f"{split}_output_STORM.json"
     write_json(path, [entries] if split == "sqa" else entries)
