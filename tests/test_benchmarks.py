@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import data, eval_throughput, scan, scan_compile
 from benchmarks.evidence import __main__ as evidence
-from benchmarks.evidence import latency, rows, runs
+from benchmarks.evidence import latency, report, rows, runs
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmark import Question, ScoredReply
 from storm_jax.inference.generate import Sampling
@@ -233,6 +233,34 @@ def test_rows_train_with_the_compressions_that_they_name():
     assert config.trained_compressions == tuple(map(rows.compression, rows.BUDGETS))
     assert baseline.config("data", 0, 5).model.mixer == "none"
     assert only.config("data", 0, 5).trained_compressions == (rows.compression("4x"),)
+
+
+def test_mixers_differ_in_mixer_and_rate_and_have_as_many_parameters():
+    names = {row.name: row for row in rows.TABLES["mixers"]}
+    assert len(names) == len(rows.MIXERS) * len(rows.RATES) - 1  # one of them is STORM
+    counts = {name: report.parameter_count(row.config("", 0, 1)) for name, row in names.items()}
+    assert max(counts.values()) < 1.05 * min(counts.values())
+    rates = {row.config("", 0, 1).optim.learning_rate.projector for row in names.values()}
+    assert rates == set(rows.RATES)
+
+
+def test_each_mixer_is_shown_with_its_best_rate():
+    def record(row: str, right: int) -> dict:
+        counts = {family: [right, 10] for family in rows.FAMILIES}
+        return {"row": row, "budget": "4x", "right": counts}
+
+    records = [
+        record("storm", 6),
+        record("Mamba-1 at 0.002", 7),
+        record("attention over frames at 0.0005", 9),
+        record("attention over frames at 0.001", 8),
+    ]
+    lines = report.mixer_table(records).splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines[:: len(rows.FAMILIES)]] == [
+        ["| Mamba-1", "0.002"],
+        ["| attention over frames", "0.0005"],
+    ]
+    assert "90.0%" in lines[-1]
 
 
 def test_one_group_has_the_events_whose_frames_are_averaged_together():

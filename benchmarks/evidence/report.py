@@ -8,7 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.evidence.latency import Point
-from benchmarks.evidence.rows import BUDGETS, FAMILIES, FRAMES, TABLES, Row, compression
+from benchmarks.evidence.rows import (
+    BUDGETS,
+    FAMILIES,
+    FRAMES,
+    MIXER_TESTS,
+    MIXERS,
+    RATES,
+    TABLES,
+    Row,
+    compression,
+    mixer_row,
+)
 from storm_jax.compression import Grid, VisualShape, plan_clip
 from storm_jax.config import RunConfig
 from storm_jax.evals.report.text import markdown
@@ -37,7 +48,13 @@ def accuracies(records: Records, row: str, budget: str, family: str) -> list[flo
 
 def write(records: Records, settings: shapes.Settings, path: pathlib.Path) -> None:
     """Writes the tables."""
-    parts = [budget_table(records, settings), inside_table(records), cost_table(), hours(records)]
+    parts = [
+        budget_table(records, settings),
+        inside_table(records),
+        mixer_table(records),
+        cost_table(),
+        hours(records),
+    ]
     path.write_text("\n\n".join(filter(None, parts)) + "\n")
 
 
@@ -81,6 +98,29 @@ def inside(records: Records, row: str, budget: str, family: str) -> str:
     ]
     right, total = (sum(each) for each in zip(*found, strict=True)) if found else (0, 0)
     return f"{right / total:.1%} ({right} of {total})" if total else "-"
+
+
+def mixer_table(records: Records) -> str:
+    """Accuracy of each mixer with its best rate: that of the highest mean over families, budgets and seeds."""
+    lines = [["mixer", "rate", "parameters", "family", *MIXER_TESTS]]
+    configs = {row.name: _config(row) for table in TABLES.values() for row in table}
+    for mixer in MIXERS:
+        rates = [rate for rate in RATES if _mean(records, mixer_row(mixer, rate)) is not None]
+        if not rates:
+            continue
+        best = max(rates, key=lambda rate: _mean(records, mixer_row(mixer, rate)) or 0.0)
+        name = mixer_row(mixer, best)
+        about = [mixer, f"{best:g}", f"{parameter_count(configs[name]):,}"]
+        for family in FAMILIES:
+            cells = (cell(accuracies(records, name, budget, family)) for budget in MIXER_TESTS)
+            lines.append([*about, family, *cells])
+    return markdown(lines) if len(lines) > 1 + len(FAMILIES) else ""  # one is no comparison
+
+
+def _mean(records: Records, row: str) -> float | None:
+    """The mean accuracy of a row; None if it has not been tested."""
+    found = [a for b in MIXER_TESTS for f in FAMILIES for a in accuracies(records, row, b, f)]
+    return statistics.fmean(found) if found else None
 
 
 def cost_table() -> str:

@@ -1,6 +1,7 @@
 """What is compared: each row is a model and a way to train it; a table is a list of rows and the compressions to test.
 
 budgets    one model for all budgets of tokens, against specialists and against a projector without mixing
+mixers     other ways to mix frames in place of the Mamba layers, each with three learning rates
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Row:
       model: overrides of `configs.tiny`, by path within the model.
       budgets: names of the compressions that it trains with.
       tests: names of the compressions that it is tested with.
+      rate: peak learning rate of the projector.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Row:
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     budgets: Sequence[str]
     tests: Sequence[str]
+    rate: float = 1e-3
 
     def config(self, data: str, seed: int, steps: int) -> RunConfig:
         """The configuration of a training on the rendered task in a folder."""
@@ -62,8 +65,10 @@ class Row:
         trained = tuple(BUDGETS[name] for name in self.budgets)
         # A row of 64 frames holds four clips. Most take few tokens; the longer rows have room for 64 visual ones each.
         rows = (RowConfig(tokens=224, frames=64), RowConfig(tokens=416, frames=64))
+        rates = dataclasses.replace(run.optim.learning_rate, projector=self.rate)
         return dataclasses.replace(
             run,
+            optim=dataclasses.replace(run.optim, learning_rate=rates),
             data=dataclasses.replace(
                 run.data,
                 train=(SourceConfig(name="shapes", path=f"{data}/train.json"),),
@@ -82,6 +87,23 @@ def compression(budget: str) -> CompressionConfig:
 
 
 MLP = {"stem.kind": "mlp_downsample", "mixer": "none"}
+# With the same stem; parameters are within 5 % of those of Mamba-1.
+MIXERS: dict[str, dict[str, Any]] = {
+    "Mamba-1": {},
+    "Mamba-2": {"mixer": "mamba2", "mamba.head_dim": 16, "mamba.d_state": 16},
+    "attention over frames": {"mixer": "benchmarks.evidence.mixers:FrameAttention"},
+    "attention in windows": {"mixer": "benchmarks.evidence.mixers:WindowAttention"},
+    "convolution over frames": {"mixer": "benchmarks.evidence.mixers:TemporalConv"},
+}
+RATES = (1e-3, 5e-4, 2e-3)
+MIXER_TESTS = ("1x", "4x", "16x", "64x")
+
+
+def mixer_row(mixer: str, rate: float) -> str:
+    """The name of the row of a mixer and a rate; Mamba-1 with 1e-3 is STORM."""
+    return "storm" if (mixer, rate) == ("Mamba-1", 1e-3) else f"{mixer} at {rate:g}"
+
+
 TABLES: dict[str, list[Row]] = {
     "budgets": [
         Row(
@@ -113,5 +135,18 @@ TABLES: dict[str, list[Row]] = {
                 "32x",
             )
         ),
+    ],
+    "mixers": [
+        Row(
+            name=mixer_row(mixer, rate),
+            title=f"{mixer}, rate {rate:g}",
+            model=model,
+            budgets=tuple(BUDGETS),
+            tests=MIXER_TESTS,
+            rate=rate,
+        )
+        for rate in RATES
+        for mixer, model in MIXERS.items()
+        if mixer_row(mixer, rate) != "storm"
     ],
 }
