@@ -329,11 +329,13 @@ def test_the_context_before_a_question_can_be_limited(roots, trained_run, tmp_pa
     for name in ("config.json", "tokenizer", "checkpoints"):
         (run / name).symlink_to(trained_run / name)
     storm = storm_jax.load(run)
-    options = {"data_root": roots["streamingbench_authors"], "mode": "offline", "num_frames": 4}
+    options = {
+        "data_root": roots["streamingbench_authors"], "mode": "offline", "num_frames": 4, "limit": 3,
+    }  # fmt: skip
     report = evals.evaluate(storm, "streamingbench", context_seconds=3, **options)
     clips = [(r.question.media.start, r.question.media.end) for r in report.replies]
     assert clips[:3] == [(0.0, 2), (2.0, 5), (4.0, 7)]
-    assert report.folder.name.endswith("_context3")
+    assert report.folder.name.endswith("_context3_limit3")
     chunks = {"data_root": roots["ovobench_chunks"], "mode": "offline", "num_frames": 4, "limit": 2}
     report = evals.evaluate(storm, "ovobench", context_seconds=1, **chunks)
     clips = [(r.question.media.start, r.question.media.end) for r in report.replies]
@@ -350,10 +352,10 @@ def test_a_session_of_a_real_model_gives_what_its_stream_gives(roots, trained_ru
     storm = storm_jax.load(run)
     settings = StreamSettings(fps=2, budget_tokens=64)
     root = roots["ovobench_whole"]
-    report = evals.evaluate(storm, "ovobench", data_root=root, stream=settings)
+    report = evals.evaluate(storm, "ovobench", data_root=root, stream=settings, limit=3)
     assert "fps2_window64" in report.folder.name
     stream = storm.stream(**dataclasses.asdict(settings))
-    for reply in report.replies[:3]:
+    for reply in report.replies:
         medium = dataclasses.replace(reply.question.media, end=None)
         clip = read_media(medium, 2 * trees.STREAM_SECONDS, stream.image_size, 0.0)
         seen = clip.times <= reply.question.media.end
@@ -366,7 +368,11 @@ def test_a_session_of_a_real_model_gives_what_its_stream_gives(roots, trained_ru
         assert reply.prediction.text == expected.text
         assert reply.prediction.visual_tokens == stream.stats.visual_tokens
     likely = evals.evaluate(
-        storm, "streamingbench", data_root=roots["streamingbench_authors"], answers="likelihood"
+        storm,
+        "streamingbench",
+        data_root=roots["streamingbench_authors"],
+        answers="likelihood",
+        limit=2,
     )
     assert {reply.prediction.text for reply in likely.replies} <= set("ABCD")
 
