@@ -460,6 +460,14 @@ class FakeModel:
                 yield index, Prediction(text=reply, visual_tokens=64, seconds=0.5)
 
 
+def link_run(source: pathlib.Path, run: pathlib.Path) -> pathlib.Path:
+    """Links the files of a run into a new folder, so that the original is not written to."""
+    run.mkdir()
+    for name in ("config.json", "tokenizer", "checkpoints"):
+        (run / name).symlink_to(source / name)
+    return run
+
+
 def oracle(_: int, question: Question) -> str:
     return question.answer or "no key"
 

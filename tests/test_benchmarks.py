@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmark_trees import link_run
 
 from benchmarks import data, eval_throughput, scan, scan_compile
 from benchmarks.evidence import __main__ as evidence
@@ -182,10 +183,7 @@ def test_what_is_timed_is_what_the_predictor_runs(trained_run, shapes_folder, mo
 @pytest.fixture
 def evidence_of(trained_run, shapes_folder, tmp_path, monkeypatch):
     """Runs the evidence of two rows, without training, on a copy of a trained run."""
-    run = tmp_path / "run"
-    run.mkdir()
-    for name in ("config.json", "tokenizer", "checkpoints"):
-        (run / name).symlink_to(trained_run / name)
+    run = link_run(trained_run, tmp_path / "run")
     tested = [dataclasses.replace(r, tests=("4x", "8x")) for r in rows.TABLES["budgets"][:2]]
     monkeypatch.setitem(rows.TABLES, "budgets", tested)
     monkeypatch.setitem(rows.TABLES, "mixers", [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.evidence.latency import Point
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Records = Sequence[Mapping[str, Any]]
 QUESTION = 22  # tokens of a prompt's text
 EVERY, BASELINE = "storm", "mlp"
+VIDEOS = [family for family in FAMILIES if not shapes.FAMILIES[family].is_image]
 
 
 def specialist(budget: str) -> str:
@@ -105,10 +106,11 @@ def mixer_table(records: Records) -> str:
     lines = [["mixer", "rate", "parameters", "family", *MIXER_TESTS]]
     configs = {row.name: _config(row) for table in TABLES.values() for row in table}
     for mixer in MIXERS:
-        rates = [rate for rate in RATES if _mean(records, mixer_row(mixer, rate)) is not None]
-        if not rates:
+        means = {rate: _mean(records, mixer_row(mixer, rate)) for rate in RATES}
+        tested = {rate: mean for rate, mean in means.items() if mean is not None}
+        if not tested:
             continue
-        best = max(rates, key=lambda rate: _mean(records, mixer_row(mixer, rate)) or 0.0)
+        best = max(tested, key=lambda rate: tested[rate])
         name = mixer_row(mixer, best)
         about = [mixer, f"{best:g}", f"{parameter_count(configs[name]):,}"]
         for family in FAMILIES:
@@ -128,9 +130,8 @@ def cost_table() -> str:
     rows = [row for row in TABLES["budgets"] if row.name in (EVERY, BASELINE)]
     lines = [["tokens", "visual tokens", *(f"{row.title}: GFLOPs a clip" for row in rows)]]
     for budget in BUDGETS:
-        plan = plan_clip(FRAMES, Grid.of(_config(rows[0]).model), compression(budget))
         cells = [f"{forward_flops(_config(row), budget) / 1e9:.3f}" for row in rows]
-        lines.append([budget, str(plan.num_tokens), *cells])
+        lines.append([budget, str(_tokens(budget)), *cells])
     counts = ", ".join(f"{row.title} {parameter_count(_config(row)):,}" for row in rows)
     return f"{markdown(lines)}\n\nParameters: {counts}."
 
@@ -171,7 +172,6 @@ def points(
 ) -> list[Point]:
     """What the plot of accuracy against latency shows: families of videos only."""
     titles = {row.name: row.title for row in TABLES["budgets"]}
-    families = [family for family in FAMILIES if not shapes.FAMILIES[family].is_image]
     return [
         Point(
             projector=titles[row],
@@ -179,8 +179,8 @@ def points(
             visual_tokens=_tokens(budget),
             is_spatial="spatial" in budget,
             seconds=found,
-            accuracies={f: accuracies(records, row, budget, f) for f in families},
-            ceilings={f: ceiling(f, settings, budget) for f in families},
+            accuracies={f: accuracies(records, row, budget, f) for f in VIDEOS},
+            ceilings={f: ceiling(f, settings, budget) for f in VIDEOS},
         )
         for (row, budget), found in seconds.items()
     ]
@@ -207,13 +207,11 @@ def draw_budgets(records: Records, settings: shapes.Settings, path: pathlib.Path
     """Accuracy over visual tokens, a panel for each family of videos; the ceiling is a band."""
     from matplotlib.figure import Figure
 
-    families = [family for family in FAMILIES if not shapes.FAMILIES[family].is_image]
-    figure = Figure(figsize=(4.2 * len(families), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(families), sharey=True)
-    over_time = [name for name, factors in BUDGETS.items() if not name.startswith("spatial")]
-    line = [name for name in over_time if "half" not in name]
-    tokens = {name: _tokens(name) for name in BUDGETS}
-    for axis, family in zip(axes, families, strict=True):
+    figure = Figure(figsize=(4.2 * len(VIDEOS), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(VIDEOS), sharey=True)
+    line = [name for name in BUDGETS if "spatial" not in name]
+    tokens = {name: _tokens(name) for name in line}
+    for axis, family in zip(axes, VIDEOS, strict=True):
         chance = shapes.FAMILIES[family].chance
         axis.fill_between(
             [tokens[name] for name in line],
@@ -264,19 +262,3 @@ def _draw(
 def _tokens(budget: str) -> int:
     grid = Grid.of(_config(TABLES["budgets"][0]).model)
     return plan_clip(FRAMES, grid, compression(budget)).num_tokens
-
-
-def verdicts(records: Records, families: Iterable[str] = FAMILIES) -> list[str]:
-    """How far one model is behind the specialists, at worst over families."""
-    lines = []
-    for budget in BUDGETS:
-        gaps = {}
-        for family in families:
-            one = accuracies(records, EVERY, budget, family)
-            only = accuracies(records, specialist(budget), budget, family)
-            if one and only:
-                gaps[family] = statistics.fmean(only) - statistics.fmean(one)
-        if gaps:
-            worst = max(gaps, key=lambda family: gaps[family])
-            lines.append(f"- {budget}: at most {100 * gaps[worst]:.1f} points behind (`{worst}`)")
-    return lines

@@ -102,6 +102,8 @@ def _inside(
 ) -> list[ScoredReply]:
     """Those about an event whose frames are averaged into one group, which is not dropped: without mixing, the best
     guess is one of two."""
+    if tested.temporal_pool == 1:
+        return []
     plan = plan_clip(tested.num_frames, Grid.square(1), tested)
     found = []
     for reply in replies:
@@ -112,7 +114,7 @@ def _inside(
             for group, label in zip(plan.frame_group.tolist(), event.labels, strict=True)
             if label is not None
         }
-        if len(groups) == 1 and groups != {-1} and tested.temporal_pool > 1:
+        if len(groups) == 1 and groups != {-1}:
             found.append(reply)
     return found
 

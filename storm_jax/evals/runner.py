@@ -204,13 +204,27 @@ def _reply(
     """The reply to a question about the only scene of a batch."""
     (scene,) = batch.scenes
     sample = dataclasses.replace(_sample(benchmark, settings, question, ()), media=scene.media)
-    [(_, prediction)] = model.ask(
-        batch,
-        [sample],
-        sampling=Sampling(settings.max_new_tokens),
-        choices=[question.letters] if settings.answers == "likelihood" else None,
-    )
+    [(_, prediction)] = _ask(model, settings, batch, [question], [sample])
     return prediction
+
+
+def _ask(
+    model: Model,
+    settings: EvalSettings,
+    batch: EncodedBatch,
+    questions: Sequence[Question],
+    samples: Sequence[Sample],
+) -> Iterator[tuple[Question, Prediction]]:
+    """The reply to each of a batch's questions, of which `samples` are the prompts."""
+    likelihood = settings.answers == "likelihood"
+    answered = model.ask(
+        batch,
+        samples,
+        sampling=Sampling(settings.max_new_tokens),
+        choices=[question.letters for question in questions] if likelihood else None,
+    )
+    for index, prediction in answered:
+        yield questions[index], prediction
 
 
 def _predict(
@@ -248,15 +262,7 @@ def _predict(
                 else:
                     asked.append(question)
                     samples.append(sample)
-        likelihood = settings.answers == "likelihood"
-        answered = model.ask(
-            batch,
-            samples,
-            sampling=Sampling(settings.max_new_tokens),
-            choices=[question.letters for question in asked] if likelihood else None,
-        )
-        for index, prediction in answered:
-            yield asked[index], prediction
+        yield from _ask(model, settings, batch, asked, samples)
 
 
 def _sample(

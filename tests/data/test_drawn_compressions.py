@@ -119,7 +119,7 @@ def test_rows_hold_what_was_planned(make):
 
 
 def test_a_sample_is_drawn_only_in_compressions_in_which_it_fits(make):
-    """64 visual tokens of a video do not fit a row of 50; 16 fit beside a short question, and images always."""
+    """Of a row of 50 tokens, a video needs 64 or 16: the first never fit, the second do if the question is short. Images fit."""
     mixture = make(tokens=50)
     lengths = mixture.parts[0].lengths
     found: dict[tuple, Counter] = defaultdict(Counter)

@@ -12,7 +12,7 @@ import sys
 
 import benchmark_trees as trees
 import pytest
-from benchmark_trees import FakeModel, Videos, always_a, failing, oracle, rambler
+from benchmark_trees import FakeModel, Videos, always_a, failing, link_run, oracle, rambler
 from matplotlib import pyplot
 
 from storm_jax import evals
@@ -37,14 +37,6 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
         text=True,
         check=False,
     )
-
-
-def link_run(source: pathlib.Path, run: pathlib.Path) -> pathlib.Path:
-    """Links the files of a run into a new folder, so that the original is not written to."""
-    run.mkdir()
-    for name in ("config.json", "tokenizer", "checkpoints"):
-        (run / name).symlink_to(source / name)
-    return run
 
 
 def make(name: str, tmp_path: pathlib.Path) -> pathlib.Path:

@@ -13,7 +13,7 @@ import time
 
 import benchmark_trees as trees
 import pytest
-from benchmark_trees import FakeModel, Videos, failing, oracle
+from benchmark_trees import FakeModel, Videos, failing, link_run, oracle
 
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmarks import BENCHMARKS
@@ -255,10 +255,7 @@ def test_two_hundred_questions_killed_five_times_are_answered_alike(trained_run,
     (tmp_path / "root/videos/v13.mp4").write_bytes(b"broken")
     predictions = []
     for kills in (0, 5):
-        run = tmp_path / f"run{kills}"
-        run.mkdir()
-        for name in ("config.json", "tokenizer", "checkpoints"):
-            (run / name).symlink_to(trained_run / name)
+        run = link_run(trained_run, tmp_path / f"run{kills}")
         command = [
             sys.executable, "eval.py", f"--workdir={run}", "--benchmark=longvideobench",
             f"--data_root={tmp_path}/root", "--num_frames=2", "--max_new_tokens=4",

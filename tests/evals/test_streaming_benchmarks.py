@@ -10,7 +10,7 @@ import benchmark_trees as trees
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmark_trees import FakeModel, Videos, always_a, oracle
+from benchmark_trees import FakeModel, Videos, always_a, link_run, oracle
 from media_files import numbers
 
 import storm_jax
@@ -324,11 +324,7 @@ def test_a_video_that_breaks_off_fails_the_questions_after_it(roots, tmp_path):
 
 
 def test_the_context_before_a_question_can_be_limited(roots, trained_run, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    for name in ("config.json", "tokenizer", "checkpoints"):
-        (run / name).symlink_to(trained_run / name)
-    storm = storm_jax.load(run)
+    storm = storm_jax.load(link_run(trained_run, tmp_path / "run"))
     options = {
         "data_root": roots["streamingbench_authors"], "mode": "offline", "num_frames": 4, "limit": 3,
     }  # fmt: skip
@@ -345,11 +341,7 @@ def test_the_context_before_a_question_can_be_limited(roots, trained_run, tmp_pa
 
 
 def test_a_session_of_a_real_model_gives_what_its_stream_gives(roots, trained_run, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    for name in ("config.json", "tokenizer", "checkpoints"):
-        (run / name).symlink_to(trained_run / name)
-    storm = storm_jax.load(run)
+    storm = storm_jax.load(link_run(trained_run, tmp_path / "run"))
     settings = StreamSettings(fps=2, budget_tokens=64)
     root = roots["ovobench_whole"]
     report = evals.evaluate(storm, "ovobench", data_root=root, stream=settings, limit=3)

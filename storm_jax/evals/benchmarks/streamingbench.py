@@ -198,17 +198,18 @@ def official(question: Question) -> Sample:
     return question.sample(f"<video>\n{_CONTEXT}\n\n{context}\n\n{_HERE}\n{asked}")
 
 
-def _or_in_time(parse: Parser) -> Parser:
-    """Extends a multiple-choice parser to the split `proactive`: a reply is right if it contains the output and comes
-    at most 2 seconds before or after the right time."""
+def _or_in_time(parse: Parser, *, reads_output: bool = True) -> Parser:
+    """Extends a multiple-choice parser to the split `proactive`: a reply is right if it comes at most 2 seconds before or
+    after the right time and, with `reads_output`, contains the output."""
 
     def parse_any(reply: str, question: Question) -> str | None:
         if "due" not in question.extra:
             return parse(reply, question)
         if not _is_timed(reply):
             return None
-        _, content = _last(reply)
-        is_right = _is_in_time(reply, question) and (question.answer or "") in content
+        second, content = _last(reply)
+        is_in_time = abs(second - question.extra["due"]) <= TOLERANCE
+        is_right = is_in_time and (not reads_output or (question.answer or "") in content)
         return question.answer if is_right else reply
 
     return parse_any
@@ -219,23 +220,9 @@ def first_character(reply: str, question: Question) -> str | None:
     return reply[:1] or None
 
 
-def in_time(reply: str, question: Question) -> str | None:
-    """Of the split `proactive`, only when the reply comes."""
-    if "due" not in question.extra:
-        return parsing.strict(reply, question)
-    if not _is_timed(reply):
-        return None
-    return question.answer if _is_in_time(reply, question) else reply
-
-
 def _is_timed(reply: str) -> bool:
     """Whether a reply says when it came, or that none came."""
     return re.match(r"\[(no answer by )?\d+ s\]", reply) is not None
-
-
-def _is_in_time(reply: str, question: Question) -> bool:
-    second, _ = _last(reply)
-    return abs(second - question.extra["due"]) <= TOLERANCE
 
 
 def _last(reply: str) -> tuple[float, str]:
@@ -288,7 +275,7 @@ BENCHMARK = Benchmark(
     parsers={
         "official": _or_in_time(first_character),
         "strict": _or_in_time(parsing.strict),
-        "in_time": in_time,
+        "in_time": _or_in_time(parsing.strict, reads_output=False),
     },
     submit=submit,
     is_streaming=True,
