@@ -118,7 +118,7 @@ def shapes_folder(build_once) -> pathlib.Path:
 def _render_shapes(folder: pathlib.Path) -> None:
     shapes.write(
         folder,
-        shapes.Settings(clips=64, seed=0, families=tuple(shapes.FAMILIES), frames=8, eval_clips=2),
+        shapes.Settings(clips=72, seed=0, families=tuple(shapes.FAMILIES), frames=8, eval_clips=2),
         workers=1,
     )
     texts = [

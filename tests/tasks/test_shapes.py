@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from storm_jax.config import CompressionConfig
 from storm_jax.data.records import parse_record
 from storm_jax.media.media import Media
-from storm_jax.media.video import read_video
+from storm_jax.media.video import read_video, write_video
 from storm_jax.tasks import shapes
 from storm_jax.tasks.shapes.__main__ import main
 
@@ -125,6 +126,16 @@ def test_order_answer_is_the_first_of_two_consecutive_flashes():
         first, second = (t for t, colour in enumerate(seen) if colour)
         assert second == first + 1
         assert seen[first] == sample.answer != seen[second]
+
+
+@pytest.mark.parametrize("frames", [8, 16, 33])
+@pytest.mark.parametrize("length", [2, 3])
+def test_flashes_far_apart_leave_a_quarter_of_the_clip_between_them(frames: int, length: int):
+    for sample in samples("apart", frames=frames, event_frames=length):
+        runs = [(colour, len(list(run))) for colour, run in itertools.groupby(flashes(sample))]
+        (first, one), (nothing, gap), (second, two) = runs[not runs[0][0] :][:3]
+        assert (one, two) == (length, length) and nothing == "" and gap >= frames // 4
+        assert first == sample.answer != second
 
 
 def test_the_event_of_a_sample_is_the_one_that_is_drawn():
@@ -239,6 +250,14 @@ def test_reversed_time_is_an_event_with_another_answer(family: str, frames: int,
         assert answers[labels[::-1]] != answer
 
 
+def best(family: str, settings: shapes.Settings, pool: int, sample: int) -> float:
+    """The ceiling if all frames are read."""
+    compression = CompressionConfig(
+        num_frames=settings.frames, temporal_pool=pool, temporal_sample=sample
+    )
+    return shapes.ceiling(family, settings, compression)
+
+
 def reversible_ceiling(frames: int, length: int, pool: int) -> float:
     """An event of `length` frames whose reversal has another answer: decidable if it straddles groups."""
     starts = range(frames - length + 1)
@@ -251,10 +270,8 @@ def reversible_ceiling(frames: int, length: int, pool: int) -> float:
 def test_ceiling_of_order_and_motion_counts_events_that_straddle_groups(frames: int, pool: int):
     for length in (2, 3):
         one = settings(frames=frames, event_frames=length)
-        assert shapes.ceiling("order", one, pool, 1) == pytest.approx(
-            reversible_ceiling(frames, 2, pool)
-        )
-        assert shapes.ceiling("motion", one, pool, 1) == pytest.approx(
+        assert best("order", one, pool, 1) == pytest.approx(reversible_ceiling(frames, 2, pool))
+        assert best("motion", one, pool, 1) == pytest.approx(
             reversible_ceiling(frames, length, pool)
         )
 
@@ -262,7 +279,7 @@ def test_ceiling_of_order_and_motion_counts_events_that_straddle_groups(frames: 
 def test_ceiling_of_order_at_16_frames_pooled_by_4_is_three_fifths():
     """3 of the 15 positions of the pair straddle two groups."""
     assert reversible_ceiling(16, 2, 4) == pytest.approx(3 / 15 + 12 / 15 / 2)
-    assert shapes.ceiling("order", settings(frames=16), 4, 1) == pytest.approx(0.6)
+    assert best("order", settings(frames=16), 4, 1) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +298,7 @@ def test_ceiling_of_order_at_16_frames_pooled_by_4_is_three_fifths():
     ],
 )
 def test_ceiling_by_family(family: str, pool: int, sample: int, expected: float):
-    assert shapes.ceiling(family, settings(frames=16), pool, sample) == pytest.approx(expected)
+    assert best(family, settings(frames=16), pool, sample) == pytest.approx(expected)
 
 
 def test_ceiling_of_order_under_sampling():
@@ -291,12 +308,27 @@ def test_ceiling_of_order_under_sampling():
     colour is correct for the 3 positions where it is the first. The other 8 positions are guessed.
     """
     expected = (1 + 3 + 8 / 4) / 15
-    assert shapes.ceiling("order", settings(frames=16), 1, 4) == pytest.approx(expected)
+    assert best("order", settings(frames=16), 1, 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("frames", [2, 4, 8, 16, 32])
+def test_ceiling_of_needle_is_the_share_of_frames_that_are_read(frames: int):
+    read = min(frames, 16) / 16
+    limit = shapes.ceiling("needle", settings(frames=16), CompressionConfig(num_frames=frames))
+    assert limit == pytest.approx(read + (1 - read) / 4)
+
+
+def test_ceiling_of_flashes_far_apart_needs_both():
+    """Groups tell them apart; where only one is read, the other may have come first or second."""
+    one = settings(frames=32)
+    assert best("apart", one, 8, 1) == pytest.approx(1)  # the gap is a group
+    assert best("apart", one, 32, 1) == pytest.approx(1 / 2)  # the colours are known
+    assert 1 / 4 < best("apart", one, 4, 4) < 0.6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ceiling_without_pooling_is_one(family: str):
-    assert shapes.ceiling(family, settings(frames=16), 1, 1) == pytest.approx(1)
+    assert best(family, settings(frames=16), 1, 1) == pytest.approx(1)
 
 
 # Files.
@@ -448,7 +480,7 @@ def test_cli_renders_the_same_files_as_write(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, rendered: pathlib.Path
 ):
     fields = {**dataclasses.asdict(SMALL), "families": ",".join(SMALL.families)}
-    arguments = [f"--{name}={value}" for name, value in fields.items()]
+    arguments = [f"--{name}={value}" for name, value in fields.items() if value is not None]
     run_main(monkeypatch, f"--out={tmp_path / 'out'}", "--workers=1", *arguments)
     assert json.loads((tmp_path / "out" / "shapes.json").read_text())["seed"] == 3
     assert content(tmp_path / "out").keys() == content(rendered).keys()
@@ -468,3 +500,77 @@ def test_a_family_listed_twice_has_twice_as_many_samples():
     settings = dataclasses.replace(SMALL, families=("colour", "colour", "needle"))
     families = [shapes.render(settings, "train", index).family for index in range(24)]
     assert (families.count("colour"), families.count("needle")) == (16, 8)
+
+
+# Real footage as background.
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A video that is grey in its first three quarters, and white in the last one."""
+    folder = tmp_path_factory.mktemp("videos")
+    frames = np.full((100, 48, 64, 3), 100, np.uint8)
+    frames[75:] = 255
+    write_video(folder / "a.mp4", frames, 25)
+    (folder / "notes.txt").write_text("not a video")
+    return folder
+
+
+@pytest.mark.parametrize("frames", [8, 16, 60])  # the last quarter has 25 frames
+def test_footage_of_test_clips_is_not_that_of_training_clips(videos: pathlib.Path, frames: int):
+    one = settings(families=("needle", "colour"), footage=str(videos), frames=frames)
+    for split, level in (("train", 100), ("test", 255)):
+        for index in range(6):
+            sample = shapes.render(one, split, index)
+            corner = sample.frames[:, :2, :2].astype(int).mean(axis=(1, 2, 3))
+            assert (corner >= 0.35 * level).all() and (corner <= 0.95 * level).all()
+            assert sample.frames.shape[1:] == (32, 32, 3)
+
+
+@pytest.mark.parametrize("family", ["order", "apart", "needle", "count"])
+def test_footage_changes_the_background_and_not_the_event(videos: pathlib.Path, family: str):
+    one = settings(families=(family,))
+    for index in range(4):
+        on_footage = shapes.render(dataclasses.replace(one, footage=str(videos)), "val", index)
+        event = shapes.event_of(one, "val", index)
+        shown = [colour != "" for colour in flashes(on_footage)]
+        assert shown == [label is not None for label in event.labels]
+        assert right_option(on_footage) == event.answer
+
+
+def test_footage_moves_and_changes_in_light(tmp_path: pathlib.Path):
+    frames = np.zeros((40, 64, 64, 3), np.uint8)
+    frames[:, :, 32:] = 200  # an edge
+    write_video(tmp_path / "edge.mp4", frames, 25)
+    one = settings(families=("motion",), footage=str(tmp_path), frames=16)
+    for index in range(4):
+        row = shapes.render(one, "train", index).frames[:, 0, :, 0].astype(int)
+        edges = {int(np.argmax(line > 40)) for line in row}
+        assert len(edges) > 2 and len({int(line.max()) for line in row}) > 2
+
+
+def test_folder_without_videos_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    (tmp_path / "a.txt").touch()
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=f"footage={str(tmp_path)!r} has no videos"):
+        run_main(monkeypatch, f"--out={out}", "--clips=1", f"--footage={tmp_path}")
+    assert not out.exists()
+
+
+def test_footage_has_to_be_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    with pytest.raises(SystemExit, match="is not a folder"):
+        run_main(
+            monkeypatch, f"--out={tmp_path / 'out'}", "--clips=1", f"--footage={tmp_path / 'no'}"
+        )
+
+
+def test_unreadable_footage_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(SystemExit, match=r"broken\.mp4 is unreadable"):
+        run_main(monkeypatch, f"--out={tmp_path / 'out'}", "--clips=1", f"--footage={tmp_path}")
+
+
+def test_short_footage_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    write_video(tmp_path / "short.mp4", np.zeros((5, 32, 32, 3), np.uint8), 25)
+    with pytest.raises(SystemExit, match=r"short\.mp4 has 0\.16 s of footage, less than 1 s"):
+        run_main(monkeypatch, f"--out={tmp_path / 'out'}", "--clips=1", f"--footage={tmp_path}")

@@ -41,11 +41,11 @@ def as_trained(question: Question) -> Sample:
 
 
 def ceiling(question: Question, compression: CompressionConfig) -> float | None:
-    """The ceiling of the question's family; known only if all frames of the clips are used."""
-    settings, family = question.extra["settings"], question.groups["family"]
-    if not shapes.FAMILIES[family].is_image and compression.num_frames != settings.frames:
+    """The ceiling of the question's family; None on real footage, where what moves can tell the order of frames."""
+    settings = question.extra["settings"]
+    if settings.footage is not None:
         return None
-    return shapes.ceiling(family, settings, compression.temporal_pool, compression.temporal_sample)
+    return shapes.ceiling(question.groups["family"], settings, compression)
 
 
 BENCHMARK = Benchmark(

@@ -6,6 +6,7 @@ Writes textured clips with short events as H.264 files (PNG for image questions)
 val and test. Families of questions:
 
     order    two flashes in consecutive frames: which came first?
+    apart    two flashes, at least a quarter of the clip apart: which came first?
     motion   a shape appears for two or three frames and moves: in which direction?
     needle   one frame flashes: in what colour?
     count    how many frames flash? (multiple choice)
@@ -56,10 +57,20 @@ def main() -> None:
         help="height and width in pixels, even, at least 16; default 32",
     )
     parser.add_argument(
-        "--noise", type=int, default=16, help="background noise, 0 to 255; default 16"
+        "--noise", type=int, default=16, help="noise of a texture, 0 to 255; default 16"
     )
     parser.add_argument(
-        "--event_frames", type=int, default=2, help="frames of a motion, 2 or 3; default 2"
+        "--event_frames",
+        type=int,
+        default=2,
+        help="frames of a motion, and of each flash of `apart`, 2 or 3; default 2",
+    )
+    parser.add_argument(
+        "--footage",
+        metavar="DIR",
+        type=os.path.abspath,
+        help="folder of videos to use as backgrounds, moving and in changing light; they are kept in memory. val and "
+        "test show the last quarter of the first minute of each. Default: a texture with noise",
     )
     parser.add_argument(
         "--eval_clips",

@@ -16,6 +16,7 @@ from PIL import Image
 from storm_jax.media.video import write_video
 from storm_jax.progress import with_progress
 from storm_jax.tasks.shapes.families import FAMILIES
+from storm_jax.tasks.shapes.footage import read_footage
 from storm_jax.tasks.shapes.rendering import SPLITS, render
 from storm_jax.tasks.shapes.settings import Settings
 
@@ -44,7 +45,8 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
     """Renders a data set in `workers` processes. A complete one with equal settings is left unchanged.
 
     Raises:
-      ValueError: the folder was rendered with other settings or contains other files.
+      ValueError: the folder was rendered with other settings or contains other files, or the footage
+        cannot be read.
     """
     folder = pathlib.Path(folder)
     complete = folder / "test.json"  # written last
@@ -62,6 +64,8 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
             return
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and contains no shapes.json: use another --out")
+    if settings.footage is not None:
+        read_footage(settings.footage, 2 * settings.size)  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "shapes.json", dataclasses.asdict(settings))
     counts = {split: settings.eval_clips * len(settings.families) for split in SPLITS}

@@ -40,6 +40,24 @@ def order_events(settings: Settings) -> list[Event]:
     return [Event(_at(settings, t, pair), pair[0]) for pair in pairs for t in starts]
 
 
+def apart_events(settings: Settings) -> list[Event]:
+    length = settings.event_frames
+    gap = settings.frames // 4
+    times = [
+        (first, second)
+        for first in range(settings.frames - 2 * length - gap + 1)
+        for second in range(first + length + gap, settings.frames - length + 1)
+    ]
+    events = []
+    for colours in itertools.permutations(COLOURS, 2):
+        for starts in times:
+            labels: list[str | None] = [None] * settings.frames
+            for start, colour in zip(starts, colours, strict=True):
+                labels[start : start + length] = [colour] * length
+            events.append(Event(tuple(labels), colours[0]))
+    return events
+
+
 def motion_events(settings: Settings) -> list[Event]:
     length = settings.event_frames
     events = []

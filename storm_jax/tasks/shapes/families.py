@@ -48,6 +48,12 @@ FAMILIES: dict[str, Family] = {
         events=events.order_events,
         draw=drawing.draw_flashes,
     ),
+    "apart": Family(
+        answers=_COLOUR_NAMES,
+        questions=(("Which of the two flashes came first?", "Which flash was the earlier one?"),),
+        events=events.apart_events,
+        draw=drawing.draw_flashes,
+    ),
     "motion": Family(
         answers=tuple(DIRECTIONS),
         questions=(("Which way did the shape move?", "In which direction did the shape move?"),),

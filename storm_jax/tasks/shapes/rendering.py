@@ -11,6 +11,7 @@ import numpy as np
 from storm_jax.tasks.shapes.drawing import background
 from storm_jax.tasks.shapes.events import Event
 from storm_jax.tasks.shapes.families import FAMILIES
+from storm_jax.tasks.shapes.footage import footage
 from storm_jax.tasks.shapes.settings import Settings
 
 LETTERS = "ABCD"
@@ -36,7 +37,12 @@ def render(settings: Settings, split: str, index: int) -> Rendered:
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
     name, event = _draw_event(settings, index, rng)
     family, answer = FAMILIES[name], event.answer
-    frames = background(settings, 1 if family.is_image else settings.frames, rng)
+    count = 1 if family.is_image else settings.frames
+    frames = (
+        background(settings, count, rng)
+        if settings.footage is None
+        else footage(settings, split, count, rng)
+    )
     family.draw(frames, event, rng)
     question = str(rng.choice(family.questions[event.question]))
     options: tuple[str, ...] = ()
