@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from storm_jax.config import ConfigError, MeshConfig, RunConfig, to_dict
+from storm_jax.config import ConfigError, MeshConfig, RunConfig, TrainedCompression, to_dict
 
 Stages = Mapping[str, Callable[[], RunConfig]]
+
+# As many visual tokens as pooling leaves, a half and a quarter: one model for every budget (docs/results.md).
+BUDGETS = tuple(TrainedCompression(temporal_sample=sample) for sample in (1, 2, 4))
 
 
 @dataclasses.dataclass(frozen=True)

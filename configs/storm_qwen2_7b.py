@@ -20,7 +20,7 @@ from configs.mixtures import align as align_mixture
 from configs.mixtures import long as long_mixture
 from configs.mixtures import sft as sft_mixture
 from configs.mixtures import sources
-from configs.recipe import Setup, Stages, select_stage
+from configs.recipe import BUDGETS, Setup, Stages, select_stage
 from storm_jax.config import (
     CompressionConfig,
     DataConfig,
@@ -110,7 +110,7 @@ def sft(model: ModelConfig) -> RunConfig:
             warmup_fraction=0.03,
             weight_decay=0.0,
         ),
-        train=TrainConfig(steps=10_000, batch_size=256),
+        train=TrainConfig(steps=10_000, batch_size=256, compressions=BUDGETS),
         mesh=MeshConfig(data=1, fsdp=-1),
     )
 
@@ -129,7 +129,7 @@ def long(model: ModelConfig) -> RunConfig:
             warmup_fraction=0.03,
             weight_decay=0.0,
         ),
-        train=TrainConfig(steps=10_000, batch_size=256),
+        train=TrainConfig(steps=10_000, batch_size=256, compressions=BUDGETS),
         mesh=MeshConfig(data=1, fsdp=-1),
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.recipe import select_stage
+from configs.recipe import BUDGETS, select_stage
 from storm_jax.config import (
     CompressionConfig,
     DataConfig,
@@ -23,6 +23,7 @@ from storm_jax.config import (
     RunConfig,
     SourceConfig,
     TrainConfig,
+    TrainedCompression,
     VisionConfig,
 )
 
@@ -67,6 +68,7 @@ def sft() -> RunConfig:
     return _run(
         num_frames=16,
         steps=200,
+        compressions=BUDGETS,
         learning_rate=LearningRateConfig(vision=1e-3, projector=1e-3, decoder=1e-3),
     )
 
@@ -76,11 +78,18 @@ def long() -> RunConfig:
     return _run(
         num_frames=64,
         steps=200,
+        compressions=BUDGETS,
         learning_rate=LearningRateConfig(vision=1e-3, projector=1e-3, decoder=1e-3),
     )
 
 
-def _run(*, num_frames: int, steps: int, learning_rate: LearningRateConfig) -> RunConfig:
+def _run(
+    *,
+    num_frames: int,
+    steps: int,
+    learning_rate: LearningRateConfig,
+    compressions: tuple[TrainedCompression, ...] = (),
+) -> RunConfig:
     return RunConfig(
         model=MODEL,
         compression=CompressionConfig(num_frames=num_frames, temporal_pool=4),
@@ -94,7 +103,14 @@ def _run(*, num_frames: int, steps: int, learning_rate: LearningRateConfig) -> R
         optim=OptimConfig(
             learning_rate=learning_rate, warmup_fraction=0.05, weight_decay=0.01, b2=0.99
         ),
-        train=TrainConfig(steps=steps, batch_size=16, remat=False, eval_every=100, save_every=100),
+        train=TrainConfig(
+            steps=steps,
+            batch_size=16,
+            remat=False,
+            eval_every=100,
+            save_every=100,
+            compressions=compressions,
+        ),
     )
 
 

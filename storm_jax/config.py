@@ -330,26 +330,30 @@ class CompressionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedCompression:
-    """One of several compressions that a stage trains with: see `CompressionConfig`.
+    """One of several compressions that a stage trains with.
 
     Attributes:
+      temporal_pool, spatial_pool: see `CompressionConfig`; 0 is that of `compression`.
+      temporal_sample: see `CompressionConfig`.
       weight: share of the samples, relative to the other weights.
     """
 
-    temporal_pool: int = 1
-    spatial_pool: int = 1
+    temporal_pool: int = _at_least(0, 0)
+    spatial_pool: int = _at_least(0, 0)
     temporal_sample: int = 1
     weight: float = 1.0
 
     def problems(self) -> list[str]:
         return [] if math.isfinite(self.weight) else [f"weight={self.weight} must be finite"]
 
-    @property
-    def factors(self) -> dict[str, int]:
-        """The fields that it shares with `CompressionConfig`."""
-        fields = dataclasses.asdict(self)
-        del fields["weight"]
-        return fields
+    def applied_to(self, compression: CompressionConfig) -> CompressionConfig:
+        """The compression of a sample, if `compression` is that of the run."""
+        return dataclasses.replace(
+            compression,
+            temporal_pool=self.temporal_pool or compression.temporal_pool,
+            spatial_pool=self.spatial_pool or compression.spatial_pool,
+            temporal_sample=self.temporal_sample,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -587,10 +591,6 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         found = []
-        factors = [each.factors for each in self.compressions]
-        if repeated := [each for i, each in enumerate(factors) if each in factors[:i]]:
-            listed = ", ".join(f"{name}={value}" for name, value in repeated[0].items())
-            found.append(f"compressions has {listed} twice: give it a larger weight instead")
         if self.profile_steps:
             found += self._profile_problems()
         if self.batch_size % self.accumulation:
@@ -652,10 +652,7 @@ class RunConfig:
         """The compressions of training samples."""
         if not self.train.compressions:
             return (self.unsampled,)
-        return tuple(
-            dataclasses.replace(self.compression, **each.factors)
-            for each in self.train.compressions
-        )
+        return tuple(each.applied_to(self.compression) for each in self.train.compressions)
 
     def problems(self) -> list[str]:
         found = []
@@ -669,6 +666,7 @@ class RunConfig:
                 f"compression.num_frames={self.compression.num_frames} exceeds the "
                 f"{self.data.largest_row.frames} frames of the largest row in data.rows: no video would fit"
             )
+        found += self._compression_problems()
         if self.model.decoder.lora.rank and not self.optim.learning_rate.decoder:
             found.append(
                 f"model.decoder.lora.rank={self.model.decoder.lora.rank} with "
@@ -681,6 +679,24 @@ class RunConfig:
                         f"mesh.context={self.mesh.context} does not divide "
                         f"data.rows[{i}].{name}={getattr(row, name)}"
                     )
+        return found
+
+    def _compression_problems(self) -> list[str]:
+        found = []
+        trained = self.trained_compressions
+        for number, each in enumerate(trained):
+            if each in trained[:number]:
+                found.append(
+                    f"train.compressions has temporal_pool={each.temporal_pool}, spatial_pool={each.spatial_pool}, "
+                    f"temporal_sample={each.temporal_sample} twice: give it a larger weight instead"
+                )
+        pools = {(each.temporal_pool, each.spatial_pool) for each in trained}
+        if (self.compression.temporal_pool, self.compression.spatial_pool) not in pools:
+            found.append(
+                f"compression.temporal_pool={self.compression.temporal_pool} with "
+                f"spatial_pool={self.compression.spatial_pool} is not in train.compressions: add it, or set "
+                f"train.compressions=() to train with it alone"
+            )
         return found
 
 

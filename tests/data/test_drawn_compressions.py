@@ -17,7 +17,6 @@ from storm_jax.config import (
     FramesConfig,
     RunConfig,
     SourceConfig,
-    TrainedCompression,
     from_dict,
     to_dict,
 )
@@ -164,7 +163,7 @@ def test_the_configuration_names_them(small_config):
         train__compressions=[{"temporal_pool": 2}, {"spatial_pool": 2, "weight": 0.5}],
     )
     pools = [(each.temporal_pool, each.spatial_pool) for each in config.trained_compressions]
-    assert pools == [(2, 1), (1, 2)]
+    assert pools == [(2, 1), (2, 2)]
     assert all(c.num_frames == config.compression.num_frames for c in config.trained_compressions)
     (shape,) = {shape.visual.spatial_pools for shape in row_shapes(config)}
     assert shape == (1, 2)
@@ -176,11 +175,11 @@ def test_the_configuration_names_them(small_config):
 @pytest.mark.parametrize(
     ("compressions", "problem"),
     [
-        ([{"temporal_pool": 0}], r"compressions\[0\].temporal_pool"),
+        ([{"temporal_pool": -1}], r"compressions\[0\].temporal_pool"),
         ([{"weight": 0.0}], r"compressions\[0\].weight"),
         ([{"weight": float("inf")}], r"weight=inf must be finite"),
         ([{"frames": 4}], "frames"),
-        ([{}, {"weight": 2.0}], "temporal_pool=1, spatial_pool=1, temporal_sample=1 twice"),
+        ([{}, {"weight": 2.0}], "temporal_pool=2, spatial_pool=1, temporal_sample=1 twice"),
     ],
 )
 def test_wrong_compressions_are_refused(small_config, compressions, problem):
@@ -188,7 +187,18 @@ def test_wrong_compressions_are_refused(small_config, compressions, problem):
         small_config(train__compressions=compressions)
 
 
-def test_factors_are_those_of_a_compression():
-    assert set(TrainedCompression().factors) | {"num_frames"} == {
-        field.name for field in dataclasses.fields(CompressionConfig)
-    }
+def test_pooling_that_is_left_out_is_that_of_the_run(small_config):
+    config = small_config(
+        compression__temporal_pool=4,
+        compression__temporal_sample=2,
+        train__compressions=[{}, {"temporal_sample": 4}, {"temporal_pool": 1, "spatial_pool": 2}],
+    )
+    assert [
+        (each.temporal_pool, each.spatial_pool, each.temporal_sample)
+        for each in config.trained_compressions
+    ] == [(4, 1, 1), (4, 1, 4), (1, 2, 1)]
+
+
+def test_pooling_of_validation_has_to_be_trained(small_config):
+    with pytest.raises(ConfigError, match=r"temporal_pool=4 with spatial_pool=1 is not in train"):
+        small_config(compression__temporal_pool=4, train__compressions=[{"temporal_pool": 2}])

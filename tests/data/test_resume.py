@@ -59,7 +59,7 @@ def start(small_config, shapes_folder: pathlib.Path, write_texts, tmp_path: path
         {"name": "texts", "path": str(texts), "repeat": 0.7},
     ]
     rows = [{"tokens": 128, "frames": 4}, {"tokens": 128, "frames": 16}]
-    drawn = [{"temporal_pool": 4}, {"temporal_pool": 2, "spatial_pool": 2, "temporal_sample": 2}]
+    drawn = [{"temporal_pool": 2}, {"temporal_pool": 4, "spatial_pool": 2, "temporal_sample": 2}]
     config = small_config(data__train=sources, data__rows=rows, train__compressions=drawn)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
 
