@@ -86,7 +86,7 @@ bench: $(VENV)/development
 	$(RUN) -m benchmarks.training --frames=32 --rounds=2 --out=runs/bench/training
 	$(RUN) -m benchmarks.scan --problems 1x1024x512x16 1x4096x512x16 --rounds=3 --out=runs/bench/scan
 
-evidence: $(VENV)/runtime
+evidence: $(VENV)/development
 	$(RUN) -m benchmarks.evidence --out=runs/evidence
 
 clean:

@@ -184,22 +184,28 @@ def test_what_is_timed_is_what_the_predictor_runs(trained_run, shapes_folder, mo
 def evidence_of(trained_run, shapes_folder, tmp_path, monkeypatch):
     """Runs the evidence of two rows, without training, on a copy of a trained run."""
     run = link_run(trained_run, tmp_path / "run")
-    tested = [dataclasses.replace(r, tests=("4x", "8x")) for r in rows.TABLES["budgets"][:2]]
-    monkeypatch.setitem(rows.TABLES, "budgets", tested)
-    monkeypatch.setitem(rows.TABLES, "mixers", [])
+    eight = {
+        name: dataclasses.replace(compression, num_frames=8)
+        for name, compression in rows.BUDGETS.items()
+    }
+    monkeypatch.setattr(runs, "COMPRESSIONS", eight)
+    monkeypatch.setattr(latency, "COMPRESSIONS", eight)
+    tested = [dataclasses.replace(row, tests=("4x", "8x")) for row in (rows.STORM, rows.BASELINE)]
+    monkeypatch.setattr(evidence, "ROWS", {row.name: row for row in tested})
     monkeypatch.setattr(runs, "render", lambda *_: shapes_folder)
     monkeypatch.setattr(runs, "train", lambda *_: 36.0)
-    monkeypatch.setattr(evidence, "folder", lambda *_: run)
+    monkeypatch.setattr(runs, "folder", lambda *_: run)
     monkeypatch.setattr(latency, "BATCH", 8)
     monkeypatch.setattr(latency, "ROUNDS", 2)
-    monkeypatch.setattr(evidence, "BUDGETS", {"4x": rows.BUDGETS["4x"]})
+    monkeypatch.setattr(evidence, "TIMED", ("4x",))
+    monkeypatch.setattr(report, "mixer_cost_table", lambda: "")  # slow, and tested below
     return lambda *more: evidence.main([f"--out={tmp_path}", "--seeds=3", *more])
 
 
 def test_evidence_is_recorded_once_and_shown(evidence_of, tmp_path, monkeypatch, capsys):
     evidence_of("--latency")
     records = json.loads((tmp_path / "results.json").read_text())
-    keys = [(r["seed"], r["row"], r["budget"], r["visual_tokens"]) for r in records]
+    keys = [(r["seed"], r["row"], r["test"], r["visual_tokens"]) for r in records]
     assert keys == [
         (3, row, budget, tokens)
         for row in ("storm", "mlp")
@@ -211,7 +217,7 @@ def test_evidence_is_recorded_once_and_shown(evidence_of, tmp_path, monkeypatch,
         for family, (right, total) in record["inside a group"].items():
             assert 0 <= right <= total <= record["right"][family][1]
     page = (tmp_path / "results.md").read_text()
-    assert "| STORM, every budget | 1 | 600 | 0.01 |" in page
+    assert f"| STORM, every budget | 1 | {rows.STORM.steps} | 0.01 |" in page
     timed = json.loads((tmp_path / "latency.json").read_text())["rounds of a clip"]
     assert [(row["row"], len(row["milliseconds"])) for row in timed] == [("storm", 2), ("mlp", 2)]
     for name in ("budgets.png", "accuracy_latency.png"):
@@ -224,41 +230,104 @@ def test_evidence_is_recorded_once_and_shown(evidence_of, tmp_path, monkeypatch,
     assert "'stom' is not one of storm; mlp" in capsys.readouterr().err
 
 
-def test_rows_train_with_the_compressions_that_they_name():
-    every, baseline, only, *_ = rows.TABLES["budgets"]
-    config = every.config("data", 3, 5)
-    assert (config.train.seed, config.train.steps) == (3, 5)
-    assert config.trained_compressions == tuple(map(rows.compression, rows.BUDGETS))
-    assert baseline.config("data", 0, 5).model.mixer == "none"
-    assert only.config("data", 0, 5).trained_compressions == (rows.compression("4x"),)
+def test_rows_train_with_the_compressions_that_they_name(tmp_path):
+    config = rows.STORM.config(tmp_path, 3)
+    assert (config.train.seed, config.train.steps) == (3, rows.STORM.steps)
+    assert config.trained_compressions == tuple(rows.BUDGETS.values())
+    assert rows.BASELINE.config(tmp_path, 0).model.mixer == "none"
+    only = rows.specialist("4x").config(tmp_path, 0)
+    assert only.trained_compressions == (rows.BUDGETS["4x"],)
+    assert rows.FORWARD.config(tmp_path, 0).model.mamba.direction == "forward"
 
 
-def test_mixers_differ_in_mixer_and_rate_and_have_as_many_parameters():
-    names = {row.name: row for row in rows.TABLES["mixers"]}
-    assert len(names) == len(rows.MIXERS) * len(rows.RATES) - 1  # one of them is STORM
-    counts = {name: report.parameter_count(row.config("", 0, 1)) for name, row in names.items()}
-    assert max(counts.values()) < 1.05 * min(counts.values())
-    rates = {row.config("", 0, 1).optim.learning_rate.projector for row in names.values()}
-    assert rates == set(rows.RATES)
+def test_readers_of_long_clips_start_from_the_row_for_short_ones(tmp_path):
+    for start in (rows.STORM, rows.BASELINE):
+        for read, compression in rows.READS.items():
+            row = rows.reader(start, read)
+            config = row.config(tmp_path / "data", 0, tmp_path / "start")
+            assert (row.start, config.init_from) == (start.name, str(tmp_path / "start"))
+            assert config.model == start.config(tmp_path, 0).model
+            assert compression in config.trained_compressions
+            assert config.unsampled.num_frames == compression.num_frames
+            clips = config.data.rows[0].frames // compression.num_frames
+            assert clips * config.train.batch_size == 8  # each step, of every row
+
+
+def test_reads_of_long_clips_have_as_many_tokens():
+    assert {report._plan_tokens(read) for read in rows.READS} == {32}
+
+
+def test_names_of_rows_are_unique():
+    assert len(rows.ROWS) == sum(map(len, rows.TABLES.values()))
+
+
+def test_cost_of_a_token_grows_with_the_clip_only_in_attention_over_frames():
+    def growth(mixer: str) -> float:
+        model = report._config(rows.mixer_row(mixer, rows.STORM.rate)).model
+        short, long = (report.mixer_flops(model, frames) for frames in (16, 64))
+        return long / short
+
+    assert growth("attention over frames") > 1.2
+    assert growth("convolution over frames") == pytest.approx(1, abs=0.01)
+    assert growth("Mamba-1") == pytest.approx(1, abs=0.01)
+
+
+def test_mixers_take_as_many_flops_as_mamba():
+    """Of the whole model, in a clip of 16 frames; Mamba-2 takes more."""
+    forward = report.forward_flops(report._config(rows.STORM), "1x")
+    costs = {
+        mixer: report.mixer_flops(report._config(rows.mixer_row(mixer, rows.STORM.rate)).model, 16)
+        for mixer in rows.MIXERS
+    }
+    for mixer in set(costs) - {"Mamba-2"}:
+        assert abs(64 * (costs[mixer] - costs["Mamba-1"])) < 0.05 * forward, mixer
+
+
+def test_mixers_differ_in_mixer_and_rate_and_have_as_many_parameters(tmp_path):
+    mixers = rows.TABLES["mixers"]
+    assert len(mixers) == len(rows.MIXERS) * len(rows.RATES) - 1  # one of them is STORM
+    configs = [row.config(tmp_path, 0) for row in mixers]
+    counts = [report.parameter_count(config) for config in configs]
+    assert max(counts) < 1.05 * min(counts)
+    assert {config.optim.learning_rate.projector for config in configs} == set(rows.RATES)
+
+
+def record(row: str, test: str, right: int) -> dict:
+    """One with 10 questions of every family."""
+    families = ("order", "motion", "needle", "place", "apart")
+    return {"row": row, "seed": 0, "test": test, "right": {name: [right, 10] for name in families}}
 
 
 def test_each_mixer_is_shown_with_its_best_rate():
-    def record(row: str, right: int) -> dict:
-        counts = {family: [right, 10] for family in rows.FAMILIES}
-        return {"row": row, "budget": "4x", "right": counts}
-
     records = [
-        record("storm", 6),
-        record("Mamba-1 at 0.002", 7),
-        record("attention over frames at 0.0005", 9),
-        record("attention over frames at 0.001", 8),
+        record("storm", "4x", 6),
+        record("Mamba-1 at 0.001", "4x", 7),
+        record("attention over frames at 0.00025", "4x", 9),
+        record("attention over frames at 0.001", "4x", 8),
     ]
     lines = report.mixer_table(records).splitlines()[2:]
-    assert [line.split(" | ")[:2] for line in lines[:: len(rows.FAMILIES)]] == [
-        ["| Mamba-1", "0.002"],
-        ["| attention over frames", "0.0005"],
+    assert [line.split(" | ")[:2] for line in lines[::4]] == [
+        ["| Mamba-1", "0.001"],
+        ["| attention over frames", "0.00025"],
     ]
     assert "90.0%" in lines[-1]
+
+
+def test_gain_is_shown_for_each_number_of_frames():
+    records = [
+        record(f"{start}, {read}", read, right)
+        for start, read, right in (
+            ("storm", "8 frames", 3),
+            ("mlp", "8 frames", 3),
+            ("storm", "128 frames, 16x", 10),
+            ("mlp", "128 frames, 16x", 4),
+        )
+    ]
+    lines = report.frames_table(records).splitlines()[2:]
+    gains = {tuple(line.split(" | ")[:2]): line.split(" | ")[-1].rstrip(" |") for line in lines}
+    assert gains["| apart", "8 frames"] == "+0.0"
+    assert gains["| apart", "128 frames, 16x"] == "+60.0"
+    assert gains["| apart", "128 frames, 4x"] == "-"
 
 
 def test_one_group_has_the_events_whose_frames_are_averaged_together():
@@ -282,5 +351,5 @@ def test_one_group_has_the_events_whose_frames_are_averaged_together():
         ("8x", 6 / 15),
         ("16x", 3 / 15),
     ):
-        found = runs._inside(replies, settings, rows.compression(budget))
+        found = runs._inside(replies, settings, rows.BUDGETS[budget])
         assert abs(len(found) / 600 - share) < 0.07, budget

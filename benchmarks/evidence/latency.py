@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.evidence.rows import compression
+from benchmarks.evidence.rows import COMPRESSIONS
 from benchmarks.timing import seconds_by_round
 from storm_jax.compression import Grid, VisualShape, plan_clip
 from storm_jax.config import CompressionConfig, SourceConfig
@@ -43,7 +43,7 @@ def time_clips(
     """Seconds of a clip in each round, by row and budget."""
     samples = video_questions(data, BATCH)
     calls = {
-        (row, budget): FirstTokens(workdir, samples, compression(budget))
+        (row, budget): FirstTokens(workdir, samples, COMPRESSIONS[budget])
         for row, workdir in workdirs.items()
         for budget in budgets
     }

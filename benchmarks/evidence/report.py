@@ -2,147 +2,311 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from benchmarks.evidence.latency import Point
 from benchmarks.evidence.rows import (
+    BASELINE,
     BUDGETS,
-    FAMILIES,
-    FRAMES,
+    COMBINATIONS,
+    COMPRESSIONS,
+    DRAWN,
+    FORWARD,
+    LONG,
     MIXER_TESTS,
     MIXERS,
+    ON_FOOTAGE,
     RATES,
+    READS,
+    ROWS,
+    STORM,
     TABLES,
+    TASKS,
     Row,
-    compression,
     mixer_row,
+    reader,
+    specialist,
 )
 from storm_jax.compression import Grid, VisualShape, plan_clip
-from storm_jax.config import RunConfig
+from storm_jax.config import CompressionConfig, ModelConfig, RunConfig
 from storm_jax.evals.report.text import markdown
 from storm_jax.flops import encode_work, prefill_work
+from storm_jax.models.temporal_projector import TemporalProjector
 from storm_jax.params import abstract_model, flat_params
+from storm_jax.preflight.cost import count_flops
 from storm_jax.tasks import shapes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Records = Sequence[Mapping[str, Any]]
 QUESTION = 22  # tokens of a prompt's text
-EVERY, BASELINE = "storm", "mlp"
-VIDEOS = [family for family in FAMILIES if not shapes.FAMILIES[family].is_image]
+CLIP_LENGTHS = 16, 128, 1024  # frames
+CLIPS = 4  # test samples that the picture of footage shows, if they are videos
+# The compressions whose events inside a group are counted: those that average frames.
+POOLED = [name for name, compression in BUDGETS.items() if compression.temporal_pool > 1]
 
 
-def specialist(budget: str) -> str:
-    """The name of the row that trains with one budget only."""
-    return f"storm {budget} only"
+def write(records: Records, out: pathlib.Path) -> None:
+    """Writes the tables to OUT/results.md, and the plots."""
+    tables = {
+        "One model for every budget": budget_table(records),
+        "Sampling in training and in tests": sampling_table(records),
+        "Events inside one pooled group": inside_table(records),
+        "Combinations and what they cost": combination_table(records),
+        "Forwards only": direction_table(records),
+        "On real footage": footage_table(records),
+        "Clips of 128 frames": frames_table(records),
+        "Other mixers": mixer_table(records),
+        "FLOPs of mixers for a visual token": mixer_cost_table(),
+        "Hours": hours(records),
+    }
+    parts = [f"## {title}\n\n{table}\n" for title, table in tables.items() if table]
+    (out / "results.md").write_text("\n".join(parts))
+    draw_budgets(records, "short", (STORM, BASELINE), out / "budgets.png")
+    draw_budgets(records, "footage", ON_FOOTAGE, out / "footage.png")
+    draw_frames(records, out / "frames.png")
+    if (out / "footage" / "shapes.json").exists() and (out / "videos").exists():
+        draw_clips(shapes.read_settings(out / "footage"), out / "clips.png")
 
 
-def accuracies(records: Records, row: str, budget: str, family: str) -> list[float]:
+def accuracies(records: Records, row: Row, test: str, family: str) -> list[float]:
     """Of each seed."""
-    found = [r["right"][family] for r in records if (r["row"], r["budget"]) == (row, budget)]
-    return [right / total for right, total in found]
+    return list(_by_seed(records, row, test, family).values())
 
 
-def write(records: Records, settings: shapes.Settings, path: pathlib.Path) -> None:
-    """Writes the tables."""
-    parts = [
-        budget_table(records, settings),
-        inside_table(records),
-        mixer_table(records),
-        cost_table(),
-        hours(records),
-    ]
-    path.write_text("\n\n".join(filter(None, parts)) + "\n")
+def _by_seed(records: Records, row: Row, test: str, family: str) -> dict[int, float]:
+    counts = {
+        record["seed"]: record["right"][family]
+        for record in records
+        if (record["row"], record["test"]) == (row.name, test)
+    }
+    return {seed: right / total for seed, (right, total) in counts.items()}
 
 
-def budget_table(records: Records, settings: shapes.Settings) -> str:
-    """Accuracy by family and budget of one model for all budgets, specialists, and the projector without mixing."""
+def ceiling(family: str, task: str, compression: CompressionConfig) -> float:
+    """The best accuracy of a model that does not mix frames."""
+    about = TASKS[task]
+    settings = shapes.Settings(
+        clips=about.clips, seed=0, families=about.families, frames=about.frames
+    )
+    return shapes.ceiling(family, settings, compression)
+
+
+def budget_table(records: Records) -> str:
+    """One model for all budgets, specialists, and the projector without mixing, by family and budget."""
     head = ["family", "tokens", "chance", "ceiling without mixing over time"]
-    lines = [[*head, "STORM, every budget", "STORM, that budget only", "MLP, every budget"]]
-    for family in FAMILIES:
-        for budget in BUDGETS:
+    titles = STORM.title, DRAWN.title, "STORM, that budget only", BASELINE.title
+    lines = [[*head, *titles]]
+    for family in TASKS["short"].videos:
+        for budget, compression in BUDGETS.items():
+            rows = STORM, DRAWN, specialist(budget), BASELINE
             lines.append(
                 [
                     family,
                     budget,
                     f"{shapes.FAMILIES[family].chance:.0%}",
-                    f"{ceiling(family, settings, budget):.1%}",
-                    *(
-                        cell(accuracies(records, row, budget, family))
-                        for row in (EVERY, specialist(budget), BASELINE)
-                    ),
+                    f"{ceiling(family, 'short', compression):.1%}",
+                    *(cell(accuracies(records, row, budget, family)) for row in rows),
                 ]
             )
     return markdown(lines)
 
 
-def inside_table(records: Records) -> str:
-    """Accuracy on events whose frames are averaged into one group that is kept."""
-    lines = [
-        ["family", "tokens", "limit without mixing", "STORM, every budget", "MLP, every budget"]
-    ]
-    for family in ("order", "motion"):
-        for budget, factors in BUDGETS.items():
-            if factors.temporal_pool > 1:
-                counts = (inside(records, row, budget, family) for row in (EVERY, BASELINE))
-                lines.append([family, budget, "50%", *counts])
+def sampling_table(records: Records) -> str:
+    """Budgets that sample: in tests only, as in the paper, or in training too."""
+    rows = specialist("4x"), DRAWN, STORM
+    lines = [["family", "tokens", "ceiling without mixing", "sampled in tests only"]]
+    lines[0] += [row.title for row in rows[1:]]
+    for family in TASKS["short"].videos:
+        for budget in ("8x", "16x"):
+            limit = f"{ceiling(family, 'short', BUDGETS[budget]):.1%}"
+            cells = (cell(accuracies(records, row, budget, family)) for row in rows)
+            lines.append([family, budget, limit, *cells])
     return markdown(lines)
 
 
-def inside(records: Records, row: str, budget: str, family: str) -> str:
-    found = [
-        r["inside a group"][family] for r in records if (r["row"], r["budget"]) == (row, budget)
-    ]
+def inside_table(records: Records) -> str:
+    """Accuracy on events whose frames are averaged into one group that is kept."""
+    rows = [row for row in (STORM, BASELINE, *ON_FOOTAGE) if _any_of(records, [row])]
+    head = ["family", "tokens", "limit without mixing, on textures"]
+    lines = [[*head, *(row.title for row in rows)]]
+    for family in ("order", "motion"):
+        for budget in POOLED:
+            counts = (inside(records, row, budget, family) for row in rows)
+            lines.append([family, budget, "50%", *counts])
+    return markdown(lines)
+
+
+def inside(records: Records, row: Row, budget: str, family: str) -> str:
+    """The sum over seeds."""
+    key = row.name, budget
+    found = [r["inside a group"][family] for r in records if (r["row"], r["test"]) == key]
     right, total = (sum(each) for each in zip(*found, strict=True)) if found else (0, 0)
     return f"{right / total:.1%} ({right} of {total})" if total else "-"
 
 
+def combination_table(records: Records) -> str:
+    """What each combination of the three compressions costs, and what STORM answers with it."""
+    families = TASKS["short"].videos
+    head = ["T.Pool", "S.Pool", "T.Samp", "visual tokens", "STORM: GFLOPs a clip", *families]
+    lines = [[*head, "MLP: GFLOPs a clip"]]
+    for name, c in (BUDGETS | COMBINATIONS).items():
+        factors = (c.temporal_pool, c.spatial_pool**2, c.temporal_sample)
+        lines.append(
+            [
+                *("-" if factor == 1 else f"{factor}x" for factor in factors),
+                str(_plan_tokens(name)),
+                f"{forward_flops(_config(STORM), name) / 1e9:.3f}",
+                *(cell(accuracies(records, STORM, name, family)) for family in families),
+                f"{forward_flops(_config(BASELINE), name) / 1e9:.3f}",
+            ]
+        )
+    counts = (f"{row.title} {parameter_count(_config(row)):,}" for row in (STORM, BASELINE))
+    return f"{markdown(lines)}\n\nParameters: {', '.join(counts)}."
+
+
+def direction_table(records: Records) -> str:
+    """Mamba layers that scan in both directions, or forwards only."""
+    rows = STORM, FORWARD
+    lines = [["family", "tokens", "both directions", "forwards only"]]
+    for family in TASKS["short"].videos:
+        for budget in BUDGETS:
+            cells = (cell(accuracies(records, row, budget, family)) for row in rows)
+            lines.append([family, budget, *cells])
+    return markdown(lines) if _any_of(records, [FORWARD]) else ""
+
+
+def footage_table(records: Records) -> str:
+    """One model for all budgets and the projector without mixing, on real footage."""
+    lines = [["family", "tokens", "ceiling without mixing, on textures", "STORM", "MLP"]]
+    for family in TASKS["footage"].videos:
+        for budget, compression in BUDGETS.items():
+            limit = f"{ceiling(family, 'footage', compression):.1%}"
+            cells = (cell(accuracies(records, row, budget, family)) for row in ON_FOOTAGE)
+            lines.append([family, budget, limit, *cells])
+    return markdown(lines) if _any_of(records, ON_FOOTAGE) else ""
+
+
+def frames_table(records: Records) -> str:
+    """Long clips, by how many frames of them are read and how they are compressed."""
+    head = ["family", "read", "visual tokens", "ceiling", "ceiling without mixing over time"]
+    lines = [[*head, "STORM", "MLP", "STORM's gain"]]
+    for family in TASKS["long"].families:
+        for name in READS | LONG:
+            found = [
+                _by_seed(records, _reader(start, name), name, family) for start in (STORM, BASELINE)
+            ]
+            lines.append(
+                [
+                    family,
+                    name,
+                    str(_plan_tokens(name)),
+                    f"{ceiling(family, 'long', _uncompressed(name)):.1%}",
+                    f"{ceiling(family, 'long', COMPRESSIONS[name]):.1%}",
+                    *(cell(list(values.values())) for values in found),
+                    _gain(*found),
+                ]
+            )
+    return markdown(lines) if _any_of(records, TABLES["frames"]) else ""
+
+
+def _reader(start: Row, test: str) -> Row:
+    """The row that is tested with a compression of long clips."""
+    return next(row for read in READS if test in (row := reader(start, read)).tests)
+
+
+def _uncompressed(name: str) -> CompressionConfig:
+    return CompressionConfig(num_frames=COMPRESSIONS[name].num_frames)
+
+
+def _gain(ours: Mapping[int, float], baseline: Mapping[int, float]) -> str:
+    """In points, over the seeds of both."""
+    gains = [ours[seed] - baseline[seed] for seed in ours if seed in baseline]
+    return f"{100 * statistics.fmean(gains):+.1f}" if gains else "-"
+
+
 def mixer_table(records: Records) -> str:
-    """Accuracy of each mixer with its best rate: that of the highest mean over families, budgets and seeds."""
+    """Accuracy of each mixer with its best rate: that of the highest mean over families, budgets and seeds, on the test
+    clips."""
     lines = [["mixer", "rate", "parameters", "family", *MIXER_TESTS]]
-    configs = {row.name: _config(row) for table in TABLES.values() for row in table}
+    families = TASKS["short"].families
     for mixer in MIXERS:
         means = {rate: _mean(records, mixer_row(mixer, rate)) for rate in RATES}
         tested = {rate: mean for rate, mean in means.items() if mean is not None}
         if not tested:
             continue
         best = max(tested, key=lambda rate: tested[rate])
-        name = mixer_row(mixer, best)
-        about = [mixer, f"{best:g}", f"{parameter_count(configs[name]):,}"]
-        for family in FAMILIES:
-            cells = (cell(accuracies(records, name, budget, family)) for budget in MIXER_TESTS)
+        row = mixer_row(mixer, best)
+        about = [mixer, f"{best:g}", f"{parameter_count(_config(row)):,}"]
+        for family in families:
+            cells = (cell(accuracies(records, row, budget, family)) for budget in MIXER_TESTS)
             lines.append([*about, family, *cells])
-    return markdown(lines) if len(lines) > 1 + len(FAMILIES) else ""  # one is no comparison
+    return markdown(lines) if len(lines) > 1 + len(families) else ""  # one is no comparison
 
 
-def _mean(records: Records, row: str) -> float | None:
+@functools.cache
+def mixer_cost_table() -> str:
+    """FLOPs of each mixer for a visual token, as the clip grows."""
+    lines = [["mixer", *(f"{frames:,} frames" for frames in CLIP_LENGTHS)]]
+    for mixer in MIXERS:
+        model = _config(mixer_row(mixer, RATES[0])).model
+        # Windows do not see each other: in longer clips there are more of them.
+        longest = 8 if mixer == "attention in windows" else max(CLIP_LENGTHS)
+        counts = (mixer_flops(model, min(frames, longest)) for frames in CLIP_LENGTHS)
+        lines.append([mixer, *(f"{count / 1e3:,.0f}k" for count in counts)])
+    return markdown(lines)
+
+
+def mixer_flops(model: ModelConfig, frames: int) -> float:
+    """Forward FLOPs of a visual token in a clip of some frames."""
+    tokens = frames * model.video_side**2
+    x = jax.ShapeDtypeStruct((1, frames, model.video_side**2, model.decoder.width), jnp.float32)
+    clip = jax.ShapeDtypeStruct((1, frames), jnp.int32)
+    dtype = jnp.dtype(model.dtype)
+    mixer = nnx.eval_shape(
+        lambda: TemporalProjector(model, rngs=nnx.Rngs(0), dtype=dtype, remat=False).mixer
+    )
+    graph, state = nnx.split(mixer)
+
+    def mix(state: nnx.State, x: jax.Array, clip: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(x, clip)  # type: ignore[misc]  # it is not None
+
+    return count_flops(jax.make_jaxpr(mix)(state, x, clip)) / tokens
+
+
+def _mean(records: Records, row: Row) -> float | None:
     """The mean accuracy of a row; None if it has not been tested."""
-    found = [a for b in MIXER_TESTS for f in FAMILIES for a in accuracies(records, row, b, f)]
+    families = TASKS[row.task].families
+    found = [a for b in MIXER_TESTS for f in families for a in accuracies(records, row, b, f)]
     return statistics.fmean(found) if found else None
 
 
-def cost_table() -> str:
-    """Visual tokens and forward FLOPs of a clip with a question, and parameters."""
-    rows = [row for row in TABLES["budgets"] if row.name in (EVERY, BASELINE)]
-    lines = [["tokens", "visual tokens", *(f"{row.title}: GFLOPs a clip" for row in rows)]]
-    for budget in BUDGETS:
-        cells = [f"{forward_flops(_config(row), budget) / 1e9:.3f}" for row in rows]
-        lines.append([budget, str(_tokens(budget)), *cells])
-    counts = ", ".join(f"{row.title} {parameter_count(_config(row)):,}" for row in rows)
-    return f"{markdown(lines)}\n\nParameters: {counts}."
+def _any_of(records: Records, rows: Iterable[Row]) -> bool:
+    names = {row.name for row in rows}
+    return any(record["row"] in names for record in records)
 
 
-def forward_flops(config: RunConfig, budget: str) -> float:
+def forward_flops(config: RunConfig, test: str) -> float:
     """Of encoding a clip and reading the prompt."""
-    tested = compression(budget)
-    plan = plan_clip(FRAMES, Grid.of(config.model), tested)
-    visual = VisualShape(plan.num_groups, (tested.spatial_pool,))
+    compression = COMPRESSIONS[test]
+    plan = plan_clip(compression.num_frames, Grid.of(config.model), compression)
+    visual = VisualShape(plan.num_groups, (compression.spatial_pool,))
     prompt = plan.num_tokens + QUESTION
-    works = [encode_work(config, 1, FRAMES, visual), prefill_work(config, 1, prompt, prompt)]
+    works = [
+        encode_work(config, 1, compression.num_frames, visual),
+        prefill_work(config, 1, prompt, prompt),
+    ]
     return sum(part.forward for work in works for part in work.values())
 
 
@@ -153,7 +317,7 @@ def parameter_count(config: RunConfig) -> int:
 def hours(records: Records) -> str:
     """What each row took: training once for each seed, and all of its tests."""
     lines = [["row", "seeds", "steps", "hours a seed: training", "tests"]]
-    for row in (row for table in TABLES.values() for row in table):
+    for row in ROWS.values():
         mine = {r["seed"]: r for r in records if r["row"] == row.name}
         if mine:
             first = next(iter(mine.values()))
@@ -165,22 +329,18 @@ def hours(records: Records) -> str:
     return markdown(lines)
 
 
-def points(
-    records: Records,
-    settings: shapes.Settings,
-    seconds: Mapping[tuple[str, str], Sequence[float]],
-) -> list[Point]:
+def points(records: Records, seconds: Mapping[tuple[str, str], Sequence[float]]) -> list[Point]:
     """What the plot of accuracy against latency shows: families of videos only."""
-    titles = {row.name: row.title for row in TABLES["budgets"]}
+    families = TASKS["short"].videos
     return [
         Point(
-            projector=titles[row],
+            projector=ROWS[row].title,
             setting=budget,
-            visual_tokens=_tokens(budget),
+            visual_tokens=_plan_tokens(budget),
             is_spatial="spatial" in budget,
             seconds=found,
-            accuracies={f: accuracies(records, row, budget, f) for f in VIDEOS},
-            ceilings={f: ceiling(f, settings, budget) for f in VIDEOS},
+            accuracies={f: accuracies(records, ROWS[row], budget, f) for f in families},
+            ceilings={f: ceiling(f, "short", BUDGETS[budget]) for f in families},
         )
         for (row, budget), found in seconds.items()
     ]
@@ -194,71 +354,111 @@ def cell(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1%}{spread}"
 
 
-def ceiling(family: str, settings: shapes.Settings, budget: str) -> float:
-    factors = BUDGETS[budget]
-    return shapes.ceiling(family, settings, factors.temporal_pool, factors.temporal_sample)
-
-
 def _config(row: Row) -> RunConfig:
-    return row.config("", 0, 1)
+    return row.config(pathlib.Path(), 0)
 
 
-def draw_budgets(records: Records, settings: shapes.Settings, path: pathlib.Path) -> None:
-    """Accuracy over visual tokens, a panel for each family of videos; the ceiling is a band."""
-    from matplotlib.figure import Figure
+def _plan_tokens(test: str) -> int:
+    """Visual tokens of a clip."""
+    compression = COMPRESSIONS[test]
+    return plan_clip(compression.num_frames, Grid.of(_config(STORM).model), compression).num_tokens
 
-    figure = Figure(figsize=(4.2 * len(VIDEOS), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(VIDEOS), sharey=True)
-    line = [name for name in BUDGETS if "spatial" not in name]
-    tokens = {name: _tokens(name) for name in line}
-    for axis, family in zip(axes, VIDEOS, strict=True):
-        chance = shapes.FAMILIES[family].chance
-        axis.fill_between(
-            [tokens[name] for name in line],
-            chance,
-            [ceiling(family, settings, name) for name in line],
-            color="0.9",
-            label="without mixing over time",
+
+def draw_budgets(records: Records, task: str, rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Accuracy over visual tokens of STORM and the baseline, a panel for each family of videos; the ceiling is a band."""
+    storm, _ = rows
+    if not _any_of(records, rows):
+        return
+    families = TASKS[task].videos
+    line = {name: _plan_tokens(name) for name in BUDGETS if "spatial" not in name}
+    figure, axes = _panels(families)
+    for axis, family in zip(axes, families, strict=True):
+        limits = [ceiling(family, task, BUDGETS[name]) for name in line]
+        _draw_band(axis, list(line.values()), family, limits)
+        for row, colour, title in zip(rows, ("C0", "C3"), ("STORM, one model", "MLP"), strict=True):
+            values = {line[b]: accuracies(records, row, b, family) for b in line}
+            _draw_line(axis, values, colour, title)
+        if storm is STORM:
+            only = {line[b]: accuracies(records, specialist(b), b, family) for b in line}
+            found = {tokens: values for tokens, values in only.items() if values}
+            means = [statistics.fmean(values) for values in found.values()]
+            axis.plot(list(found), means, "kx", label="STORM, trained for that budget only")
+        _label(
+            axis, family, f"visual tokens of a clip of {TASKS[task].frames} frames", line.values()
         )
-        for row, colour, title in ((EVERY, "C0", "STORM, one model"), (BASELINE, "C3", "MLP")):
-            _draw(
-                axis, tokens, {b: accuracies(records, row, b, family) for b in line}, colour, title
-            )
-        only = {b: accuracies(records, specialist(b), b, family) for b in line}
-        found = {budget: values for budget, values in only.items() if values}
-        axis.plot(
-            [tokens[budget] for budget in found],
-            [statistics.fmean(values) for values in found.values()],
-            "kx",
-            label="STORM, trained for that budget only",
-        )
-        axis.set_xscale("log", base=2)
         axis.invert_xaxis()
-        axis.set(title=family, xlabel="visual tokens of a clip of 16 frames", ylim=(0, 1.05))
-        axis.set_xticks([tokens[name] for name in line], [str(tokens[name]) for name in line])
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("accuracy")
     axes[0].legend(frameon=False, loc="lower left", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-def _draw(
-    axis: Axes,
-    tokens: Mapping[str, int],
-    values: Mapping[str, Sequence[float]],
-    colour: str,
-    title: str,
-) -> None:
+def draw_frames(records: Records, path: pathlib.Path) -> None:
+    """Accuracy over the frames that are read of a long clip, with as many visual tokens."""
+    rows = {read: (reader(STORM, read), reader(BASELINE, read)) for read in READS}
+    if not _any_of(records, TABLES["frames"]):
+        return
+    families = TASKS["long"].families
+    frames = {read: compression.num_frames for read, compression in READS.items()}
+    figure, axes = _panels(families)
+    for axis, family in zip(axes, families, strict=True):
+        limits = [ceiling(family, "long", compression) for compression in READS.values()]
+        _draw_band(axis, list(frames.values()), family, limits)
+        best = [ceiling(family, "long", _uncompressed(read)) for read in READS]
+        axis.plot(list(frames.values()), best, "k:", label="what the frames show")
+        for which, (colour, title) in enumerate((("C0", "STORM"), ("C3", "MLP"))):
+            values = {
+                frames[read]: accuracies(records, pair[which], read, family)
+                for read, pair in rows.items()
+            }
+            _draw_line(axis, values, colour, title)
+        tokens = _plan_tokens(next(iter(READS)))
+        _label(axis, family, f"frames read of 128, {tokens} visual tokens", frames.values())
+    axes[0].legend(frameon=False, loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _panels(families: Sequence[str]) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(families), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(families), sharey=True)
+    axes[0].set_ylabel("accuracy")
+    return figure, axes
+
+
+def _draw_band(axis: Axes, places: Sequence[int], family: str, limits: Sequence[float]) -> None:
+    chance = shapes.FAMILIES[family].chance
+    axis.fill_between(places, chance, limits, color="0.9", label="without mixing, on textures")
+
+
+def _draw_line(axis: Axes, values: Mapping[int, Sequence[float]], colour: str, title: str) -> None:
     """A line through the means, with the smallest and the largest value."""
-    found = {budget: each for budget, each in values.items() if each}
+    found = {place: each for place, each in values.items() if each}
     means = [statistics.fmean(each) for each in found.values()]
     low = [mean - min(each) for mean, each in zip(means, found.values(), strict=True)]
     high = [max(each) - mean for mean, each in zip(means, found.values(), strict=True)]
-    places = [tokens[budget] for budget in found]
-    axis.errorbar(places, means, yerr=[low, high], fmt="o-", color=colour, label=title, capsize=3)
+    axis.errorbar(
+        list(found), means, yerr=[low, high], fmt="o-", color=colour, label=title, capsize=3
+    )
 
 
-def _tokens(budget: str) -> int:
-    grid = Grid.of(_config(TABLES["budgets"][0]).model)
-    return plan_clip(FRAMES, grid, compression(budget)).num_tokens
+def _label(axis: Axes, title: str, places_are: str, places: Iterable[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set(title=title, xlabel=places_are, ylim=(0, 1.05))
+    axis.set_xticks(list(places), [str(place) for place in places])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_clips(settings: shapes.Settings, path: pathlib.Path) -> None:
+    """The first test clips of a task about videos, a line of frames each."""
+    from matplotlib.figure import Figure
+
+    samples = [shapes.render(settings, "test", index) for index in range(CLIPS)]
+    videos = [sample for sample in samples if len(sample.frames) > 1]
+    figure = Figure(figsize=(settings.frames * 0.6, len(videos) * 0.85), layout="constrained")
+    axes = figure.subplots(len(videos), 1)
+    for axis, sample in zip(axes, videos, strict=True):
+        axis.imshow(np.concatenate(list(sample.frames), axis=1))
+        axis.set_title(f"{sample.question} {sample.answer}", fontsize=8, loc="left", pad=2)
+        axis.set_axis_off()
+    figure.savefig(path, dpi=120)

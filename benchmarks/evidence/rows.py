@@ -1,18 +1,23 @@
-"""What is compared: each row is a model and a way to train it; a table is a list of rows and the compressions to test.
+"""What is compared: each row is a model, a way to train it, and the compressions that it is tested with.
 
 budgets    one model for all budgets of tokens, against specialists and against a projector without mixing
+direction  Mamba layers that scan forwards only
+footage    the same on real footage
+frames     clips of 128 frames, read at 8, 32 and 128 frames with as many tokens
 mixers     other ways to mix frames in place of the Mamba layers, each with three learning rates
 """
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import tiny
 from storm_jax.config import (
     CompressionConfig,
+    LearningRateConfig,
     RowConfig,
     RunConfig,
     SourceConfig,
@@ -20,21 +25,76 @@ from storm_jax.config import (
     from_dict,
 )
 
-STEPS, CLIPS, EVAL_CLIPS, FRAMES = 600, 10_000, 200, 16
-# Images of places teach the tower positions.
-FAMILIES = ("order", "motion", "needle", "place")
-# Token budgets: factor by which the visual tokens of a video are reduced.
-BUDGETS = {
-    "1x": TrainedCompression(),
-    "2x": TrainedCompression(temporal_pool=2),
-    "4x": TrainedCompression(temporal_pool=4),
-    "spatial 4x": TrainedCompression(spatial_pool=2),
-    "8x": TrainedCompression(temporal_pool=4, temporal_sample=2),
-    "16x": TrainedCompression(temporal_pool=4, temporal_sample=4),
-    "16x, half spatial": TrainedCompression(temporal_pool=4, spatial_pool=2),
-    "32x": TrainedCompression(temporal_pool=4, spatial_pool=2, temporal_sample=2),
-    "64x": TrainedCompression(temporal_pool=4, spatial_pool=2, temporal_sample=4),
+EVAL_CLIPS = 200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A rendering of the built-in task.
+
+    Attributes:
+      families: of its questions; `place`, about images, teaches the tower positions.
+      on_footage: whether the backgrounds are real.
+    """
+
+    clips: int
+    frames: int
+    families: tuple[str, ...]
+    on_footage: bool = False
+
+    @property
+    def videos(self) -> list[str]:
+        return [family for family in self.families if family != "place"]
+
+
+TASKS = {
+    "short": Task(clips=10_000, frames=16, families=("order", "motion", "needle", "place")),
+    "footage": Task(
+        clips=10_000, frames=16, families=("order", "motion", "needle", "place"), on_footage=True
+    ),
+    "long": Task(clips=3_000, frames=128, families=("apart", "needle")),
 }
+
+
+def _frames(num_frames: int, pool: int = 1, space: int = 1, sample: int = 1) -> CompressionConfig:
+    return CompressionConfig(
+        num_frames=num_frames, temporal_pool=pool, spatial_pool=space, temporal_sample=sample
+    )
+
+
+# By what they reduce the visual tokens of a clip.
+BUDGETS = {
+    "1x": _frames(16),
+    "2x": _frames(16, pool=2),
+    "4x": _frames(16, pool=4),
+    "spatial 4x": _frames(16, space=2),
+    "8x": _frames(16, pool=4, sample=2),
+    "16x": _frames(16, pool=4, sample=4),
+    "16x, half spatial": _frames(16, pool=4, space=2),
+    "32x": _frames(16, pool=4, space=2, sample=2),
+    "64x": _frames(16, pool=4, space=2, sample=4),
+}
+# Never trained with.
+COMBINATIONS = {
+    "sampled 2x": _frames(16, sample=2),
+    "spatial 4x, sampled 2x": _frames(16, space=2, sample=2),
+}
+# Of clips of 128 frames, as many tokens as 8 frames have.
+READS = {
+    "8 frames": _frames(8),
+    "32 frames, 4x": _frames(32, pool=4),
+    "128 frames, 16x": _frames(128, pool=4, sample=4),
+}
+LONG = {
+    "128 frames, 4x": _frames(128, pool=4),
+    "128 frames, spatial 4x": _frames(128, space=2),
+    "64 frames, 4x": _frames(64, pool=4),
+    "16 frames, 4x": _frames(16, pool=4),
+}
+COMPRESSIONS = BUDGETS | COMBINATIONS | READS | LONG
+# Rows of a step by the frames that are read of a clip: visual and text tokens of a row, and its frames.
+# Most clips of 16 frames take few tokens; the longer rows have room for 64 visual ones each.
+PACKING = {8: ((480,), 64), 16: ((224, 416), 64), 32: ((256,), 128), 128: ((160,), 128)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,49 +104,108 @@ class Row:
     Attributes:
       name: of its records and run folders.
       title: in print.
+      task: name of what it trains and is tested on.
+      start: name of the row whose weights it starts from; "" is random.
       model: overrides of `configs.tiny`, by path within the model.
-      budgets: names of the compressions that it trains with.
+      trained: names of the compressions that it trains with, of as many frames each.
       tests: names of the compressions that it is tested with.
-      rate: peak learning rate of the projector.
+      rate: peak learning rate. With twice this rate, the MLP forgets what it has learned, and some seeds of STORM
+        do not learn `motion`.
+      batch_size: rows of a step.
     """
 
     name: str
     title: str
+    task: str = "short"
+    start: str = ""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    budgets: Sequence[str]
-    tests: Sequence[str]
-    rate: float = 1e-3
+    trained: Sequence[str] = tuple(BUDGETS)
+    tests: Sequence[str] = tuple(BUDGETS)
+    rate: float = 5e-4
+    steps: int = 1200
+    batch_size: int = 8
 
-    def config(self, data: str, seed: int, steps: int) -> RunConfig:
-        """The configuration of a training on the rendered task in a folder."""
+    def config(self, data: pathlib.Path, seed: int, start: pathlib.Path | None = None) -> RunConfig:
+        """The configuration of a training on the task rendered in a folder, from the last weights of a run."""
         config = tiny.get_config("stage=sft")
         config.update_from_flattened_dict({f"model.{k}": v for k, v in self.model.items()})
         run = from_dict(RunConfig, config)
-        trained = tuple(BUDGETS[name] for name in self.budgets)
-        # A row of 64 frames holds four clips. Most take few tokens; the longer rows have room for 64 visual ones each.
-        rows = (RowConfig(tokens=224, frames=64), RowConfig(tokens=416, frames=64))
-        rates = dataclasses.replace(run.optim.learning_rate, projector=self.rate)
+        trained = [COMPRESSIONS[name] for name in self.trained]
+        (read,) = {compression.num_frames for compression in trained}
+        tokens, frames = PACKING[read]
+        rates = LearningRateConfig(vision=self.rate, projector=self.rate, decoder=self.rate)
         return dataclasses.replace(
             run,
+            init_from=str(start) if start else "",
+            compression=trained[0],
             optim=dataclasses.replace(run.optim, learning_rate=rates),
             data=dataclasses.replace(
                 run.data,
-                train=(SourceConfig(name="shapes", path=f"{data}/train.json"),),
-                val=(SourceConfig(name="shapes", path=f"{data}/val.json"),),
-                rows=rows,
+                train=(SourceConfig(name="shapes", path=str(data / "train.json")),),
+                val=(SourceConfig(name="shapes", path=str(data / "val.json")),),
+                rows=tuple(RowConfig(tokens=each, frames=frames) for each in tokens),
             ),
             train=dataclasses.replace(
-                run.train, seed=seed, steps=steps, keep_best=0, compressions=trained
+                run.train,
+                seed=seed,
+                steps=self.steps,
+                batch_size=self.batch_size,
+                keep_best=0,
+                compressions=tuple(_trained(compression) for compression in trained),
             ),
         )
 
 
-def compression(budget: str) -> CompressionConfig:
-    """The compression of a test."""
-    return CompressionConfig(num_frames=FRAMES, **BUDGETS[budget].factors)
+def _trained(compression: CompressionConfig) -> TrainedCompression:
+    fields = dataclasses.asdict(compression)
+    del fields["num_frames"]
+    return TrainedCompression(**fields)
 
 
 MLP = {"stem.kind": "mlp_downsample", "mixer": "none"}
+STORM = Row(name="storm", title="STORM, every budget", tests=tuple(BUDGETS | COMBINATIONS))
+# With the compressions that the recipes draw.
+DRAWN = Row(
+    name="storm 4x to 16x",
+    title="STORM, 4x to 16x",
+    trained=("4x", "8x", "16x"),
+    tests=tuple(BUDGETS),
+)
+BASELINE = Row(name="mlp", title="MLP, every budget", model=MLP)
+
+
+def specialist(budget: str) -> Row:
+    """STORM, trained for one budget of tokens only. The one for 4x is tested with sampling too, as in the paper."""
+    return Row(
+        name=f"storm {budget} only",
+        title=f"STORM, {budget} only",
+        trained=(budget,),
+        tests=("4x", "8x", "16x") if budget == "4x" else (budget,),
+    )
+
+
+def reader(start: Row, read: str) -> Row:
+    """A model that continues on long clips, read in one way, as in the third stage of a training."""
+    trained: tuple[str, ...] = (read,)
+    tests = trained
+    if read == "128 frames, 16x":
+        trained = (read, "128 frames, 4x", "128 frames, spatial 4x")
+        tests = (*trained, "64 frames, 4x", "16 frames, 4x")
+    frames = COMPRESSIONS[read].num_frames
+    _, frames_of_a_row = PACKING[frames]
+    return Row(
+        name=f"{start.name}, {read}",
+        title=f"{start.title.partition(',')[0]}, {read}",
+        task="long",
+        start=start.name,
+        model=start.model,
+        trained=trained,
+        tests=tests,
+        steps=300,
+        batch_size=8 * frames // frames_of_a_row,  # 8 clips a step
+    )
+
+
 # With the same stem; parameters are within 5 % of those of Mamba-1.
 MIXERS: dict[str, dict[str, Any]] = {
     "Mamba-1": {},
@@ -95,58 +214,51 @@ MIXERS: dict[str, dict[str, Any]] = {
     "attention in windows": {"mixer": "benchmarks.evidence.mixers:WindowAttention"},
     "convolution over frames": {"mixer": "benchmarks.evidence.mixers:TemporalConv"},
 }
-RATES = (1e-3, 5e-4, 2e-3)
+RATES = (5e-4, 2.5e-4, 1e-3)
 MIXER_TESTS = ("1x", "4x", "16x", "64x")
 
 
-def mixer_row(mixer: str, rate: float) -> str:
-    """The name of the row of a mixer and a rate; Mamba-1 with 1e-3 is STORM."""
-    return "storm" if (mixer, rate) == ("Mamba-1", 1e-3) else f"{mixer} at {rate:g}"
+def mixer_row(mixer: str, rate: float) -> Row:
+    """A model with another mixer or rate."""
+    if (mixer, rate) == ("Mamba-1", STORM.rate):
+        return STORM
+    return Row(
+        name=f"{mixer} at {rate:g}",
+        title=f"{mixer}, rate {rate:g}",
+        model=MIXERS[mixer],
+        tests=MIXER_TESTS,
+        rate=rate,
+    )
 
 
+FORWARD = Row(
+    name="storm forward", title="STORM, forwards only", model={"mamba.direction": "forward"}
+)
+ON_FOOTAGE = [
+    dataclasses.replace(
+        row,
+        name=f"{row.name} on footage",
+        title=f"{row.title}, on footage",
+        task="footage",
+        tests=tuple(BUDGETS),
+    )
+    for row in (STORM, BASELINE)
+]
 TABLES: dict[str, list[Row]] = {
     "budgets": [
-        Row(
-            name="storm", title="STORM, every budget", budgets=tuple(BUDGETS), tests=tuple(BUDGETS)
-        ),
-        Row(
-            name="mlp",
-            title="MLP, every budget",
-            model=MLP,
-            budgets=tuple(BUDGETS),
-            tests=tuple(BUDGETS),
-        ),
-        *(
-            Row(
-                name=f"storm {budget} only",
-                title=f"STORM, {budget} only",
-                budgets=(budget,),
-                tests=(budget,),
-            )
-            for budget in (
-                "4x",
-                "8x",
-                "16x",
-                "1x",
-                "spatial 4x",
-                "64x",
-                "2x",
-                "16x, half spatial",
-                "32x",
-            )
-        ),
+        STORM,
+        DRAWN,
+        BASELINE,
+        *(specialist(budget) for budget in ("8x", "4x", "16x", "1x", "64x")),
     ],
+    "direction": [FORWARD],
+    "footage": ON_FOOTAGE,
+    "frames": [reader(row, read) for read in READS for row in (STORM, BASELINE)],
     "mixers": [
-        Row(
-            name=mixer_row(mixer, rate),
-            title=f"{mixer}, rate {rate:g}",
-            model=model,
-            budgets=tuple(BUDGETS),
-            tests=MIXER_TESTS,
-            rate=rate,
-        )
+        row
         for rate in RATES
-        for mixer, model in MIXERS.items()
-        if mixer_row(mixer, rate) != "storm"
+        for row in (mixer_row(mixer, rate) for mixer in MIXERS)
+        if row is not STORM
     ],
 }
+ROWS = {row.name: row for table in TABLES.values() for row in table}

