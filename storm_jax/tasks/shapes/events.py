@@ -49,12 +49,11 @@ def apart_events(settings: Settings) -> list[Event]:
         for second in range(first + length + gap, settings.frames - length + 1)
     ]
     events = []
-    for colours in itertools.permutations(COLOURS, 2):
-        for starts in times:
-            labels: list[str | None] = [None] * settings.frames
-            for start, colour in zip(starts, colours, strict=True):
-                labels[start : start + length] = [colour] * length
-            events.append(Event(tuple(labels), colours[0]))
+    for one, other in itertools.permutations(COLOURS, 2):
+        for first, second in times:
+            between = [None] * (second - first - length)
+            labels = (*[one] * length, *between, *[other] * length)
+            events.append(Event(_at(settings, first, labels), one))
     return events
 
 
