@@ -311,6 +311,25 @@ def test_ceiling_of_order_under_sampling():
     assert best("order", settings(frames=16), 1, 4) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_ceiling_on_a_split_is_that_of_its_samples(split: str):
+    """A pair in one group of 4 is a coin flip, one that straddles two is not; of flashes, a quarter is seen."""
+    one = settings(frames=16, families=("needle", "order", "needle"), eval_clips=20)
+    pairs, flashes = [], []
+    for index in range(60):
+        event = shapes.event_of(one, split, index)
+        times = [time for time, label in enumerate(event.labels) if label is not None]
+        if len(times) == 2:
+            pairs.append(1 if times[0] // 4 != times[1] // 4 else 1 / 2)
+        else:
+            flashes.append(1 if times[0] % 4 == 0 else 1 / 4)
+    assert (len(pairs), len(flashes)) == (20, 40)
+    pooled = CompressionConfig(num_frames=16, temporal_pool=4)
+    sampled = CompressionConfig(num_frames=16, temporal_sample=4)
+    assert shapes.ceiling("order", one, pooled, split) == pytest.approx(np.mean(pairs))
+    assert shapes.ceiling("needle", one, sampled, split) == pytest.approx(np.mean(flashes))
+
+
 @pytest.mark.parametrize("frames", [2, 4, 8, 16, 32])
 def test_ceiling_of_needle_is_the_share_of_frames_that_are_read(frames: int):
     read = min(frames, 16) / 16
@@ -474,6 +493,12 @@ def test_cli_names_a_wrong_argument_and_writes_nothing(
     assert caught.value.code == 2
     assert wrong in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_too_many_frames_to_count_are_refused_before_anything_is_written(tmp_path: pathlib.Path):
+    with pytest.raises(ValueError, match="frames=33 are too many for the family `count`"):
+        shapes.write(tmp_path / "data", settings(families=("order", "count"), frames=33), 1)
+    assert not (tmp_path / "data").exists()
 
 
 def test_cli_renders_the_same_files_as_write(

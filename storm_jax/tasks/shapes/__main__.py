@@ -1,4 +1,4 @@
-"""Renders the built-in task: questions about moving shapes that pooling without memory cannot answer.
+"""Renders the built-in task: questions about short events, some of which pooling without memory cannot answer.
 
     python -m storm_jax.tasks.shapes --out=DIR --clips=N --seed=S
 
@@ -48,7 +48,10 @@ def main() -> None:
         help=f"comma-separated; repeat a family for more samples of it; default {every}",
     )
     parser.add_argument(
-        "--frames", type=int, default=16, help="frames per clip, at least 8; default 16"
+        "--frames",
+        type=int,
+        default=16,
+        help="frames per clip, at least 8, and at most 32 with the family count; default 16",
     )
     parser.add_argument(
         "--size",

@@ -45,27 +45,17 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
     """Renders a data set in `workers` processes. A complete one with equal settings is left unchanged.
 
     Raises:
-      ValueError: the folder was rendered with other settings or contains other files, or the footage
-        cannot be read.
+      ValueError: the folder was rendered with other settings or contains other files, a family does not
+        support the settings, or the footage cannot be read.
     """
     folder = pathlib.Path(folder)
-    complete = folder / "test.json"  # written last
-    if (folder / "shapes.json").exists():
-        found = read_settings(folder)
-        for field in dataclasses.fields(Settings):
-            there, here = getattr(found, field.name), getattr(settings, field.name)
-            if there != here:
-                raise ValueError(
-                    f"{folder} was rendered with {field.name}={there!r}, not {here!r}: "
-                    f"use another --out, or remove the folder"
-                )
-        if complete.exists():
-            print(f"{folder} is already complete")
-            return
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and contains no shapes.json: use another --out")
+    if _is_complete(folder, settings):
+        print(f"{folder} is already complete")
+        return
+    for family in set(settings.families):  # fails before anything is written
+        FAMILIES[family].events(settings)
     if settings.footage is not None:
-        read_footage(settings.footage, 2 * settings.size)  # before anything is written
+        read_footage(settings.footage, 2 * settings.size)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "shapes.json", dataclasses.asdict(settings))
     counts = {split: settings.eval_clips * len(settings.families) for split in SPLITS}
@@ -88,6 +78,23 @@ def write(folder: str | pathlib.Path, settings: Settings, workers: int) -> None:
             counts[split]
         )
         _write_json(folder / f"{split}.json", [records[split][i] for i in order])
+
+
+def _is_complete(folder: pathlib.Path, settings: Settings) -> bool:
+    """Whether there is nothing left to do; raises the errors of `write` about a folder."""
+    if (folder / "shapes.json").exists():
+        found = read_settings(folder)
+        for field in dataclasses.fields(Settings):
+            there, here = getattr(found, field.name), getattr(settings, field.name)
+            if there != here:
+                raise ValueError(
+                    f"{folder} was rendered with {field.name}={there!r}, not {here!r}: "
+                    f"use another --out, or remove the folder"
+                )
+        return (folder / "test.json").exists()  # written last
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and contains no shapes.json: use another --out")
+    return False
 
 
 def _ignore_interrupts() -> None:

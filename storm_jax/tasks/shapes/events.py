@@ -18,6 +18,8 @@ PLACES = {
     "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
 }  # fmt: skip
 
+MOST_COUNTED = 32  # frames of a clip whose flashes are counted
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -73,6 +75,11 @@ def needle_events(settings: Settings) -> list[Event]:
 
 
 def count_events(settings: Settings) -> list[Event]:
+    if settings.frames > MOST_COUNTED:
+        raise ValueError(
+            f"frames={settings.frames} are too many for the family `count`, which has millions of possible events: use "
+            f"at most {MOST_COUNTED} frames, or other families"
+        )
     events = []
     for count in range(1, 5):
         for chosen in itertools.combinations(range(settings.frames), count):

@@ -59,6 +59,12 @@ def event_of(settings: Settings, split: str, index: int) -> Event:
     return _draw_event(settings, index, rng)[1]
 
 
+def events_of(settings: Settings, split: str, family: str) -> list[Event]:
+    """What happens in the samples of a family, in "val" or "test"."""
+    names = settings.eval_clips * settings.families  # in turns
+    return [event_of(settings, split, i) for i, name in enumerate(names) if name == family]
+
+
 def _draw_event(settings: Settings, index: int, rng: np.random.Generator) -> tuple[str, Event]:
     """The family of a sample, and its event."""
     turn, which = divmod(index, len(settings.families))
