@@ -43,9 +43,13 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = args.rows.split(";") if args.rows else list(ROWS)
     if unknown := [name for name in wanted if name not in ROWS]:
         parser.error(f"--rows: {unknown[0]!r} is not one of {'; '.join(ROWS)}")
+    if args.latency and (missing := {STORM.name, BASELINE.name} - set(wanted)):
+        parser.error(
+            f"--latency times {STORM.name} and {BASELINE.name}: add {missing.pop()} to --rows"
+        )
     if any(TASKS[ROWS[name].task].on_footage for name in wanted):
         try:
-            runs.camera_clips()  # before hours of other rows
+            runs.sample_videos()  # before hours of other rows
         except ModuleNotFoundError as error:
             parser.error(str(error))
     seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -59,8 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.latency:
         workdirs = {row.name: runs.folder(row, seeds[0], args.out) for row in (STORM, BASELINE)}
         seconds = latency.time_clips(workdirs, runs.render(STORM.task, args.out), TIMED)
-        latency.plot(report.points(read(path), seconds), args.out / "accuracy_latency.png")
         write_atomically(args.out / "latency.json", json.dumps(_times(seconds), indent=1) + "\n")
+        latency.plot(report.points(read(path), seconds), args.out / "accuracy_latency.png")
     print((args.out / "results.md").read_text())
 
 

@@ -3,6 +3,7 @@
     FrameAttention     each token attends to those of its place in all frames of the clip
     WindowAttention    each token attends to all tokens of a window of frames; every second layer shifts the windows
     TemporalConv       gated depthwise convolution over the frames
+    GatedMLP           each token by itself: what as many parameters do without mixing
 
 Like the Mamba layers of `configs.tiny`, they are two pre-norm residual layers that start as the identity, and with the
 default sizes their parameters are within 5 % of theirs, and so are the FLOPs of the model in clips of 16 frames.
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+WINDOW = 16  # frames
 _THETA = 100.0  # of rotary angles: a clip has few frames
 
 
@@ -57,7 +59,7 @@ class WindowAttention(_Layers):
         dtype: jnp.dtype,
         heads: int = 8,
         head_dim: int = 24,
-        window: int = 8,
+        window: int = WINDOW,
     ):
         def make(number: int) -> nnx.Module:
             shift = number % 2 * window // 2
@@ -76,6 +78,13 @@ class TemporalConv(_Layers):
             return _GatedConv(width, inner, size, rngs=rngs, dtype=dtype)
 
         super().__init__(width, make, rngs=rngs, dtype=dtype)
+
+
+class GatedMLP(TemporalConv):
+    """A gated MLP of each token, without mixing."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, inner: int = 256):
+        super().__init__(width, rngs=rngs, dtype=dtype, inner=inner, size=1)
 
 
 class _Attention(nnx.Module):

@@ -14,12 +14,14 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.evidence.latency import Point
+from benchmarks.evidence.mixers import WINDOW
 from benchmarks.evidence.rows import (
     BASELINE,
     BUDGETS,
     COMBINATIONS,
     COMPRESSIONS,
     DRAWN,
+    EVAL_CLIPS,
     FORWARD,
     LONG,
     MIXER_TESTS,
@@ -55,6 +57,7 @@ CLIP_LENGTHS = 16, 128, 1024  # frames
 CLIPS = 4  # test samples that the picture of footage shows, if they are videos
 # The compressions whose events inside a group are counted: those that average frames.
 POOLED = [name for name, compression in BUDGETS.items() if compression.temporal_pool > 1]
+PLOTTED = "1x", "2x", "4x", "8x", "16x", "32x", "64x"  # one for each number of tokens
 
 
 def write(records: Records, out: pathlib.Path) -> None:
@@ -62,10 +65,13 @@ def write(records: Records, out: pathlib.Path) -> None:
     tables = {
         "One model for every budget": budget_table(records),
         "Sampling in training and in tests": sampling_table(records),
-        "Events inside one pooled group": inside_table(records),
+        "Events inside one pooled group": inside_table(
+            records, (STORM, BASELINE, specialist("4x", BASELINE))
+        ),
         "Combinations and what they cost": combination_table(records),
         "Forwards only": direction_table(records),
         "On real footage": footage_table(records),
+        "Events inside one pooled group, on real footage": inside_table(records, ON_FOOTAGE),
         "Clips of 128 frames": frames_table(records),
         "Other mixers": mixer_table(records),
         "FLOPs of mixers for a visual token": mixer_cost_table(),
@@ -73,15 +79,17 @@ def write(records: Records, out: pathlib.Path) -> None:
     }
     parts = [f"## {title}\n\n{table}\n" for title, table in tables.items() if table]
     (out / "results.md").write_text("\n".join(parts))
-    draw_budgets(records, "short", (STORM, BASELINE), out / "budgets.png")
-    draw_budgets(records, "footage", ON_FOOTAGE, out / "footage.png")
+    compared = [(STORM, "C0"), (DRAWN, "C9"), (BASELINE, "C3")]
+    draw_budgets(records, "short", compared, out / "budgets.png")
+    on_footage = list(zip(ON_FOOTAGE, ("C0", "C3"), strict=True))
+    draw_budgets(records, "footage", on_footage, out / "budgets_on_footage.png")
     draw_frames(records, out / "frames.png")
     if (out / "footage" / "shapes.json").exists() and (out / "videos").exists():
-        draw_clips(shapes.read_settings(out / "footage"), out / "clips.png")
+        draw_clips(shapes.read_settings(out / "footage"), out / "footage.png")
 
 
 def accuracies(records: Records, row: Row, test: str, family: str) -> list[float]:
-    """Of each seed."""
+    """The accuracy of each seed."""
     return list(_by_seed(records, row, test, family).values())
 
 
@@ -95,12 +103,30 @@ def _by_seed(records: Records, row: Row, test: str, family: str) -> dict[int, fl
 
 
 def ceiling(family: str, task: str, compression: CompressionConfig) -> float:
-    """The best accuracy of a model that does not mix frames."""
+    """The best expected accuracy of a model that does not mix frames, on the test clips."""
+    return shapes.ceiling(family, _settings(task), compression, "test")
+
+
+def forward_limit(family: str, compression: CompressionConfig) -> float:
+    """The best expected accuracy of a model that scans clips of 16 frames forwards only, on the test clips: events that
+    begin after the last group that is kept are guessed."""
+    settings = _settings("short")
+    kept = plan_clip(settings.frames, Grid.square(1), compression).frame_group >= 0
+    last = int(np.flatnonzero(kept)[-1])
+    events = shapes.events_of(settings, "test", family)
+    is_seen = [any(label is not None for label in event.labels[: last + 1]) for event in events]
+    return float(np.where(is_seen, 1, shapes.FAMILIES[family].chance).mean())
+
+
+def _settings(task: str) -> shapes.Settings:
     about = TASKS[task]
-    settings = shapes.Settings(
-        clips=about.clips, seed=0, families=about.families, frames=about.frames
+    return shapes.Settings(
+        clips=about.clips,
+        seed=0,
+        families=about.families,
+        frames=about.frames,
+        eval_clips=EVAL_CLIPS,
     )
-    return shapes.ceiling(family, settings, compression)
 
 
 def budget_table(records: Records) -> str:
@@ -124,32 +150,29 @@ def budget_table(records: Records) -> str:
 
 
 def sampling_table(records: Records) -> str:
-    """Budgets that sample: in tests only, as in the paper, or in training too."""
-    rows = specialist("4x"), DRAWN, STORM
-    lines = [["family", "tokens", "ceiling without mixing", "sampled in tests only"]]
-    lines[0] += [row.title for row in rows[1:]]
+    """Models trained at 4x only and sampled in tests, as in the paper, or sampled in training too."""
+    rows = specialist("4x"), specialist("4x", BASELINE), DRAWN, STORM
+    lines = [["family", "tokens", "ceiling without mixing", *(row.title for row in rows)]]
     for family in TASKS["short"].videos:
-        for budget in ("8x", "16x"):
+        for budget in rows[0].tests:
             limit = f"{ceiling(family, 'short', BUDGETS[budget]):.1%}"
             cells = (cell(accuracies(records, row, budget, family)) for row in rows)
             lines.append([family, budget, limit, *cells])
     return markdown(lines)
 
 
-def inside_table(records: Records) -> str:
+def inside_table(records: Records, rows: Sequence[Row]) -> str:
     """Accuracy on events whose frames are averaged into one group that is kept."""
-    rows = [row for row in (STORM, BASELINE, *ON_FOOTAGE) if _any_of(records, [row])]
-    head = ["family", "tokens", "limit without mixing, on textures"]
-    lines = [[*head, *(row.title for row in rows)]]
+    lines = [["family", "tokens", "limit without mixing", *(row.title for row in rows)]]
     for family in ("order", "motion"):
         for budget in POOLED:
             counts = (inside(records, row, budget, family) for row in rows)
             lines.append([family, budget, "50%", *counts])
-    return markdown(lines)
+    return markdown(lines) if _any_of(records, rows) else ""
 
 
 def inside(records: Records, row: Row, budget: str, family: str) -> str:
-    """The sum over seeds."""
+    """Right answers of all seeds together."""
     key = row.name, budget
     found = [r["inside a group"][family] for r in records if (r["row"], r["test"]) == key]
     right, total = (sum(each) for each in zip(*found, strict=True)) if found else (0, 0)
@@ -179,11 +202,12 @@ def combination_table(records: Records) -> str:
 def direction_table(records: Records) -> str:
     """Mamba layers that scan in both directions, or forwards only."""
     rows = STORM, FORWARD
-    lines = [["family", "tokens", "both directions", "forwards only"]]
+    lines = [["family", "tokens", "both directions", "forwards only", "limit of forwards only"]]
     for family in TASKS["short"].videos:
-        for budget in BUDGETS:
+        for budget, compression in BUDGETS.items():
             cells = (cell(accuracies(records, row, budget, family)) for row in rows)
-            lines.append([family, budget, *cells])
+            limit = f"{forward_limit(family, compression):.1%}"
+            lines.append([family, budget, *cells, limit])
     return markdown(lines) if _any_of(records, [FORWARD]) else ""
 
 
@@ -231,16 +255,16 @@ def _uncompressed(name: str) -> CompressionConfig:
 
 
 def _gain(ours: Mapping[int, float], baseline: Mapping[int, float]) -> str:
-    """In points, over the seeds of both."""
+    """The mean gain in points over the seeds that both have."""
     gains = [ours[seed] - baseline[seed] for seed in ours if seed in baseline]
     return f"{100 * statistics.fmean(gains):+.1f}" if gains else "-"
 
 
 def mixer_table(records: Records) -> str:
-    """Accuracy of each mixer with its best rate: that of the highest mean over families, budgets and seeds, on the test
-    clips."""
-    lines = [["mixer", "rate", "parameters", "family", *MIXER_TESTS]]
-    families = TASKS["short"].families
+    """Accuracy of each mixer with its best rate: that of the highest mean over families and budgets with the first seed,
+    on the test clips."""
+    lines = [["mixer", "parameters", "best rate", "seeds", "family", *MIXER_TESTS]]
+    families = TASKS["short"].videos
     for mixer in MIXERS:
         means = {rate: _mean(records, mixer_row(mixer, rate)) for rate in RATES}
         tested = {rate: mean for rate, mean in means.items() if mean is not None}
@@ -248,7 +272,12 @@ def mixer_table(records: Records) -> str:
             continue
         best = max(tested, key=lambda rate: tested[rate])
         row = mixer_row(mixer, best)
-        about = [mixer, f"{best:g}", f"{parameter_count(_config(row)):,}"]
+        about = [
+            mixer,
+            f"{parameter_count(_config(row)):,}",
+            f"{best:g} of {len(tested)}",
+            str(len({record["seed"] for record in records if record["row"] == row.name})),
+        ]
         for family in families:
             cells = (cell(accuracies(records, row, budget, family)) for budget in MIXER_TESTS)
             lines.append([*about, family, *cells])
@@ -261,15 +290,15 @@ def mixer_cost_table() -> str:
     lines = [["mixer", *(f"{frames:,} frames" for frames in CLIP_LENGTHS)]]
     for mixer in MIXERS:
         model = _config(mixer_row(mixer, RATES[0])).model
-        # Windows do not see each other: in longer clips there are more of them.
-        longest = 8 if mixer == "attention in windows" else max(CLIP_LENGTHS)
-        counts = (mixer_flops(model, min(frames, longest)) for frames in CLIP_LENGTHS)
+        counts = (mixer_flops(model, frames) for frames in CLIP_LENGTHS)
         lines.append([mixer, *(f"{count / 1e3:,.0f}k" for count in counts)])
     return markdown(lines)
 
 
 def mixer_flops(model: ModelConfig, frames: int) -> float:
     """Forward FLOPs of a visual token in a clip of some frames."""
+    if model.mixer.endswith(":WindowAttention"):
+        frames = min(frames, WINDOW)  # longer clips have more windows, at the same cost each
     tokens = frames * model.video_side**2
     x = jax.ShapeDtypeStruct((1, frames, model.video_side**2, model.decoder.width), jnp.float32)
     clip = jax.ShapeDtypeStruct((1, frames), jnp.int32)
@@ -286,10 +315,12 @@ def mixer_flops(model: ModelConfig, frames: int) -> float:
 
 
 def _mean(records: Records, row: Row) -> float | None:
-    """The mean accuracy of a row; None if it has not been tested."""
-    families = TASKS[row.task].families
-    found = [a for b in MIXER_TESTS for f in families for a in accuracies(records, row, b, f)]
-    return statistics.fmean(found) if found else None
+    """The mean accuracy of a row with the first seed; None if it has not been tested."""
+    first = min(record["seed"] for record in records)
+    families = TASKS[row.task].videos
+    found = [_by_seed(records, row, b, f).get(first) for b in MIXER_TESTS for f in families]
+    tested = [accuracy for accuracy in found if accuracy is not None]
+    return statistics.fmean(tested) if tested else None
 
 
 def _any_of(records: Records, rows: Iterable[Row]) -> bool:
@@ -337,7 +368,7 @@ def points(records: Records, seconds: Mapping[tuple[str, str], Sequence[float]])
             projector=ROWS[row].title,
             setting=budget,
             visual_tokens=_plan_tokens(budget),
-            is_spatial="spatial" in budget,
+            is_spatial=BUDGETS[budget].spatial_pool > 1,
             seconds=found,
             accuracies={f: accuracies(records, ROWS[row], budget, f) for f in families},
             ceilings={f: ceiling(f, "short", BUDGETS[budget]) for f in families},
@@ -364,35 +395,35 @@ def _plan_tokens(test: str) -> int:
     return plan_clip(compression.num_frames, Grid.of(_config(STORM).model), compression).num_tokens
 
 
-def draw_budgets(records: Records, task: str, rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Accuracy over visual tokens of STORM and the baseline, a panel for each family of videos; the ceiling is a band."""
-    storm, _ = rows
-    if not _any_of(records, rows):
+def draw_budgets(
+    records: Records, task: str, rows: Sequence[tuple[Row, str]], path: pathlib.Path
+) -> None:
+    """Accuracy over visual tokens, a line for each row, in its colour; the ceiling is a band."""
+    if not _any_of(records, [row for row, _ in rows]):
         return
     families = TASKS[task].videos
-    line = {name: _plan_tokens(name) for name in BUDGETS if "spatial" not in name}
+    line = {name: _plan_tokens(name) for name in PLOTTED}
     figure, axes = _panels(families)
     for axis, family in zip(axes, families, strict=True):
         limits = [ceiling(family, task, BUDGETS[name]) for name in line]
         _draw_band(axis, list(line.values()), family, limits)
-        for row, colour, title in zip(rows, ("C0", "C3"), ("STORM, one model", "MLP"), strict=True):
+        for row, colour in rows:
             values = {line[b]: accuracies(records, row, b, family) for b in line}
-            _draw_line(axis, values, colour, title)
-        if storm is STORM:
+            _draw_line(axis, values, colour, row.title)
+        if task == STORM.task:
             only = {line[b]: accuracies(records, specialist(b), b, family) for b in line}
             found = {tokens: values for tokens, values in only.items() if values}
             means = [statistics.fmean(values) for values in found.values()]
-            axis.plot(list(found), means, "kx", label="STORM, trained for that budget only")
+            axis.plot(list(found), means, "kx", label="STORM, that budget only")
         _label(
             axis, family, f"visual tokens of a clip of {TASKS[task].frames} frames", line.values()
         )
         axis.invert_xaxis()
-    axes[0].legend(frameon=False, loc="lower left", fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_frames(records: Records, path: pathlib.Path) -> None:
-    """Accuracy over the frames that are read of a long clip, with as many visual tokens."""
+    """Accuracy over the frames that are read of a long clip, with equal numbers of visual tokens."""
     rows = {read: (reader(STORM, read), reader(BASELINE, read)) for read in READS}
     if not _any_of(records, TABLES["frames"]):
         return
@@ -412,8 +443,7 @@ def draw_frames(records: Records, path: pathlib.Path) -> None:
             _draw_line(axis, values, colour, title)
         tokens = _plan_tokens(next(iter(READS)))
         _label(axis, family, f"frames read of 128, {tokens} visual tokens", frames.values())
-    axes[0].legend(frameon=False, loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _panels(families: Sequence[str]) -> tuple[Figure, Sequence[Axes]]:
@@ -447,6 +477,13 @@ def _label(axis: Axes, title: str, places_are: str, places: Iterable[int]) -> No
     axis.set_xticks(list(places), [str(place) for place in places])
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    """With one legend for all panels, below them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def draw_clips(settings: shapes.Settings, path: pathlib.Path) -> None:

