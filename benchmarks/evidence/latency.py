@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.evidence.panels import panels
 from benchmarks.evidence.rows import COMPRESSIONS
 from benchmarks.timing import seconds_by_round
 from storm_jax.compression import Grid, VisualShape, plan_clip
@@ -138,11 +139,8 @@ class Point:
 
 def plot(points: Sequence[Point], path: pathlib.Path) -> None:
     """Accuracy over milliseconds, a panel for each family."""
-    from matplotlib.figure import Figure
-
     families = list(points[0].accuracies)
-    figure = Figure(figsize=(4.2 * len(families), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    figure, axes = panels(families)
     for axis, family in zip(axes, families, strict=True):
         for number, projector in enumerate(dict.fromkeys(point.projector for point in points)):
             own = [point for point in points if point.projector == projector]
@@ -150,11 +148,8 @@ def plot(points: Sequence[Point], path: pathlib.Path) -> None:
         for setting in dict.fromkeys(point.setting for point in points):
             _draw_ceiling(axis, [point for point in points if point.setting == setting], family)
         axis.plot([], [], color="0.6", linewidth=1, label="ceiling without temporal mixing")
-        axis.set(title=family, xlabel="milliseconds a clip, to the first token", ylim=(0, 1.1))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.set(xlabel="milliseconds a clip, to the first token", ylim=(0, 1.1))
         axis.margins(x=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("accuracy")
     axes[0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from benchmarks.evidence.latency import Point
 from benchmarks.evidence.mixers import WINDOW
+from benchmarks.evidence.panels import panels
 from benchmarks.evidence.rows import (
     BASELINE,
     BUDGETS,
@@ -403,7 +404,7 @@ def draw_budgets(
         return
     families = TASKS[task].videos
     line = {name: _plan_tokens(name) for name in PLOTTED}
-    figure, axes = _panels(families)
+    figure, axes = panels(families)
     for axis, family in zip(axes, families, strict=True):
         limits = [ceiling(family, task, BUDGETS[name]) for name in line]
         _draw_band(axis, list(line.values()), family, limits)
@@ -415,44 +416,32 @@ def draw_budgets(
             found = {tokens: values for tokens, values in only.items() if values}
             means = [statistics.fmean(values) for values in found.values()]
             axis.plot(list(found), means, "kx", label="STORM, that budget only")
-        _label(
-            axis, family, f"visual tokens of a clip of {TASKS[task].frames} frames", line.values()
-        )
+        _label(axis, f"visual tokens of a clip of {TASKS[task].frames} frames", line.values())
         axis.invert_xaxis()
     _save(figure, path)
 
 
 def draw_frames(records: Records, path: pathlib.Path) -> None:
     """Accuracy over the frames that are read of a long clip, with equal numbers of visual tokens."""
-    rows = {read: (reader(STORM, read), reader(BASELINE, read)) for read in READS}
     if not _any_of(records, TABLES["frames"]):
         return
     families = TASKS["long"].families
     frames = {read: compression.num_frames for read, compression in READS.items()}
-    figure, axes = _panels(families)
+    figure, axes = panels(families)
     for axis, family in zip(axes, families, strict=True):
         limits = [ceiling(family, "long", compression) for compression in READS.values()]
         _draw_band(axis, list(frames.values()), family, limits)
         best = [ceiling(family, "long", _uncompressed(read)) for read in READS]
         axis.plot(list(frames.values()), best, "k:", label="what the frames show")
-        for which, (colour, title) in enumerate((("C0", "STORM"), ("C3", "MLP"))):
+        for start, colour, title in ((STORM, "C0", "STORM"), (BASELINE, "C3", "MLP")):
             values = {
-                frames[read]: accuracies(records, pair[which], read, family)
-                for read, pair in rows.items()
+                frames[read]: accuracies(records, reader(start, read), read, family)
+                for read in READS
             }
             _draw_line(axis, values, colour, title)
         tokens = _plan_tokens(next(iter(READS)))
-        _label(axis, family, f"frames read of 128, {tokens} visual tokens", frames.values())
+        _label(axis, f"frames read of 128, {tokens} visual tokens", frames.values())
     _save(figure, path)
-
-
-def _panels(families: Sequence[str]) -> tuple[Figure, Sequence[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(families), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(families), sharey=True)
-    axes[0].set_ylabel("accuracy")
-    return figure, axes
 
 
 def _draw_band(axis: Axes, places: Sequence[int], family: str, limits: Sequence[float]) -> None:
@@ -471,12 +460,10 @@ def _draw_line(axis: Axes, values: Mapping[int, Sequence[float]], colour: str, t
     )
 
 
-def _label(axis: Axes, title: str, places_are: str, places: Iterable[int]) -> None:
+def _label(axis: Axes, places_are: str, places: Iterable[int]) -> None:
     axis.set_xscale("log", base=2)
-    axis.set(title=title, xlabel=places_are, ylim=(0, 1.05))
+    axis.set(xlabel=places_are, ylim=(0, 1.05))
     axis.set_xticks(list(places), [str(place) for place in places])
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: pathlib.Path) -> None:

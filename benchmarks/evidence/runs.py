@@ -85,21 +85,22 @@ def train(row: Row, seed: int, out: pathlib.Path) -> float:
     Returns:
       The seconds that training the row itself has taken, in all attempts.
     """
+    workdir = folder(row, seed, out)
+    clock = workdir.with_name(f"{workdir.name}.seconds")  # names of rates have a dot
+    spent = float(clock.read_text()) if clock.exists() else 0.0
+    if workdir.exists() and row.steps in Run(workdir).checkpoints.steps():
+        return spent
     if row.start:
         train(ROWS[row.start], seed, out)
-    data, workdir = render(row.task, out), folder(row, seed, out)
+    data = render(row.task, out)
     workdir.parent.mkdir(parents=True, exist_ok=True)
     start = folder(ROWS[row.start], seed, out) if row.start else None
     run = row.config(data.absolute(), seed, start.absolute() if start else None)
     config = dataclasses.replace(
         run, data=dataclasses.replace(run.data, tokenizer=str(tokenizer(out).absolute()))
     )
-    path = workdir.with_name(f"{workdir.name}.py")  # names of rates have a dot
+    path = workdir.with_name(f"{workdir.name}.py")
     write_atomically(path, _CONFIG.format(text=json.dumps(to_dict(config))))
-    clock = workdir.with_name(f"{workdir.name}.seconds")
-    spent = float(clock.read_text()) if clock.exists() else 0.0
-    if workdir.exists() and row.steps in Run(workdir).checkpoints.steps():
-        return spent
     began = time.monotonic()
     try:
         _call("train.py", f"--config={path}", f"--workdir={workdir}")
