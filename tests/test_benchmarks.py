@@ -16,7 +16,7 @@ from benchmark_trees import link_run
 
 from benchmarks import data, eval_throughput, scan, scan_compile
 from benchmarks.evidence import __main__ as evidence
-from benchmarks.evidence import latency, report, rows, runs
+from benchmarks.evidence import latency, report, rows, runs, scores
 from storm_jax.config import CompressionConfig
 from storm_jax.evals.benchmark import Question, ScoredReply
 from storm_jax.inference.generate import Sampling
@@ -258,7 +258,7 @@ def test_readers_of_long_clips_start_from_the_row_for_short_ones(tmp_path):
 
 
 def test_reads_of_long_clips_have_equal_numbers_of_tokens():
-    assert {report._plan_tokens(read) for read in rows.READS} == {32}
+    assert {scores.visual_tokens(read) for read in rows.READS} == {32}
 
 
 def test_names_of_rows_are_unique():
@@ -296,25 +296,53 @@ def test_mixers_differ_in_mixer_and_rate_and_have_as_many_parameters(tmp_path):
     assert {config.optim.learning_rate.projector for config in configs} == set(rows.RATES)
 
 
-def record(row: str, test: str, right: int) -> dict:
+def record(row: str, test: str, right: int, seed: int = 0) -> dict:
     """One with 10 questions of every family."""
     families = ("order", "motion", "needle", "place", "apart")
-    return {"row": row, "seed": 0, "test": test, "right": {name: [right, 10] for name in families}}
+    counts = {family: [right, 10] for family in families}
+    return {"row": row, "seed": seed, "test": test, "right": counts}
 
 
 def test_each_mixer_is_shown_with_its_best_rate():
     records = [
         record("storm", "4x", 6),
         record("Mamba-1 at 0.001", "4x", 7),
+        record("storm", "4x", 10, seed=1),  # the first seed decides
         record("attention over frames at 0.00025", "4x", 9),
         record("attention over frames at 0.001", "4x", 8),
     ]
     lines = [line.strip("| ").split(" | ") for line in report.mixer_table(records).splitlines()[2:]]
     assert [[mixer, rate] for mixer, _, rate, *_ in lines[::3]] == [
-        ["Mamba-1", "0.001 of 2"],
-        ["attention over frames", "0.00025 of 2"],
+        ["Mamba-1", "0.001"],
+        ["attention over frames", "0.00025"],
     ]
     assert "90.0%" in lines[-1]
+    rates = report.rate_table(records)
+    assert "| Mamba-1 | - | 60.0% | 70.0% |" in rates
+    assert "| no mixing | - | - | - |" in rates
+
+
+def test_rates_of_a_mixer_are_compared_with_one_seed_and_the_best_is_trained_with_more(
+    tmp_path, monkeypatch
+):
+    right = {"no mixing at 0.00025": 3, "no mixing at 0.0005": 5, "no mixing at 0.001": 4}
+    names = [rows.STORM.name, *right]
+    trained = []
+
+    def tested(row, seed, out):
+        trained.append((row.name, seed))
+        for test in row.tests:
+            yield record(row.name, test, right.get(row.name, 1), seed)
+
+    monkeypatch.setattr(runs, "train", lambda *_: 1.0)
+    monkeypatch.setattr(runs, "test", tested)
+    monkeypatch.setattr(report, "write", lambda *_: (tmp_path / "results.md").write_text(""))
+    command = [f"--out={tmp_path}", f"--rows={';'.join(names)}"]
+    evidence.main([*command, "--seeds=1,0"])
+    expected = [(name, 0) for name in names] + [("storm", 1), ("no mixing at 0.0005", 1)]
+    assert trained == expected
+    evidence.main([*command, "--seeds=2"])
+    assert trained[len(expected) :] == [("storm", 2), ("no mixing at 0.0005", 2)]
 
 
 @pytest.mark.parametrize(("budget", "frames"), [("4x", 16), ("8x", 12), ("16x", 4)])
@@ -322,7 +350,7 @@ def test_a_forward_scan_sees_events_that_begin_before_the_last_kept_group_ends(b
     """Other colours are guessed: of all possible pairs and flashes, with the spread of 200 clips."""
     for family, starts in (("order", 15), ("needle", 16)):
         seen = min(frames, starts) / starts
-        limit = report.forward_limit(family, rows.BUDGETS[budget])
+        limit = scores.forward_limit(family, rows.BUDGETS[budget])
         assert limit == pytest.approx(seen + (1 - seen) / 4, abs=0.08), family
 
 

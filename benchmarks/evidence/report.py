@@ -1,28 +1,25 @@
-"""Tables and plots of the records."""
+"""Tables of the records."""
 
 from __future__ import annotations
 
 import functools
 import pathlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from benchmarks.evidence import figures
 from benchmarks.evidence.latency import Point
 from benchmarks.evidence.mixers import WINDOW
-from benchmarks.evidence.panels import panels
 from benchmarks.evidence.rows import (
     BASELINE,
     BUDGETS,
     COMBINATIONS,
     COMPRESSIONS,
     DRAWN,
-    EVAL_CLIPS,
     FORWARD,
     LONG,
     MIXER_TESTS,
@@ -39,8 +36,20 @@ from benchmarks.evidence.rows import (
     reader,
     specialist,
 )
+from benchmarks.evidence.scores import (
+    Records,
+    accuracies,
+    accuracies_by_seed,
+    any_of,
+    best_rate,
+    ceiling,
+    forward_limit,
+    frames_ceiling,
+    rate_means,
+    visual_tokens,
+)
 from storm_jax.compression import Grid, VisualShape, plan_clip
-from storm_jax.config import CompressionConfig, ModelConfig, RunConfig
+from storm_jax.config import ModelConfig, RunConfig
 from storm_jax.evals.report.text import markdown
 from storm_jax.flops import encode_work, prefill_work
 from storm_jax.models.temporal_projector import TemporalProjector
@@ -48,17 +57,10 @@ from storm_jax.params import abstract_model, flat_params
 from storm_jax.preflight.cost import count_flops
 from storm_jax.tasks import shapes
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Records = Sequence[Mapping[str, Any]]
 QUESTION = 22  # tokens of a prompt's text
 CLIP_LENGTHS = 16, 128, 1024  # frames
-CLIPS = 4  # test samples that the picture of footage shows, if they are videos
 # The compressions whose events inside a group are counted: those that average frames.
 POOLED = [name for name, compression in BUDGETS.items() if compression.temporal_pool > 1]
-PLOTTED = "1x", "2x", "4x", "8x", "16x", "32x", "64x"  # one for each number of tokens
 
 
 def write(records: Records, out: pathlib.Path) -> None:
@@ -75,59 +77,13 @@ def write(records: Records, out: pathlib.Path) -> None:
         "Events inside one pooled group, on real footage": inside_table(records, ON_FOOTAGE),
         "Clips of 128 frames": frames_table(records),
         "Other mixers": mixer_table(records),
+        "Learning rates of mixers": rate_table(records),
         "FLOPs of mixers for a visual token": mixer_cost_table(),
         "Hours": hours(records),
     }
     parts = [f"## {title}\n\n{table}\n" for title, table in tables.items() if table]
     (out / "results.md").write_text("\n".join(parts))
-    compared = [(STORM, "C0"), (DRAWN, "C9"), (BASELINE, "C3")]
-    draw_budgets(records, "short", compared, out / "budgets.png")
-    on_footage = list(zip(ON_FOOTAGE, ("C0", "C3"), strict=True))
-    draw_budgets(records, "footage", on_footage, out / "budgets_on_footage.png")
-    draw_frames(records, out / "frames.png")
-    if (out / "footage" / "shapes.json").exists() and (out / "videos").exists():
-        draw_clips(shapes.read_settings(out / "footage"), out / "footage.png")
-
-
-def accuracies(records: Records, row: Row, test: str, family: str) -> list[float]:
-    """The accuracy of each seed."""
-    return list(_by_seed(records, row, test, family).values())
-
-
-def _by_seed(records: Records, row: Row, test: str, family: str) -> dict[int, float]:
-    counts = {
-        record["seed"]: record["right"][family]
-        for record in records
-        if (record["row"], record["test"]) == (row.name, test)
-    }
-    return {seed: right / total for seed, (right, total) in counts.items()}
-
-
-def ceiling(family: str, task: str, compression: CompressionConfig) -> float:
-    """The best expected accuracy of a model that does not mix frames, on the test clips."""
-    return shapes.ceiling(family, _settings(task), compression, "test")
-
-
-def forward_limit(family: str, compression: CompressionConfig) -> float:
-    """The best expected accuracy of a model that scans clips of 16 frames forwards only, on the test clips: events that
-    begin after the last group that is kept are guessed."""
-    settings = _settings("short")
-    kept = plan_clip(settings.frames, Grid.square(1), compression).frame_group >= 0
-    last = int(np.flatnonzero(kept)[-1])
-    events = shapes.events_of(settings, "test", family)
-    is_seen = [any(label is not None for label in event.labels[: last + 1]) for event in events]
-    return float(np.where(is_seen, 1, shapes.FAMILIES[family].chance).mean())
-
-
-def _settings(task: str) -> shapes.Settings:
-    about = TASKS[task]
-    return shapes.Settings(
-        clips=about.clips,
-        seed=0,
-        families=about.families,
-        frames=about.frames,
-        eval_clips=EVAL_CLIPS,
-    )
+    figures.write(records, out)
 
 
 def budget_table(records: Records) -> str:
@@ -169,7 +125,7 @@ def inside_table(records: Records, rows: Sequence[Row]) -> str:
         for budget in POOLED:
             counts = (inside(records, row, budget, family) for row in rows)
             lines.append([family, budget, "50%", *counts])
-    return markdown(lines) if _any_of(records, rows) else ""
+    return markdown(lines) if any_of(records, rows) else ""
 
 
 def inside(records: Records, row: Row, budget: str, family: str) -> str:
@@ -190,7 +146,7 @@ def combination_table(records: Records) -> str:
         lines.append(
             [
                 *("-" if factor == 1 else f"{factor}x" for factor in factors),
-                str(_plan_tokens(name)),
+                str(visual_tokens(name)),
                 f"{forward_flops(_config(STORM), name) / 1e9:.3f}",
                 *(cell(accuracies(records, STORM, name, family)) for family in families),
                 f"{forward_flops(_config(BASELINE), name) / 1e9:.3f}",
@@ -209,7 +165,7 @@ def direction_table(records: Records) -> str:
             cells = (cell(accuracies(records, row, budget, family)) for row in rows)
             limit = f"{forward_limit(family, compression):.1%}"
             lines.append([family, budget, *cells, limit])
-    return markdown(lines) if _any_of(records, [FORWARD]) else ""
+    return markdown(lines) if any_of(records, [FORWARD]) else ""
 
 
 def footage_table(records: Records) -> str:
@@ -220,7 +176,7 @@ def footage_table(records: Records) -> str:
             limit = f"{ceiling(family, 'footage', compression):.1%}"
             cells = (cell(accuracies(records, row, budget, family)) for row in ON_FOOTAGE)
             lines.append([family, budget, limit, *cells])
-    return markdown(lines) if _any_of(records, ON_FOOTAGE) else ""
+    return markdown(lines) if any_of(records, ON_FOOTAGE) else ""
 
 
 def frames_table(records: Records) -> str:
@@ -230,29 +186,26 @@ def frames_table(records: Records) -> str:
     for family in TASKS["long"].families:
         for name in READS | LONG:
             found = [
-                _by_seed(records, _reader(start, name), name, family) for start in (STORM, BASELINE)
+                accuracies_by_seed(records, _reader(start, name), name, family)
+                for start in (STORM, BASELINE)
             ]
             lines.append(
                 [
                     family,
                     name,
-                    str(_plan_tokens(name)),
-                    f"{ceiling(family, 'long', _uncompressed(name)):.1%}",
+                    str(visual_tokens(name)),
+                    f"{frames_ceiling(family, name):.1%}",
                     f"{ceiling(family, 'long', COMPRESSIONS[name]):.1%}",
                     *(cell(list(values.values())) for values in found),
                     _gain(*found),
                 ]
             )
-    return markdown(lines) if _any_of(records, TABLES["frames"]) else ""
+    return markdown(lines) if any_of(records, TABLES["frames"]) else ""
 
 
 def _reader(start: Row, test: str) -> Row:
     """The row that is tested with a compression of long clips."""
     return next(row for read in READS if test in (row := reader(start, read)).tests)
-
-
-def _uncompressed(name: str) -> CompressionConfig:
-    return CompressionConfig(num_frames=COMPRESSIONS[name].num_frames)
 
 
 def _gain(ours: Mapping[int, float], baseline: Mapping[int, float]) -> str:
@@ -262,27 +215,28 @@ def _gain(ours: Mapping[int, float], baseline: Mapping[int, float]) -> str:
 
 
 def mixer_table(records: Records) -> str:
-    """Accuracy of each mixer with its best rate: that of the highest mean over families and budgets with the first seed,
-    on the test clips."""
-    lines = [["mixer", "parameters", "best rate", "seeds", "family", *MIXER_TESTS]]
-    families = TASKS["short"].videos
+    """Accuracy of each mixer with its best learning rate."""
+    lines = [["mixer", "parameters", "rate", "seeds", "family", *MIXER_TESTS]]
     for mixer in MIXERS:
-        means = {rate: _mean(records, mixer_row(mixer, rate)) for rate in RATES}
-        tested = {rate: mean for rate, mean in means.items() if mean is not None}
-        if not tested:
+        if (rate := best_rate(records, mixer)) is None:
             continue
-        best = max(tested, key=lambda rate: tested[rate])
-        row = mixer_row(mixer, best)
-        about = [
-            mixer,
-            f"{parameter_count(_config(row)):,}",
-            f"{best:g} of {len(tested)}",
-            str(len({record["seed"] for record in records if record["row"] == row.name})),
-        ]
-        for family in families:
+        row = mixer_row(mixer, rate)
+        seeds = {record["seed"] for record in records if record["row"] == row.name}
+        about = [mixer, f"{parameter_count(_config(row)):,}", f"{rate:g}", str(len(seeds))]
+        for family in TASKS["short"].videos:
             cells = (cell(accuracies(records, row, budget, family)) for budget in MIXER_TESTS)
             lines.append([*about, family, *cells])
-    return markdown(lines) if len(lines) > 1 + len(families) else ""  # one is no comparison
+    return markdown(lines) if any_of(records, TABLES["mixers"]) else ""
+
+
+def rate_table(records: Records) -> str:
+    """The mean accuracy of each mixer with each learning rate."""
+    lines = [["mixer", *(f"rate {rate:g}" for rate in sorted(RATES))]]
+    for mixer in MIXERS:
+        means = rate_means(records, mixer)
+        cells = (f"{means[rate]:.1%}" if rate in means else "-" for rate in sorted(RATES))
+        lines.append([mixer, *cells])
+    return markdown(lines) if any_of(records, TABLES["mixers"]) else ""
 
 
 @functools.cache
@@ -313,20 +267,6 @@ def mixer_flops(model: ModelConfig, frames: int) -> float:
         return nnx.merge(graph, state)(x, clip)  # type: ignore[misc]  # it is not None
 
     return count_flops(jax.make_jaxpr(mix)(state, x, clip)) / tokens
-
-
-def _mean(records: Records, row: Row) -> float | None:
-    """The mean accuracy of a row with the first seed; None if it has not been tested."""
-    first = min(record["seed"] for record in records)
-    families = TASKS[row.task].videos
-    found = [_by_seed(records, row, b, f).get(first) for b in MIXER_TESTS for f in families]
-    tested = [accuracy for accuracy in found if accuracy is not None]
-    return statistics.fmean(tested) if tested else None
-
-
-def _any_of(records: Records, rows: Iterable[Row]) -> bool:
-    names = {row.name for row in rows}
-    return any(record["row"] in names for record in records)
 
 
 def forward_flops(config: RunConfig, test: str) -> float:
@@ -368,7 +308,7 @@ def points(records: Records, seconds: Mapping[tuple[str, str], Sequence[float]])
         Point(
             projector=ROWS[row].title,
             setting=budget,
-            visual_tokens=_plan_tokens(budget),
+            visual_tokens=visual_tokens(budget),
             is_spatial=BUDGETS[budget].spatial_pool > 1,
             seconds=found,
             accuracies={f: accuracies(records, ROWS[row], budget, f) for f in families},
@@ -388,101 +328,3 @@ def cell(values: Sequence[float]) -> str:
 
 def _config(row: Row) -> RunConfig:
     return row.config(pathlib.Path(), 0)
-
-
-def _plan_tokens(test: str) -> int:
-    """Visual tokens of a clip."""
-    compression = COMPRESSIONS[test]
-    return plan_clip(compression.num_frames, Grid.of(_config(STORM).model), compression).num_tokens
-
-
-def draw_budgets(
-    records: Records, task: str, rows: Sequence[tuple[Row, str]], path: pathlib.Path
-) -> None:
-    """Accuracy over visual tokens, a line for each row, in its colour; the ceiling is a band."""
-    if not _any_of(records, [row for row, _ in rows]):
-        return
-    families = TASKS[task].videos
-    line = {name: _plan_tokens(name) for name in PLOTTED}
-    figure, axes = panels(families)
-    for axis, family in zip(axes, families, strict=True):
-        limits = [ceiling(family, task, BUDGETS[name]) for name in line]
-        _draw_band(axis, list(line.values()), family, limits)
-        for row, colour in rows:
-            values = {line[b]: accuracies(records, row, b, family) for b in line}
-            _draw_line(axis, values, colour, row.title)
-        if task == STORM.task:
-            only = {line[b]: accuracies(records, specialist(b), b, family) for b in line}
-            found = {tokens: values for tokens, values in only.items() if values}
-            means = [statistics.fmean(values) for values in found.values()]
-            axis.plot(list(found), means, "kx", label="STORM, that budget only")
-        _label(axis, f"visual tokens of a clip of {TASKS[task].frames} frames", line.values())
-        axis.invert_xaxis()
-    _save(figure, path)
-
-
-def draw_frames(records: Records, path: pathlib.Path) -> None:
-    """Accuracy over the frames that are read of a long clip, with equal numbers of visual tokens."""
-    if not _any_of(records, TABLES["frames"]):
-        return
-    families = TASKS["long"].families
-    frames = {read: compression.num_frames for read, compression in READS.items()}
-    figure, axes = panels(families)
-    for axis, family in zip(axes, families, strict=True):
-        limits = [ceiling(family, "long", compression) for compression in READS.values()]
-        _draw_band(axis, list(frames.values()), family, limits)
-        best = [ceiling(family, "long", _uncompressed(read)) for read in READS]
-        axis.plot(list(frames.values()), best, "k:", label="what the frames show")
-        for start, colour, title in ((STORM, "C0", "STORM"), (BASELINE, "C3", "MLP")):
-            values = {
-                frames[read]: accuracies(records, reader(start, read), read, family)
-                for read in READS
-            }
-            _draw_line(axis, values, colour, title)
-        tokens = _plan_tokens(next(iter(READS)))
-        _label(axis, f"frames read of 128, {tokens} visual tokens", frames.values())
-    _save(figure, path)
-
-
-def _draw_band(axis: Axes, places: Sequence[int], family: str, limits: Sequence[float]) -> None:
-    chance = shapes.FAMILIES[family].chance
-    axis.fill_between(places, chance, limits, color="0.9", label="without mixing, on textures")
-
-
-def _draw_line(axis: Axes, values: Mapping[int, Sequence[float]], colour: str, title: str) -> None:
-    """A line through the means, with the smallest and the largest value."""
-    found = {place: each for place, each in values.items() if each}
-    means = [statistics.fmean(each) for each in found.values()]
-    low = [mean - min(each) for mean, each in zip(means, found.values(), strict=True)]
-    high = [max(each) - mean for mean, each in zip(means, found.values(), strict=True)]
-    axis.errorbar(
-        list(found), means, yerr=[low, high], fmt="o-", color=colour, label=title, capsize=3
-    )
-
-
-def _label(axis: Axes, places_are: str, places: Iterable[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel=places_are, ylim=(0, 1.05))
-    axis.set_xticks(list(places), [str(place) for place in places])
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
-    """With one legend for all panels, below them."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def draw_clips(settings: shapes.Settings, path: pathlib.Path) -> None:
-    """The first test clips of a task about videos, a line of frames each."""
-    from matplotlib.figure import Figure
-
-    samples = [shapes.render(settings, "test", index) for index in range(CLIPS)]
-    videos = [sample for sample in samples if len(sample.frames) > 1]
-    figure = Figure(figsize=(settings.frames * 0.6, len(videos) * 0.85), layout="constrained")
-    axes = figure.subplots(len(videos), 1)
-    for axis, sample in zip(axes, videos, strict=True):
-        axis.imshow(np.concatenate(list(sample.frames), axis=1))
-        axis.set_title(f"{sample.question} {sample.answer}", fontsize=8, loc="left", pad=2)
-        axis.set_axis_off()
-    figure.savefig(path, dpi=120)
