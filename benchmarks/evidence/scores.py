@@ -49,7 +49,7 @@ def accuracies_by_seed(records: Records, row: Row, test: str, family: str) -> di
 
 
 def best_rate(records: Records, mixer: str) -> float | None:
-    """The learning rate that `rate_means` is highest with; None if the mixer has not been tested."""
+    """The learning rate with the highest of `rate_means`, in a tie the first of RATES; None without any."""
     means = rate_means(records, mixer)
     return max(means, key=lambda rate: means[rate]) if means else None
 
