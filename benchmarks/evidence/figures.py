@@ -150,7 +150,8 @@ def _label(axis: Axes, places_are: str, places: Iterable[int]) -> None:
 def _save(figure: Figure, path: pathlib.Path) -> None:
     """With one legend for all panels, below them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    columns = min(len(labels), 5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=120)
 
 
