@@ -57,8 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     first = min([seeds[0], *(record["seed"] for record in read(path))])
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        for row in (ROWS[name] for name in wanted):
-            if _is_needed(row, seed, first, read(path)):
+        losing = scores.losing_rows(read(path)) if seed > first else set()
+        for row in (ROWS[name] for name in wanted if name not in losing):
+            if not _is_done(row, seed, read(path)):
                 run(row, seed, args.out, path)
                 report.write(read(path), args.out)
     report.write(read(path), args.out)
@@ -91,13 +92,10 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _is_needed(row: Row, seed: int, first: int, records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a row has to be tested with a seed; after the first, only the best learning rates of mixers have to."""
-    if seed > first and row.name in scores.losing_rows(records):
-        return False
+def _is_done(row: Row, seed: int, records: list[dict[str, Any]]) -> bool:
     key = row.name, seed, row.steps
     tested = {r["test"] for r in records if (r["row"], r["seed"], r["steps"]) == key}
-    return not set(row.tests) <= tested
+    return set(row.tests) <= tested
 
 
 def _times(seconds: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, Any]:

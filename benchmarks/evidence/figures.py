@@ -43,41 +43,60 @@ if TYPE_CHECKING:
 
 CLIPS = 4  # test samples that the picture of footage shows, if they are videos
 PLOTTED = "1x", "2x", "4x", "8x", "16x", "32x", "64x"  # one for each number of tokens
+Line = tuple[Row, str, str]  # of a plot: with its colour and label
 
 
 def write(records: Records, out: pathlib.Path) -> None:
     """Draws the plots in a folder, and the footage if it has been rendered there."""
-    compared = [(STORM, "C0"), (DRAWN, "C9"), (BASELINE, "C3")]
-    draw_budgets(records, "short", compared, out / "budgets.png")
-    on_footage = list(zip(ON_FOOTAGE, ("C0", "C3"), strict=True))
-    draw_budgets(records, "footage", on_footage, out / "budgets_on_footage.png")
+    compared = [
+        (STORM, "C0", STORM.title),
+        (DRAWN, "C9", DRAWN.title),
+        (BASELINE, "C3", BASELINE.title),
+    ]
+    draw_budgets(records, "short", PLOTTED, compared, out / "budgets.png", with_specialists=True)
+    on_footage = [
+        (row, colour, row.title) for row, colour in zip(ON_FOOTAGE, ("C0", "C3"), strict=True)
+    ]
+    draw_budgets(records, "footage", PLOTTED, on_footage, out / "budgets_on_footage.png")
     draw_frames(records, out / "frames.png")
-    draw_mixers(records, out / "mixers.png")
+    mixers = [
+        (mixer_row(mixer, rate), f"C{number}", mixer)
+        for number, mixer in enumerate(MIXERS)
+        if (rate := best_rate(records, mixer)) is not None
+    ]
+    if len(mixers) > 1:
+        draw_budgets(records, "short", MIXER_TESTS, mixers, out / "mixers.png")
     if (out / "footage" / "shapes.json").exists() and (out / "videos").exists():
         draw_clips(shapes.read_settings(out / "footage"), out / "footage.png")
 
 
 def draw_budgets(
-    records: Records, task: str, rows: Sequence[tuple[Row, str]], path: pathlib.Path
+    records: Records,
+    task: str,
+    tests: Sequence[str],
+    lines: Sequence[Line],
+    path: pathlib.Path,
+    *,
+    with_specialists: bool = False,
 ) -> None:
-    """Accuracy over visual tokens, a line for each row, in its colour; the ceiling is a band."""
-    if not any_of(records, [row for row, _ in rows]):
+    """Accuracy over visual tokens; the ceiling is a band."""
+    if not any_of(records, [row for row, _, _ in lines]):
         return
     families = TASKS[task].videos
-    line = {name: visual_tokens(name) for name in PLOTTED}
+    tokens = {name: visual_tokens(name) for name in tests}
     figure, axes = panels(families)
     for axis, family in zip(axes, families, strict=True):
-        limits = [ceiling(family, task, BUDGETS[name]) for name in line]
-        _draw_band(axis, list(line.values()), family, limits)
-        for row, colour in rows:
-            values = {line[b]: accuracies(records, row, b, family) for b in line}
-            _draw_line(axis, values, colour, row.title)
-        if task == STORM.task:
-            only = {line[b]: accuracies(records, specialist(b), b, family) for b in line}
-            found = {tokens: values for tokens, values in only.items() if values}
+        limits = [ceiling(family, task, BUDGETS[name]) for name in tests]
+        _draw_band(axis, list(tokens.values()), family, limits)
+        for row, colour, label in lines:
+            values = {tokens[b]: accuracies(records, row, b, family) for b in tests}
+            _draw_line(axis, values, colour, label)
+        if with_specialists:
+            only = {tokens[b]: accuracies(records, specialist(b), b, family) for b in tests}
+            found = {place: values for place, values in only.items() if values}
             means = [statistics.fmean(values) for values in found.values()]
             axis.plot(list(found), means, "kx", label="STORM, that budget only")
-        _label(axis, f"visual tokens of a clip of {TASKS[task].frames} frames", line.values())
+        _label(axis, f"visual tokens of a clip of {TASKS[task].frames} frames", tokens.values())
         axis.invert_xaxis()
     _save(figure, path)
 
@@ -102,26 +121,6 @@ def draw_frames(records: Records, path: pathlib.Path) -> None:
             _draw_line(axis, values, colour, title)
         tokens = visual_tokens(next(iter(READS)))
         _label(axis, f"frames read of 128, {tokens} visual tokens", frames.values())
-    _save(figure, path)
-
-
-def draw_mixers(records: Records, path: pathlib.Path) -> None:
-    """Accuracy over visual tokens of each mixer, with its best learning rate."""
-    best = {mixer: rate for mixer in MIXERS if (rate := best_rate(records, mixer)) is not None}
-    if len(best) < 2:
-        return
-    families = TASKS["short"].videos
-    line = {name: visual_tokens(name) for name in MIXER_TESTS}
-    figure, axes = panels(families)
-    for axis, family in zip(axes, families, strict=True):
-        limits = [ceiling(family, "short", BUDGETS[name]) for name in line]
-        _draw_band(axis, list(line.values()), family, limits)
-        for number, (mixer, rate) in enumerate(best.items()):
-            row = mixer_row(mixer, rate)
-            values = {line[b]: accuracies(records, row, b, family) for b in line}
-            _draw_line(axis, values, f"C{number}", mixer)
-        _label(axis, f"visual tokens of a clip of {TASKS['short'].frames} frames", line.values())
-        axis.invert_xaxis()
     _save(figure, path)
 
 

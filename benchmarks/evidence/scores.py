@@ -56,12 +56,12 @@ def best_rate(records: Records, mixer: str) -> float | None:
 
 def losing_rows(records: Records) -> set[str]:
     """Names of the rows of mixers whose learning rate is not the best of those tested."""
-    return {
-        row.name
-        for mixer in MIXERS
-        for row in (mixer_row(mixer, rate) for rate in RATES)
-        if row is not STORM and best_rate(records, mixer) not in (None, row.rate)
-    }
+    losing = set()
+    for mixer in MIXERS:
+        best = best_rate(records, mixer)
+        if best is not None:
+            losing |= {mixer_row(mixer, rate).name for rate in RATES if rate != best}
+    return losing - {STORM.name}  # it is not only a mixer's row
 
 
 def rate_means(records: Records, mixer: str) -> dict[float, float]:
